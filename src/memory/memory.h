@@ -1,0 +1,86 @@
+/*
+ * Guest physical memory: RAM regions behind checked access functions.
+ *
+ * RAM is one memfd mapping per region, at most a handful of regions, fixed once
+ * the vCPUs run. What is not RAM belongs to the MMIO bus (device/bus.h).
+ *
+ * Every RAM page (4 KiB) has one byte of flags, kept for all engines:
+ *   PAGE_CODE   some engine holds decoded or translated code of the page. Who sets it makes sure
+ *               that no vCPU's TLB lets writes to the page pass unseen; who writes the page tells the engines.
+ *   PAGE_DIRTY  written since the flag was last cleared (only maintained while dirty logging is on).
+ *
+ * Devices (any thread) go through memory_read/memory_write/memory_map; each write marks
+ * pages and invalidates code. vCPU engines map pages by memory_page() and follow the flag rules.
+ * Functions are safe to call from any thread; data races between guest CPUs and devices are the guest's own.
+ */
+#ifndef RINGFORT_MEMORY_MEMORY_H
+#define RINGFORT_MEMORY_MEMORY_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef uint64_t gpa_t;         /* guest physical address */
+typedef uint64_t gva_t;         /* guest virtual (linear) address */
+
+#define GUEST_PAGE_SHIFT 12
+#define GUEST_PAGE_SIZE 4096u
+#define GUEST_PAGE_MASK (~(uint64_t)0xfff)
+
+enum page_flag { PAGE_CODE = 1, PAGE_DIRTY = 2 };
+
+struct memory_region {
+    gpa_t base;
+    uint64_t size;              /* bytes, multiple of the page size */
+    uint8_t *host;              /* mapping of size bytes */
+    _Atomic uint8_t *flags;     /* one byte per page */
+    int fd;                     /* memfd */
+};
+
+#define MEMORY_MAX_REGIONS 8
+
+struct memory {
+    struct memory_region region[MEMORY_MAX_REGIONS];
+    unsigned regions;
+    _Atomic bool dirty_logging;
+    /*
+     * Called after a write by something that is not a vCPU hit a PAGE_CODE page, once per page.
+     * Set by the virtual machine to drop decoded code of all vCPUs. Any thread.
+     */
+    void (*code_written)(void *opaque, gpa_t page);
+    void *code_written_opaque;
+};
+
+int memory_init(struct memory *m);
+void memory_destroy(struct memory *m);
+/* Adds RAM. 0, -ENOMEM (logged), -EEXIST overlap, -EINVAL alignment. Before vCPUs run. */
+int memory_add_ram(struct memory *m, gpa_t base, uint64_t size);
+uint64_t memory_total(const struct memory *m);
+
+/* The region that holds gpa, or NULL. */
+static inline struct memory_region *memory_find(struct memory *m, gpa_t gpa)
+{
+    for (unsigned i = 0; i < m->regions; i++)
+        if (gpa - m->region[i].base < m->region[i].size)
+            return &m->region[i];
+    return NULL;
+}
+
+/* Host address of the page that holds gpa (page start), or NULL when it is not RAM. For engines. */
+uint8_t *memory_page(struct memory *m, gpa_t gpa, _Atomic uint8_t **flags);
+
+/* Copy from or to RAM. 0, or -EFAULT when any byte is outside RAM (then nothing was written). */
+int memory_read(struct memory *m, gpa_t gpa, void *buf, size_t len);
+int memory_write(struct memory *m, gpa_t gpa, const void *buf, size_t len);
+int memory_fill(struct memory *m, gpa_t gpa, uint8_t byte, size_t len);
+
+/*
+ * A host pointer for [gpa, gpa+len), which must lie in one region; NULL otherwise or when len is 0 and
+ * gpa is outside. The pointer is valid until the machine ends, but a device must not keep one across a pause.
+ * After writing through it call memory_mark_written() for what was written, before telling the guest.
+ */
+void *memory_map(struct memory *m, gpa_t gpa, size_t len);
+void memory_mark_written(struct memory *m, gpa_t gpa, size_t len);
+
+#endif
