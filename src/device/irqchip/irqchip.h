@@ -1,0 +1,75 @@
+/*
+ * The software interrupt controllers of a PC: one local APIC per vCPU, one IOAPIC.
+ *
+ * The IOAPIC lives under the machine lock. A local APIC is used by its own vCPU
+ * thread (register accesses, lapic_pending, lapic_ack) and by any other thread that sends it
+ * an interrupt (lapic_deliver): an own small lock guards it; the order is machine lock, then LAPIC lock.
+ * Intel SDM vol. 3A ch. 11 (APIC), 82093AA (IOAPIC).
+ */
+#ifndef RINGFORT_DEVICE_IRQCHIP_H
+#define RINGFORT_DEVICE_IRQCHIP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "device/device.h"
+
+struct machine;
+struct irqchip;
+struct lapic;
+
+/* How a LAPIC reaches its vCPU. Any thread. */
+enum lapic_signal {
+    LAPIC_INTR,                 /* the answer of lapic_pending() may have changed to "yes" */
+    LAPIC_NMI,
+    LAPIC_SMI,
+    LAPIC_INIT,
+    LAPIC_SIPI,                 /* value: vector, start at vector << 12 */
+};
+typedef void lapic_signal_fn(void *opaque, enum lapic_signal signal, unsigned value);
+
+/*
+ * Creates IOAPIC (24 inputs at 0xFEC00000, id ioapic_id) and cpus LAPICs (APIC id = index), fills m->irq,
+ * and maps the IOAPIC on m->mmio. tsc_hz: rate of the guest TSC for the TSC-deadline timer.
+ */
+struct irqchip *irqchip_create(struct machine *m, unsigned cpus, uint64_t tsc_hz);
+struct lapic *irqchip_lapic(struct irqchip *chip, unsigned cpu);
+void lapic_connect(struct lapic *l, lapic_signal_fn *signal, void *opaque);
+
+/*
+ * The 4 KiB register page (default 0xFEE00000), by the vCPU that owns it, machine lock not needed. A vCPU engine routes
+ * accesses inside its own APIC base page here; MMIO offsets and x2APIC MSR numbers both become register indexes.
+ * read/write: xAPIC MMIO of any size, at offset 0…4095.
+ */
+uint64_t lapic_mmio_read(struct lapic *l, unsigned offset, unsigned size);
+void lapic_mmio_write(struct lapic *l, unsigned offset, uint64_t value, unsigned size);
+/* x2APIC MSRs 0x800…0x8ff. 0, or -EINVAL: the guest gets #GP. */
+int lapic_msr_read(struct lapic *l, uint32_t msr, uint64_t *value);
+int lapic_msr_write(struct lapic *l, uint32_t msr, uint64_t value);
+/* IA32_APIC_BASE (0x1b). The write checks reserved bits and legal mode changes: -EINVAL → #GP. */
+uint64_t lapic_base(const struct lapic *l);
+int lapic_set_base(struct lapic *l, uint64_t value);
+/* IA32_TSC_DEADLINE (0x6e0); the guest's own TSC value. tsc_offset: guest TSC = host TSC + offset. */
+uint64_t lapic_tsc_deadline(struct lapic *l);
+void lapic_set_tsc_deadline(struct lapic *l, uint64_t deadline, uint64_t guest_tsc_now);
+/* CR8: TPR bits 7:4. */
+uint8_t lapic_cr8(struct lapic *l);
+void lapic_set_cr8(struct lapic *l, uint8_t cr8);
+
+/* The highest-priority vector that may be delivered now, or -1. Cheap: one atomic read when there is none. */
+int lapic_pending(struct lapic *l);
+/* Moves that vector from IRR to ISR (INTA). Returns it, or -1 when it is gone (spurious: deliver none). */
+int lapic_ack(struct lapic *l);
+
+/* Reset as by INIT (keeps APIC id) or power-on. */
+void lapic_reset(struct lapic *l, bool init);
+
+/* Sets a request of the board's (IPI from another bus agent, MSI): SDM 11.11.1 address and data. Any thread. */
+void irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data);
+
+/*
+ * The LAPIC state in the layout of the register page (canonical state; KVM uses the same): 1 KiB of
+ * registers plus base, TSC deadline and timer remaining, through save/load of the device "irqchip".
+ */
+
+#endif
