@@ -96,7 +96,7 @@ apt_private() { # SUITE ARCH
     apt_sources "$1" >"$dir/sources.list"
     APT=(-o "Dir::State=$dir" -o "Dir::State::Lists=$dir/lists" -o "Dir::State::status=$dir/status"
          -o "Dir::Cache=$dir/cache" -o "Dir::Etc::sourcelist=$dir/sources.list" -o Dir::Etc::sourceparts=-
-         -o Dir::Etc::preferencesparts=- -o Dir::Etc::preferences=-
+         -o "Dir::Etc::preferencesparts=$dir/etc" -o Dir::Etc::preferences=-
          -o "APT::Architecture=$2" -o "APT::Architectures=$2" -o APT::Sandbox::User=
          -o Acquire::Languages=none -o APT::Update::Post-Invoke-Success= -o Acquire::Retries=3)
     quietly "$dir/update.log" apt-get "${APT[@]}" -qq update

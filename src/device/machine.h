@@ -4,8 +4,8 @@
  * struct vm (vm/vm.h) embeds one; the device test harness makes one without vCPUs. A
  * device gets a struct machine* when it is made and keeps it.
  */
-#ifndef RINGFORT_VM_MACHINE_H
-#define RINGFORT_VM_MACHINE_H
+#ifndef RINGFORT_DEVICE_MACHINE_H
+#define RINGFORT_DEVICE_MACHINE_H
 
 #include <pthread.h>
 
