@@ -99,7 +99,21 @@ apt_private() { # SUITE ARCH
          -o "Dir::Etc::preferencesparts=$dir/etc" -o Dir::Etc::preferences=-
          -o "APT::Architecture=$2" -o "APT::Architectures=$2" -o APT::Sandbox::User=
          -o Acquire::Languages=none -o APT::Update::Post-Invoke-Success= -o Acquire::Retries=3)
-    quietly "$dir/update.log" apt-get "${APT[@]}" -qq update
+    exec 8>"$dir/lock"
+    flock 8
+    if [ -z "$(find "$dir/updated" -mmin -60 2>/dev/null)" ]; then
+        if apt-get "${APT[@]}" -qq update >"$dir/update.log" 2>&1; then
+            touch "$dir/updated"
+        elif apt-cache "${APT[@]}" show base-files >/dev/null 2>&1; then
+            # An archive of updates whose mirror is in the middle of a change must not stop
+            # everything: what counts is that the release itself is there.
+            say "some package lists of $1 ($2) could not be updated; going on without them (see $dir/update.log)"
+        else
+            cat "$dir/update.log" >&2
+            die "cannot get the package lists of $1"
+        fi
+    fi
+    exec 8>&-
 }
 
 # The packages that PACKAGE depends on directly, one per line.
