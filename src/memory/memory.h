@@ -7,6 +7,7 @@
  * Every RAM page (4 KiB) has one byte of flags, kept for all engines:
  *   PAGE_CODE   some engine holds decoded or translated code of the page. Who sets it makes sure
  *               that no vCPU's TLB lets writes to the page pass unseen; who writes the page tells the engines.
+ *   PAGE_WRITABLE some vCPU's TLB may let writes to the page pass unseen; set before such an entry is filled.
  *   PAGE_DIRTY  written since the flag was last cleared (only maintained while dirty logging is on).
  *
  * Devices (any thread) go through memory_read/memory_write/memory_map; each write marks
@@ -28,7 +29,7 @@ typedef uint64_t gva_t;         /* guest virtual (linear) address */
 #define GUEST_PAGE_SIZE 4096u
 #define GUEST_PAGE_MASK (~(uint64_t)0xfff)
 
-enum page_flag { PAGE_CODE = 1, PAGE_DIRTY = 2 };
+enum page_flag { PAGE_CODE = 1, PAGE_DIRTY = 2, PAGE_WRITABLE = 4 };
 
 struct memory_region {
     gpa_t base;
