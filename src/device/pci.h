@@ -20,6 +20,19 @@ struct pci_device;
 
 #define PCI_CONFIG_SIZE 4096
 #define PCI_MAX_MSIX 64
+#define PCI_SLOTS 32
+
+/* Offsets of the common header, and command register bits. */
+enum {
+    PCI_VENDOR_ID = 0x00, PCI_DEVICE_ID = 0x02, PCI_COMMAND = 0x04, PCI_STATUS = 0x06,
+    PCI_REVISION = 0x08, PCI_CLASS = 0x09, PCI_CACHE_LINE = 0x0c, PCI_HEADER_TYPE = 0x0e,
+    PCI_BAR0 = 0x10, PCI_SUBSYSTEM_VENDOR = 0x2c, PCI_SUBSYSTEM = 0x2e, PCI_CAP_POINTER = 0x34,
+    PCI_INTERRUPT_LINE = 0x3c, PCI_INTERRUPT_PIN = 0x3d,
+    PCI_COMMAND_IO = 1 << 0, PCI_COMMAND_MEMORY = 1 << 1, PCI_COMMAND_MASTER = 1 << 2,
+    PCI_COMMAND_INTX_OFF = 1 << 10,
+    PCI_STATUS_INTX = 1 << 3, PCI_STATUS_CAPS = 1 << 4,
+    PCI_CAP_ID_VENDOR = 0x09, PCI_CAP_ID_EXPRESS = 0x10, PCI_CAP_ID_MSIX = 0x11,
+};
 
 struct pci_bar {
     uint64_t size;              /* 0: absent; power of two, at least 16 */
@@ -52,7 +65,8 @@ struct pci_device {
     unsigned msix_vectors;
     struct msix_entry msix[PCI_MAX_MSIX];
     uint64_t msix_pending;      /* PBA */
-    struct irq_line intx;
+    struct irq_line intx;       /* set it by pci_set_intx(): the guest can switch it off */
+    bool intx_wanted;           /* what the device asks for, whether or not it reaches the line */
     unsigned next_cap;          /* for pci_add_capability: next free config offset */
 };
 
@@ -65,15 +79,38 @@ struct pci_host_config {
     unsigned intx_gsi[4];       /* GSI of INTA…INTD at slot 0; rotates with the slot (swizzle) */
 };
 
+/*
+ * Makes the host bridge (00:00.0) with its ECAM window and ports 0xCF8…0xCFF, and adds it to the machine's devices.
+ * NULL: out of resources, ranges taken or absurd (logged).
+ */
 struct pci_host *pci_host_create(struct machine *m, const struct pci_host_config *cfg);
-/* Fills identification and makes the function present at the next free slot (or pci->slot if nonzero). */
+/* The machine's host bridge, or NULL. */
+struct pci_host *pci_host_find(struct machine *m);
+/* The function at 00:slot.0, or NULL. */
+struct pci_device *pci_host_device(struct pci_host *host, unsigned slot);
+/* Byte accesses to port 0xCF9, which lies inside the bridge's range, go to ops (offset 0, size 1). */
+void pci_host_forward_cf9(struct pci_host *host, const struct bus_ops *ops, void *opaque);
+/*
+ * Configuration space as the guest's accesses see it; bus, device and function in PCIe's ECAM order
+ * (address bits 27:12). size 1, 2, 4, 8; any alignment; what is outside a function reads ones and drops writes.
+ */
+uint64_t pci_host_config_read(struct pci_host *host, uint64_t ecam_offset, unsigned size);
+void pci_host_config_write(struct pci_host *host, uint64_t ecam_offset, uint64_t value, unsigned size);
+/*
+ * Makes the function present at the next free slot (or pci->slot if nonzero), with INTA wired (except for bridges). The
+ * device's own struct device is added to the machine by its owner. 0, -ENOSPC, -EEXIST (logged).
+ */
 int pci_add_device(struct pci_host *host, struct pci_device *pci);
+/* Takes the function out again, BARs unmapped. For the owner's destroy; a function never added is allowed. */
+void pci_remove_device(struct pci_device *pci);
 /* Sets vendor, device, revision, class (24 bits), subsystem ids. */
 void pci_set_ids(struct pci_device *pci, uint16_t vendor, uint16_t device, uint8_t revision, uint32_t class_code,
                  uint16_t sub_vendor, uint16_t sub_device);
 void pci_set_bar(struct pci_device *pci, unsigned index, const struct pci_bar *bar);
 /* Returns the config offset. The body (len includes the 2-byte header) is zeroed and read-only at first. */
 unsigned pci_add_capability(struct pci_device *pci, uint8_t id, unsigned len);
+/* PCI Express capability of a root complex integrated endpoint (PCIe 5.0 §7.5.3). Returns its offset. */
+unsigned pci_add_pcie_capability(struct pci_device *pci);
 /* MSI-X capability, with table and PBA inside BAR bar at the given offsets. */
 void pci_add_msix(struct pci_device *pci, unsigned vectors, unsigned bar, uint32_t table_off, uint32_t pba_off);
 /* For the BAR owner to forward accesses to table and PBA (offset relative to the table/PBA start). */
@@ -82,8 +119,13 @@ void pci_msix_table_write(struct pci_device *pci, uint64_t offset, uint64_t valu
 uint64_t pci_msix_pba_read(struct pci_device *pci, uint64_t offset, unsigned size);
 /* True when the guest has switched MSI-X on. */
 bool pci_msix_enabled(const struct pci_device *pci);
-/* Sends or, while masked, marks pending. vector out of range is ignored. Sends nothing unless enabled. */
+/*
+ * Sends or, while masked or without bus mastering, marks pending. vector out of range is ignored. Sends nothing
+ * unless enabled.
+ */
 void pci_msix_notify(struct pci_device *pci, unsigned vector);
+/* Level of the wired interrupt INTA; reaches the line unless command bit 10 is set. Keep it low while MSI-X is on. */
+void pci_set_intx(struct pci_device *pci, bool level);
 /* Assign addresses to all BARs from the windows and enable decoding: what firmware would have done. */
 void pci_assign_bars(struct pci_host *host);
 /* Reset to power-on config (BARs unassigned, MSI-X off). Called by the device's reset. */

@@ -1,9 +1,11 @@
 /*
  * The software interrupt controllers of a PC: one local APIC per vCPU, one IOAPIC.
  *
- * The IOAPIC lives under the machine lock. A local APIC is used by its own vCPU
- * thread (register accesses, lapic_pending, lapic_ack) and by any other thread that sends it
- * an interrupt (lapic_deliver): an own small lock guards it; the order is machine lock, then LAPIC lock.
+ * Devices reach the IOAPIC with the machine lock held, LAPICs reach it (end of interrupt) without:
+ * it has an own small lock. A local APIC is used by its own vCPU thread (register accesses, lapic_pending,
+ * lapic_ack) and by any other thread that sends it an interrupt: an own small lock guards it, too. The order is
+ * machine lock, IOAPIC lock, LAPIC lock; each function here may be called with or without the machine lock.
+ * Wired inputs are shared by counting: a GSI is asserted while any of its irq_lines is.
  * Intel SDM vol. 3A ch. 11 (APIC), 82093AA (IOAPIC).
  */
 #ifndef RINGFORT_DEVICE_IRQCHIP_H
@@ -14,11 +16,22 @@
 
 #include "device/device.h"
 
+#define LAPIC_DEFAULT_BASE 0xfee00000u
+#define IOAPIC_BASE 0xfec00000u
+#define IOAPIC_SIZE 0x1000u
+#define IOAPIC_INPUTS 24u
+#define IOAPIC_ID 0u            /* of the one IOAPIC, after reset; for the MADT */
+#define LAPIC_BUS_HZ 1000000000u /* what the timer's divider divides */
+
 struct machine;
 struct irqchip;
 struct lapic;
 
-/* How a LAPIC reaches its vCPU. Any thread. */
+/*
+ * How a LAPIC reaches its vCPU. Any thread, also the vCPU's own, with or without the machine lock and the
+ * IOAPIC's: the function only notes it and kicks, and calls nothing of the irqchip but lapic_pending().
+ * On LAPIC_INIT the vCPU itself calls lapic_reset(l, true) when it takes the INIT.
+ */
 enum lapic_signal {
     LAPIC_INTR,                 /* the answer of lapic_pending() may have changed to "yes" */
     LAPIC_NMI,
@@ -34,6 +47,13 @@ typedef void lapic_signal_fn(void *opaque, enum lapic_signal signal, unsigned va
  */
 struct irqchip *irqchip_create(struct machine *m, unsigned cpus, uint64_t tsc_hz);
 struct lapic *irqchip_lapic(struct irqchip *chip, unsigned cpu);
+/* The machine's irqchip, or NULL. Machine lock held. */
+struct irqchip *irqchip_find(struct machine *m);
+unsigned irqchip_cpus(const struct irqchip *chip);
+/* Asserted state of an IOAPIC input (false for inputs it does not have). Machine lock held. */
+bool irqchip_gsi_level(struct irqchip *chip, unsigned gsi);
+/* An NMI button: pulses LINT1 of every LAPIC; what comes of it is in each LVT LINT1. Any thread. */
+void irqchip_pulse_lint1(struct irqchip *chip);
 void lapic_connect(struct lapic *l, lapic_signal_fn *signal, void *opaque);
 
 /*
