@@ -1,0 +1,93 @@
+/*
+ * Messages to the person who runs the machine: one formatted line, one write(2).
+ *
+ * Any thread. The settings are atomics or, for the machine's name, set before threads start.
+ */
+#include "base/log.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/util.h"
+
+static _Atomic int log_level = LOG_WARN;
+static _Atomic bool log_raw;
+static char log_machine[64];
+
+void log_set_level(enum log_level level)
+{
+    atomic_store_explicit(&log_level, level, memory_order_relaxed);
+}
+
+bool log_enabled(enum log_level level)
+{
+    return (int)level <= atomic_load_explicit(&log_level, memory_order_relaxed);
+}
+
+void log_set_machine(const char *name)
+{
+    snprintf(log_machine, sizeof(log_machine), "%s", name ? name : "");
+}
+
+void log_set_raw_terminal(bool raw)
+{
+    atomic_store_explicit(&log_raw, raw, memory_order_relaxed);
+}
+
+/* Text may quote what a guest or a file said: it must not steer the reader's terminal. */
+static void make_printable(char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (((unsigned char)s[i] < 0x20 && s[i] != '\t') || s[i] == 0x7f)
+            s[i] = '?';
+}
+
+/* Standard error may share a terminal that somebody made non-blocking: wait a little for it, then
+ * give up. */
+static void write_line(const char *p, size_t n)
+{
+    while (n) {
+        ssize_t r = write(STDERR_FILENO, p, n);
+        if (r > 0) {
+            p += r;
+            n -= (size_t)r;
+        } else if (r < 0 && errno == EAGAIN) {
+            struct pollfd pfd = {.fd = STDERR_FILENO, .events = POLLOUT};
+            if (poll(&pfd, 1, 100) <= 0)
+                return;
+        } else if (r == 0 || errno != EINTR) {
+            return;
+        }
+    }
+}
+
+void log_at(enum log_level level, const char *fmt, ...)
+{
+    if (!log_enabled(level))
+        return;
+
+    int saved = errno;
+    char line[2048];
+    const size_t room = sizeof(line) - 2; /* for the line end */
+    int prefix = log_machine[0] ? snprintf(line, room, "ringfort: %s: ", log_machine)
+                                : snprintf(line, room, "ringfort: ");
+    size_t n = (size_t)prefix;
+
+    va_list ap;
+    va_start(ap, fmt);
+    errno = saved; /* for %m */
+    int len = vsnprintf(line + n, room - n, fmt, ap);
+    va_end(ap);
+    if (len > 0)
+        n += MIN((size_t)len, room - n - 1);
+    make_printable(line, n);
+    if (atomic_load_explicit(&log_raw, memory_order_relaxed))
+        line[n++] = '\r';
+    line[n++] = '\n';
+    write_line(line, n);
+    errno = saved;
+}
