@@ -10,7 +10,7 @@ RF_TEMP=()
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() { say "$@"; exit 1; }
 
-cleanup_temp() { [ ${#RF_TEMP[@]} -eq 0 ] || rm -rf -- "${RF_TEMP[@]}"; }
+cleanup_temp() { [ ${#RF_TEMP[@]} -eq 0 ] || rm -rf --one-file-system -- "${RF_TEMP[@]}"; }
 trap cleanup_temp EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
@@ -18,7 +18,7 @@ trap 'exit 143' TERM
 # Sets TEMP to a new directory in the cache, removed when the script ends. What a killed run left is
 # removed here too: the caller holds the lock of NAME, so nobody else is using it.
 temp_dir() { # NAME
-    rm -rf -- "$RF_CACHE"/tmp/"$1".*
+    rm -rf --one-file-system -- "$RF_CACHE"/tmp/"$1".*
     mkdir -p "$RF_CACHE/tmp"
     TEMP=$(mktemp -d "$RF_CACHE/tmp/$1.XXXXXX")
     RF_TEMP+=("$TEMP")
