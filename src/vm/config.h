@@ -88,6 +88,7 @@ struct vm_config {
     char *stats;                /* file for vm_stats_write(), NULL: none */
     enum log_level log_level;
     uint64_t flags_given;       /* config.c's own: bit i: option i came from a flag */
+    bool net_none;              /* config.c's own: "none" was asked for, so no other net may be */
 };
 
 /* The defaults. 0 or -ENOMEM; after an error vm_config_destroy() is allowed and does nothing. */
@@ -117,7 +118,10 @@ int vm_config_set_flag(struct vm_config *c, const char *name, const char *value)
 int vm_config_finish(struct vm_config *c);
 int vm_config_check_host(const struct vm_config *c);
 
-/* The effective configuration as JSON text with a final newline; the caller frees it. NULL: out of memory. */
+/*
+ * The effective configuration as JSON text with a final newline; the caller frees it. A name that was not given is left
+ * out. NULL (logged): out of memory, or a file name that is not UTF-8, which JSON cannot hold.
+ */
 char *vm_config_to_json(const struct vm_config *c);
 
 /* The table of flags = keys, for --help and for suggestions. i counts from 0; false past the end. */

@@ -1,0 +1,555 @@
+/*
+ * The one table of what a machine's configuration can say. Each entry is a command-line flag, a JSON key and
+ * a line of --help; its functions turn a value into fields of struct vm_config and back.
+ * One thread at a time.
+ */
+#include "vm/config_options.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/util.h"
+#include "device/testdev.h"
+
+static const char *const engine_names[] = {"auto", "interp", NULL};
+static const char *const cpu_model_names[] = {"host", "x86-64-v2", "x86-64-v3", "x86-64-v4", NULL};
+static const char *const cache_names[] = {
+    [BLOCK_CACHE_WRITEBACK] = "writeback", [BLOCK_CACHE_NONE] = "none", [BLOCK_CACHE_UNSAFE] = "unsafe", NULL};
+static const char *const device_names[] = {
+    [VM_DEVICE_DEBUG_EXIT] = "isa-debug-exit", [VM_DEVICE_PC_TESTDEV] = "pc-testdev",
+    [VM_DEVICE_VIRTIO_RNG] = "virtio-rng", [VM_DEVICE_VIRTIO_CONSOLE] = "virtio-console", NULL};
+static const char *const net_names[] = {[VM_NET_USER] = "user", [VM_NET_TAP] = "tap", [VM_NET_TAP + 1] = "none", NULL};
+static const char *const crash_names[] = {[VM_ON_CRASH_RESET] = "reset", [VM_ON_CRASH_EXIT] = "exit", NULL};
+static const char *const level_names[] = {
+    [LOG_ERROR] = "error", [LOG_WARN] = "warn", [LOG_INFO] = "info", [LOG_DEBUG] = "debug", NULL};
+
+const char *const *vm_config_names(const char *kind)
+{
+    static const struct {
+        const char *kind;
+        const char *const *names;
+    } list[] = {{"engine", engine_names}, {"cpu-model", cpu_model_names}, {"device", device_names}};
+    for (unsigned i = 0; i < ARRAY_SIZE(list); i++)
+        if (strcmp(kind, list[i].kind) == 0)
+            return list[i].names;
+    return NULL;
+}
+
+/*
+ * Strings are written unchecked: a file name that is not UTF-8 then makes json_dumps() fail in
+ * vm_config_to_json(), which says so, instead of vanishing from the output.
+ */
+
+/* Room for one more element of size bytes, zeroed; NULL: out of memory. */
+static void *append(void *array, unsigned *count, size_t size)
+{
+    char **base = array;
+    char *bigger = realloc(*base, (*count + 1) * size);
+    if (!bigger)
+        return NULL;
+    *base = bigger;
+    return memset(bigger + (*count)++ * size, 0, size);
+}
+
+/* A string option that takes any text, and its writer. */
+#define STRING_OPTION(field, empty) \
+    static int set_##field(struct vm_config *c, const struct config_origin *o, const json_t *v) \
+    { \
+        return config_string(o, v, empty, &c->field); \
+    } \
+    static json_t *get_##field(const struct vm_config *c) \
+    { \
+        return c->field ? json_string_nocheck(c->field) : NULL; \
+    }
+STRING_OPTION(kernel, false)
+STRING_OPTION(cmdline, true)
+STRING_OPTION(stats, false)
+
+static int set_name(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    const char *text = json_string_value(v);
+    static const char allowed[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-";
+    if (text && (!*text || strlen(text) > 64 || text[strspn(text, allowed)])) {
+        char form[65];
+        size_t n = 0;
+        for (; *text && n < 64; text++)
+            form[n++] = strchr(allowed, *text) ? *text : '-';
+        form[n] = 0;
+        return config_bad(o, "a name is 1 to 64 letters, digits, dots, dashes and underscores; did you mean %s?",
+                          config_form(o, n ? form : "server1"));
+    }
+    c->name_given = true;
+    return config_string(o, v, false, &c->name);
+}
+
+static json_t *get_name(const struct vm_config *c)
+{
+    return c->name_given ? json_string_nocheck(c->name) : NULL;
+}
+
+static int set_initrd(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    char *path = NULL;
+    int r = config_string(o, v, false, &path);
+    if (r < 0)
+        return r;
+    if (c->initrd_count == VM_CONFIG_MAX_INITRDS) {
+        free(path);
+        return config_bad(o, "at most %u files", VM_CONFIG_MAX_INITRDS);
+    }
+    char **slot = append(&c->initrds, &c->initrd_count, sizeof(*slot));
+    if (!slot) {
+        free(path);
+        return -ENOMEM;
+    }
+    *slot = path;
+    return 0;
+}
+
+static json_t *get_initrd(const struct vm_config *c)
+{
+    json_t *list = json_array();
+    for (unsigned i = 0; i < c->initrd_count; i++)
+        json_array_append_new(list, json_string_nocheck(c->initrds[i]));
+    return list;
+}
+
+static void clear_initrd(struct vm_config *c)
+{
+    for (unsigned i = 0; i < c->initrd_count; i++)
+        free(c->initrds[i]);
+    free(c->initrds);
+    c->initrds = NULL;
+    c->initrd_count = 0;
+}
+
+static int set_cpus(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    uint64_t n;
+    int r = config_uint(o, NULL, v, 1, VM_CONFIG_MAX_CPUS, &n);
+    if (r == 0)
+        c->cpus = (unsigned)n;
+    return r;
+}
+
+static json_t *get_cpus(const struct vm_config *c)
+{
+    return json_integer((json_int_t)c->cpus);
+}
+
+static int set_memory(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    return config_size(o, v, VM_CONFIG_MIN_MEMORY, VM_CONFIG_MAX_MEMORY, &c->memory);
+}
+
+static json_t *get_memory(const struct vm_config *c)
+{
+    char text[24];
+    config_format_size(c->memory, text);
+    return json_string(text);
+}
+
+static int set_named(const struct config_origin *o, const json_t *v, const char *what, const char *const *names,
+                     char **out)
+{
+    unsigned i;
+    int r = config_choice(o, v, what, names, &i);
+    return r < 0 ? r : config_string(o, v, false, out);
+}
+
+static int set_cpu_model(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    return set_named(o, v, "a CPU model", cpu_model_names, &c->cpu_model);
+}
+
+static json_t *get_cpu_model(const struct vm_config *c)
+{
+    return json_string_nocheck(c->cpu_model);
+}
+
+static int set_engine(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    return set_named(o, v, "an engine", engine_names, &c->engine);
+}
+
+static json_t *get_engine(const struct vm_config *c)
+{
+    return json_string_nocheck(c->engine);
+}
+
+static void free_disk(struct vm_disk_config *d)
+{
+    free((char *)d->block.path);
+    free(d->serial);
+}
+
+static int read_disk(const struct config_origin *o, const json_t *object, struct vm_disk_config *d)
+{
+    const json_t *v = json_object_get(object, "path");
+    char *path = NULL;
+    unsigned cache = d->block.cache;
+    int r;
+
+    if (!v)
+        return config_bad(o, "lacks the file; did you mean %s?", o->file ? "{\"path\": \"disk.img\"}"
+                                                                          : "--disk path=disk.img");
+    r = config_string(o, v, false, &path);
+    d->block.path = path;
+    if (r == 0 && (v = json_object_get(object, "readonly")))
+        r = config_bool(o, "readonly", v, &d->block.readonly);
+    if (r == 0 && (v = json_object_get(object, "cache")))
+        r = config_choice(o, v, "a cache mode", cache_names, &cache);
+    d->block.cache = (enum block_cache)cache;
+    if (r == 0 && (v = json_object_get(object, "serial"))) {
+        r = config_string(o, v, false, &d->serial);
+        for (const char *p = d->serial; r == 0 && *p; p++)
+            if (*p <= ' ' || *p > '~' || p - d->serial >= VM_CONFIG_MAX_SERIAL)
+                r = config_bad(o, "serial=%s: a serial number is at most %u printable ASCII characters; use a shorter one",
+                               config_quote(d->serial), VM_CONFIG_MAX_SERIAL);
+    }
+    return r;
+}
+
+static int set_disk(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    static const char *const keys[] = {"path", "readonly", "cache", "serial", NULL};
+    json_t *object;
+    int r = config_object(o, v, "a disk", NULL, keys, &object);
+    if (r < 0)
+        return r;
+    struct vm_disk_config d = {.block.cache = BLOCK_CACHE_WRITEBACK}, *slot = NULL;
+    r = read_disk(o, object, &d);
+    json_decref(object);
+    if (r == 0 && !(slot = append(&c->disks, &c->disk_count, sizeof(*slot))))
+        r = -ENOMEM;
+    if (r == 0)
+        *slot = d;
+    else
+        free_disk(&d);
+    return r;
+}
+
+static json_t *get_disk(const struct vm_config *c)
+{
+    json_t *list = json_array();
+    for (unsigned i = 0; i < c->disk_count; i++) {
+        const struct vm_disk_config *d = &c->disks[i];
+        json_t *object = json_pack("{s:o, s:b, s:s}", "path", json_string_nocheck(d->block.path), "readonly",
+                                   (int)d->block.readonly, "cache", cache_names[d->block.cache]);
+        if (d->serial)
+            json_object_set_new(object, "serial", json_string_nocheck(d->serial));
+        json_array_append_new(list, object);
+    }
+    return list;
+}
+
+static void clear_disk(struct vm_config *c)
+{
+    for (unsigned i = 0; i < c->disk_count; i++)
+        free_disk(&c->disks[i]);
+    free(c->disks);
+    c->disks = NULL;
+    c->disk_count = 0;
+}
+
+static void free_net(struct vm_net_config *n)
+{
+    free(n->user.forwards);
+    free((char *)n->tap.ifname);
+}
+
+static int add_forward(const struct config_origin *o, const json_t *v, struct vm_net_config *n)
+{
+    struct net_forward f, *slot;
+    int r = config_forward(o, v, &f);
+    if (r < 0)
+        return r;
+    slot = append(&n->user.forwards, &n->user.forward_count, sizeof(*slot));
+    if (!slot)
+        return -ENOMEM;
+    *slot = f;
+    return 0;
+}
+
+static int read_net(const struct config_origin *o, const json_t *object, struct vm_net_config *n)
+{
+    static const char *const keys[][4] = {{"type", "hostfwd", "mac"}, {"type", "ifname", "mac"}};
+    const json_t *v;
+    int r = config_only_keys(o, object, n->type == VM_NET_TAP ? "a tap net" : "a user net", keys[n->type]);
+
+    if (r == 0 && (v = json_object_get(object, "mac"))) {
+        r = config_mac(o, v, n->mac);
+        n->mac_given = true;
+    }
+    v = json_object_get(object, "hostfwd");
+    if (r == 0 && json_is_array(v)) {
+        size_t i;
+        const json_t *element;
+        json_array_foreach (v, i, element)
+            if (r == 0)
+                r = add_forward(o, element, n);
+    } else if (r == 0 && v) {
+        r = add_forward(o, v, n);
+    }
+    if (r == 0 && n->type == VM_NET_TAP) {
+        char *name = NULL;
+        v = json_object_get(object, "ifname");
+        if (!v)
+            return config_bad(o, "a tap net lacks its interface; did you mean %s?",
+                              o->file ? "{\"type\": \"tap\", \"ifname\": \"tap0\"}" : "--net tap,ifname=tap0");
+        r = config_string(o, v, false, &name);
+        n->tap.ifname = name;
+        /* Linux: IFNAMSIZ with the NUL, no slash, no white space (dev_valid_name). */
+        if (r == 0 && (strlen(name) > 15 || strpbrk(name, "/: \t\n")))
+            r = config_bad(o, "ifname=%s: an interface name has at most 15 characters, no slash, colon or space; "
+                              "did you mean ifname=tap0?", config_quote(name));
+    }
+    return r;
+}
+
+static int set_net(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    static const char *const keys[] = {"type", "hostfwd", "ifname", "mac", NULL};
+    static const char *const none_keys[] = {"type", NULL};
+    struct vm_net_config n = {0}, *slot = NULL;
+    unsigned type = 0;
+    json_t *object;
+    int r = config_object(o, v, "a net", "type", keys, &object);
+    if (r < 0)
+        return r;
+
+    v = json_object_get(object, "type");
+    r = v ? config_choice(o, v, "a kind of net", net_names, &type)
+          : config_bad(o, "lacks its type; did you mean %s?", o->file ? "{\"type\": \"user\"}" : "--net user,...");
+    bool none = r == 0 && type > VM_NET_TAP;
+    if (none)
+        r = config_only_keys(o, object, "the net 'none'", none_keys);
+    if (r == 0 && (c->net_none || (none && c->net_count)))
+        r = config_bad(o, "'none' and another net exclude each other; leave one of them out");
+    if (r == 0 && !none) {
+        n.type = (enum vm_net_type)type;
+        r = read_net(o, object, &n);
+    }
+    json_decref(object);
+    if (r == 0 && none) {
+        c->net_none = true;
+        return 0;
+    }
+    if (r == 0 && !(slot = append(&c->nets, &c->net_count, sizeof(*slot))))
+        r = -ENOMEM;
+    if (r == 0)
+        *slot = n;
+    else
+        free_net(&n);
+    return r;
+}
+
+static json_t *get_net(const struct vm_config *c)
+{
+    json_t *list = json_array();
+    for (unsigned i = 0; i < c->net_count; i++) {
+        const struct vm_net_config *n = &c->nets[i];
+        char mac[24];
+        snprintf(mac, sizeof(mac), "%02x:%02x:%02x:%02x:%02x:%02x", n->mac[0], n->mac[1], n->mac[2], n->mac[3], n->mac[4],
+                 n->mac[5]);
+        json_t *object = json_pack("{s:s, s:s}", "type", net_names[n->type], "mac", mac);
+        if (n->type == VM_NET_TAP)
+            json_object_set_new(object, "ifname", json_string_nocheck(n->tap.ifname));
+        if (n->user.forward_count) {
+            json_t *forwards = json_array();
+            for (unsigned k = 0; k < n->user.forward_count; k++) {
+                char text[160];
+                config_format_forward(&n->user.forwards[k], text);
+                json_array_append_new(forwards, json_string(text));
+            }
+            json_object_set_new(object, "hostfwd", forwards);
+        }
+        json_array_append_new(list, object);
+    }
+    return list;
+}
+
+static void clear_net(struct vm_config *c)
+{
+    for (unsigned i = 0; i < c->net_count; i++)
+        free_net(&c->nets[i]);
+    free(c->nets);
+    c->nets = NULL;
+    c->net_count = 0;
+    c->net_none = false;
+}
+
+static int read_device(const struct config_origin *o, const json_t *object, struct vm_device_config *d)
+{
+    static const char *const keys[][4] = {
+        [VM_DEVICE_DEBUG_EXIT] = {"type", "iobase", "iosize"}, [VM_DEVICE_PC_TESTDEV] = {"type"},
+        [VM_DEVICE_VIRTIO_RNG] = {"type"}, [VM_DEVICE_VIRTIO_CONSOLE] = {"type", "console"}};
+    const json_t *v = json_object_get(object, "type");
+    uint64_t n;
+    unsigned type;
+    int r = v ? config_choice(o, v, "a device", device_names, &type)
+              : config_bad(o, "lacks its type; did you mean %s?",
+                           o->file ? "{\"type\": \"virtio-rng\"}" : "--device virtio-rng");
+    if (r < 0)
+        return r;
+    d->type = (enum vm_device_type)type;
+    r = config_only_keys(o, object, device_names[type], keys[type]);
+    if (type == VM_DEVICE_DEBUG_EXIT) {
+        d->iobase = TESTDEV_EXIT_PORT;
+        d->iosize = TESTDEV_EXIT_PORTS;
+    }
+    if (r == 0 && (v = json_object_get(object, "iosize"))) {
+        r = config_uint(o, "iosize", v, 1, 4, &n);
+        if (r == 0 && n == 3)
+            r = config_bad(o, "iosize=3 is not 1, 2 or 4; did you mean iosize=4?");
+        d->iosize = r == 0 ? (uint16_t)n : 0;
+    }
+    if (r == 0 && (v = json_object_get(object, "iobase"))) {
+        r = config_uint(o, "iobase", v, 0, 0x10000u - d->iosize, &n);
+        d->iobase = r == 0 ? (uint16_t)n : 0;
+    }
+    if (r == 0 && type == VM_DEVICE_VIRTIO_CONSOLE) {
+        v = json_object_get(object, "console");
+        if (v)
+            r = config_console(o, v, &d->console);
+        else if (!(d->console = strdup("none")))
+            r = -ENOMEM;
+    }
+    return r;
+}
+
+static int set_device(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    static const char *const keys[] = {"type", "iobase", "iosize", "console", NULL};
+    struct vm_device_config d = {0}, *slot = NULL;
+    json_t *object;
+    int r = config_object(o, v, "a device", "type", keys, &object);
+    if (r < 0)
+        return r;
+    r = read_device(o, object, &d);
+    json_decref(object);
+    if (r == 0 && !(slot = append(&c->devices, &c->device_count, sizeof(*slot))))
+        r = -ENOMEM;
+    if (r == 0)
+        *slot = d;
+    else
+        free(d.console);
+    return r;
+}
+
+static json_t *get_device(const struct vm_config *c)
+{
+    json_t *list = json_array();
+    for (unsigned i = 0; i < c->device_count; i++) {
+        const struct vm_device_config *d = &c->devices[i];
+        json_t *object = json_pack("{s:s}", "type", device_names[d->type]);
+        if (d->type == VM_DEVICE_DEBUG_EXIT) {
+            json_object_set_new(object, "iobase", json_integer(d->iobase));
+            json_object_set_new(object, "iosize", json_integer(d->iosize));
+        }
+        if (d->console)
+            json_object_set_new(object, "console", json_string_nocheck(d->console));
+        json_array_append_new(list, object);
+    }
+    return list;
+}
+
+static void clear_device(struct vm_config *c)
+{
+    for (unsigned i = 0; i < c->device_count; i++)
+        free(c->devices[i].console);
+    free(c->devices);
+    c->devices = NULL;
+    c->device_count = 0;
+}
+
+static int set_console(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    return config_console(o, v, &c->console);
+}
+
+static json_t *get_console(const struct vm_config *c)
+{
+    return json_string_nocheck(c->console);
+}
+
+static int set_on_crash(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    unsigned i = 0;
+    int r = config_choice(o, v, "what to do", crash_names, &i);
+    c->on_crash = (enum vm_on_crash)i;
+    return r;
+}
+
+static json_t *get_on_crash(const struct vm_config *c)
+{
+    return json_string(crash_names[c->on_crash]);
+}
+
+static int set_log_level(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    unsigned i = 0;
+    int r = config_choice(o, v, "a level", level_names, &i);
+    c->log_level = (enum log_level)i;
+    return r;
+}
+
+static json_t *get_log_level(const struct vm_config *c)
+{
+    return json_string(level_names[c->log_level]);
+}
+
+const struct config_option config_options[] = {
+    {{"name", "NAME", "name of the machine in messages (default vm-<process id>)", false}, set_name, get_name, NULL},
+    {{"kernel", "FILE", "kernel: a Linux bzImage or an ELF file (vmlinux, Multiboot)", false}, set_kernel, get_kernel,
+     NULL},
+    {{"initrd", "FILE", "initial RAM disk; for a Multiboot kernel each is a module", true}, set_initrd, get_initrd,
+     clear_initrd},
+    {{"cmdline", "TEXT", "kernel command line", false}, set_cmdline, get_cmdline, NULL},
+    {{"cpus", "N", "virtual processors, 1...64 (default 1)", false}, set_cpus, get_cpus, NULL},
+    {{"memory", "SIZE", "guest RAM with suffix K, M, G or T (default 512M)", false}, set_memory, get_memory, NULL},
+    {{"cpu-model", "MODEL", "host, x86-64-v2, x86-64-v3 or x86-64-v4 (default host)", false}, set_cpu_model,
+      get_cpu_model, NULL},
+    {{"engine", "ENGINE", "how processors run: auto or interp (default auto)", false}, set_engine, get_engine, NULL},
+    {{"disk", "path=FILE[,...]", "virtio disk on a raw image or block device; options:\n"
+      "readonly=on|off  (default off)\n"
+      "cache=writeback|none|unsafe  host page cache, O_DIRECT, or\n"
+      "                 page cache and flushes ignored (default writeback)\n"
+      "serial=TEXT      serial number, at most 20 characters", true}, set_disk, get_disk, clear_disk},
+    {{"net", "KIND[,...]", "virtio network card (default none):\n"
+      "user[,hostfwd=tcp|udp:[ADDRESS]:PORT-[GUEST]:PORT]...  without privileges\n"
+      "tap,ifname=NAME  on a tap interface of the host\n"
+      "none             no card, also when the file has some\n"
+      "user and tap also take mac=XX:XX:XX:XX:XX:XX", true}, set_net, get_net, clear_net},
+    {{"device", "KIND[,...]", "further device:\n"
+      "virtio-rng\n"
+      "virtio-console[,console=CONSOLE]  (default console=none)\n"
+      "isa-debug-exit[,iobase=0x501][,iosize=2]  a write of V ends the run\n"
+      "                 with exit status V * 2 + 1\n"
+      "pc-testdev", true}, set_device, get_device, clear_device},
+    {{"console", "CONSOLE", "the serial port's other end: stdio, pty, file:PATH,\n"
+      "unix:PATH or none (default stdio)", false}, set_console, get_console, NULL},
+    {{"on-crash", "ACTION", "after a triple fault: reset or exit (default reset)", false}, set_on_crash, get_on_crash,
+     NULL},
+    {{"stats", "FILE", "write figures of the run there as JSON at exit", false}, set_stats, get_stats, NULL},
+    {{"log-level", "LEVEL", "error, warn, info or debug (default warn)", false}, set_log_level, get_log_level, NULL},
+};
+const unsigned config_option_count = ARRAY_SIZE(config_options);
+
+int config_option_find(const char *name)
+{
+    for (unsigned i = 0; i < config_option_count; i++)
+        if (strcmp(config_options[i].info.name, name) == 0)
+            return (int)i;
+    return -ENOENT;
+}
+
+const char *const *config_option_names(void)
+{
+    static _Thread_local const char *names[ARRAY_SIZE(config_options) + 1];
+    for (unsigned i = 0; i < config_option_count; i++)
+        names[i] = config_options[i].info.name;
+    return names;
+}
