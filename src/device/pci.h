@@ -13,6 +13,7 @@
 
 #include "device/bus.h"
 #include "device/device.h"
+#include "device/irq.h"
 
 struct machine;
 struct pci_host;

@@ -155,9 +155,13 @@ static int irqchip_load(struct device *dev, const struct state_reader *r)
     return ret ? -EINVAL : 0;
 }
 
+static void drop_gsi(void *opaque, unsigned gsi, bool level) {}
+static void drop_msi(void *opaque, uint64_t address, uint32_t data) {}
+
 static void irqchip_destroy(struct device *dev)
 {
     struct irqchip *chip = container_of(dev, struct irqchip, dev);
+    chip->machine->irq = (struct irq_router){.set_gsi = drop_gsi, .send_msi = drop_msi};
     bus_remove(&chip->machine->mmio, IOAPIC_BASE, &chip->ioapic);
     for (unsigned i = 0; i < chip->cpus; i++)
         lapic_destroy(&chip->lapic[i]);
