@@ -127,7 +127,7 @@ void pci_host_forward_cf9(struct pci_host *host, const struct bus_ops *ops, void
 
 int pci_add_device(struct pci_host *host, struct pci_device *pci)
 {
-    bool bridge = pci->config[PCI_CLASS + 2] == 0x06;
+    bool bridge = pci->config[PCI_CLASS_PROG + 2] == 0x06;
     if (!bridge && pci->slot == 0)
         for (pci->slot = 1; pci->slot < PCI_SLOTS && host->slot[pci->slot];)
             pci->slot++;
@@ -140,8 +140,8 @@ int pci_add_device(struct pci_host *host, struct pci_device *pci)
         return -EEXIST;
     }
     store_le16(&pci->writable[PCI_COMMAND], PCI_COMMAND_IO | PCI_COMMAND_MEMORY | PCI_COMMAND_MASTER |
-                                                1 << 6 | 1 << 8 | PCI_COMMAND_INTX_OFF);
-    pci->writable[PCI_CACHE_LINE] = 0xff;
+                                                1 << 6 | 1 << 8 | PCI_COMMAND_INTX_DISABLE);
+    pci->writable[PCI_CACHE_LINE_SIZE] = 0xff;
     if (!bridge) {
         pci->config[PCI_INTERRUPT_PIN] = 1;
         pci->writable[PCI_INTERRUPT_LINE] = 0xff;

@@ -11,6 +11,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include <linux/pci_regs.h> /* offsets and bits of configuration space */
+
 #include "device/bus.h"
 #include "device/device.h"
 #include "device/irq.h"
@@ -22,18 +24,6 @@ struct pci_device;
 #define PCI_CONFIG_SIZE 4096
 #define PCI_MAX_MSIX 64
 #define PCI_SLOTS 32
-
-/* Offsets of the common header, and command register bits. */
-enum {
-    PCI_VENDOR_ID = 0x00, PCI_DEVICE_ID = 0x02, PCI_COMMAND = 0x04, PCI_STATUS = 0x06,
-    PCI_REVISION = 0x08, PCI_CLASS = 0x09, PCI_CACHE_LINE = 0x0c, PCI_HEADER_TYPE = 0x0e,
-    PCI_BAR0 = 0x10, PCI_SUBSYSTEM_VENDOR = 0x2c, PCI_SUBSYSTEM = 0x2e, PCI_CAP_POINTER = 0x34,
-    PCI_INTERRUPT_LINE = 0x3c, PCI_INTERRUPT_PIN = 0x3d,
-    PCI_COMMAND_IO = 1 << 0, PCI_COMMAND_MEMORY = 1 << 1, PCI_COMMAND_MASTER = 1 << 2,
-    PCI_COMMAND_INTX_OFF = 1 << 10,
-    PCI_STATUS_INTX = 1 << 3, PCI_STATUS_CAPS = 1 << 4,
-    PCI_CAP_ID_VENDOR = 0x09, PCI_CAP_ID_EXPRESS = 0x10, PCI_CAP_ID_MSIX = 0x11,
-};
 
 struct pci_bar {
     uint64_t size;              /* 0: absent; power of two, at least 16 */

@@ -25,16 +25,16 @@ void pci_set_ids(struct pci_device *pci, uint16_t vendor, uint16_t device, uint8
 {
     store_le16(&pci->config[PCI_VENDOR_ID], vendor);
     store_le16(&pci->config[PCI_DEVICE_ID], device);
-    pci->config[PCI_REVISION] = revision;
-    pci->config[PCI_CLASS] = (uint8_t)class_code;
-    store_le16(&pci->config[PCI_CLASS + 1], (uint16_t)(class_code >> 8));
-    store_le16(&pci->config[PCI_SUBSYSTEM_VENDOR], sub_vendor);
-    store_le16(&pci->config[PCI_SUBSYSTEM], sub_device);
+    pci->config[PCI_REVISION_ID] = revision;
+    pci->config[PCI_CLASS_PROG] = (uint8_t)class_code;
+    store_le16(&pci->config[PCI_CLASS_PROG + 1], (uint16_t)(class_code >> 8));
+    store_le16(&pci->config[PCI_SUBSYSTEM_VENDOR_ID], sub_vendor);
+    store_le16(&pci->config[PCI_SUBSYSTEM_ID], sub_device);
 }
 
 void pci_set_bar(struct pci_device *pci, unsigned index, const struct pci_bar *bar)
 {
-    unsigned at = PCI_BAR0 + 4 * index;
+    unsigned at = PCI_BASE_ADDRESS_0 + 4 * index;
     pci->bar[index] = *bar;
     pci->bar[index].mapped = false;
     uint64_t mask = ~(bar->size - 1);
@@ -61,18 +61,18 @@ unsigned pci_add_capability(struct pci_device *pci, uint8_t id, unsigned len)
     memset(&pci->writable[at], 0, end - at);
     pci->config[at] = id;
     /* At the end of the list, so that guests see them in the order they were added. */
-    unsigned link = PCI_CAP_POINTER;
+    unsigned link = PCI_CAPABILITY_LIST;
     while (pci->config[link])
         link = pci->config[link] + 1u;
     pci->config[link] = (uint8_t)at;
-    pci->config[PCI_STATUS] |= PCI_STATUS_CAPS;
+    pci->config[PCI_STATUS] |= PCI_STATUS_CAP_LIST;
     pci->next_cap = end;
     return at;
 }
 
 unsigned pci_add_pcie_capability(struct pci_device *pci)
 {
-    unsigned at = pci_add_capability(pci, PCI_CAP_ID_EXPRESS, 0x3c);
+    unsigned at = pci_add_capability(pci, PCI_CAP_ID_EXP, 0x3c);
     store_le16(&pci->config[at + 2], 2 | 9 << 4);       /* version 2, root complex integrated endpoint */
     store_le32(&pci->config[at + 4], 1u << 15);         /* role-based error reporting */
     store_le16(&pci->writable[at + 8], 0x7fef);         /* device control; relaxed ordering stays 0 */
@@ -84,7 +84,7 @@ unsigned pci_add_pcie_capability(struct pci_device *pci)
 uint64_t pci_bar_address(const struct pci_device *pci, unsigned index)
 {
     const struct pci_bar *bar = &pci->bar[index];
-    unsigned at = PCI_BAR0 + 4 * index;
+    unsigned at = PCI_BASE_ADDRESS_0 + 4 * index;
     uint16_t command = command_of(pci);
     if (!bar->size || !(command & (bar->is_io ? PCI_COMMAND_IO : PCI_COMMAND_MEMORY)))
         return UINT64_MAX;
@@ -102,7 +102,7 @@ uint64_t pci_bar_address(const struct pci_device *pci, unsigned index)
 
 void pci_set_bar_address(struct pci_device *pci, unsigned index, uint64_t address)
 {
-    unsigned at = PCI_BAR0 + 4 * index;
+    unsigned at = PCI_BASE_ADDRESS_0 + 4 * index;
     uint32_t fixed = load_le32(&pci->config[at]) & ~load_le32(&pci->writable[at]);
     store_le32(&pci->config[at], fixed | (uint32_t)address);
     if (pci->bar[index].is_64)
@@ -187,11 +187,11 @@ void pci_update_mappings(struct pci_device *pci)
 
 static void update_intx(struct pci_device *pci)
 {
-    pci->config[PCI_STATUS] &= (uint8_t)~PCI_STATUS_INTX;
+    pci->config[PCI_STATUS] &= (uint8_t)~PCI_STATUS_INTERRUPT;
     if (pci->intx_wanted)
-        pci->config[PCI_STATUS] |= PCI_STATUS_INTX;
+        pci->config[PCI_STATUS] |= PCI_STATUS_INTERRUPT;
     if (pci->intx.router)
-        irq_set(&pci->intx, pci->intx_wanted && !(command_of(pci) & PCI_COMMAND_INTX_OFF));
+        irq_set(&pci->intx, pci->intx_wanted && !(command_of(pci) & PCI_COMMAND_INTX_DISABLE));
 }
 
 void pci_set_intx(struct pci_device *pci, bool level)
@@ -224,7 +224,7 @@ void pci_config_write(struct pci_device *pci, unsigned offset, uint32_t value, u
         uint8_t mask = pci->writable[offset + i], byte = (uint8_t)(value >> (8 * i));
         pci->config[offset + i] = (pci->config[offset + i] & ~mask) | (byte & mask);
     }
-    if (touches(offset, size, PCI_COMMAND, 2) || touches(offset, size, PCI_BAR0, 24))
+    if (touches(offset, size, PCI_COMMAND, 2) || touches(offset, size, PCI_BASE_ADDRESS_0, 24))
         pci_update_mappings(pci);
     if (touches(offset, size, PCI_COMMAND, 2))
         update_intx(pci);
@@ -285,8 +285,8 @@ int pci_load(struct pci_device *pci, const struct state_reader *r)
     /* The level on the wire is the interrupt controller's state as well: it is not told again. */
     pci->intx_wanted = wanted & 1;
     pci->intx.level = level & 1;
-    pci->config[PCI_STATUS] &= (uint8_t)~PCI_STATUS_INTX;
+    pci->config[PCI_STATUS] &= (uint8_t)~PCI_STATUS_INTERRUPT;
     if (pci->intx_wanted)
-        pci->config[PCI_STATUS] |= PCI_STATUS_INTX;
+        pci->config[PCI_STATUS] |= PCI_STATUS_INTERRUPT;
     return pci->msix_cap ? pci_msix_load(pci, r) : 0;
 }
