@@ -45,7 +45,7 @@ struct x86_mem {
     int64_t disp;
 };
 
-#define X86_MAX_OPERANDS 6      /* explicit ones first, then implicit ones */
+#define X86_MAX_OPERANDS 6      /* those that assembly syntax shows first, then hidden ones; without the EVEX opmask */
 
 struct x86_insn {
     uint8_t bytes[X86_MAX_INSN];
@@ -56,9 +56,10 @@ struct x86_insn {
     uint8_t addr_size;          /* 2, 4, 8 */
     uint8_t encoding;           /* ZydisInstructionEncoding */
     bool lock, rep, repne;      /* rep: F3 as REP/REPE, repne: F2; only where they have that meaning */
-    bool has_mem;
+    bool has_mem;               /* a memory operand is encoded; else mem describes the hidden one of string
+                                   instructions, XLAT, …: the one whose segment can be overridden */
     uint8_t operands;           /* how many of operand[] are filled */
-    uint8_t visible;            /* how many of those are explicit */
+    uint8_t visible;            /* how many of those assembly syntax shows: ADD AL, 1 has two */
     struct x86_operand operand[X86_MAX_OPERANDS];
     struct x86_mem mem;
     int64_t imm[2];
@@ -69,7 +70,7 @@ struct x86_insn {
     uint8_t modrm_offset, sib_offset, disp_offset, disp_size, imm_offset, imm_size;
     uint8_t rex_offset, vex_offset, vex_size, evex_offset;   /* *_offset valid when the prefix is there: see has_* */
     bool has_rex, has_vex, has_evex;
-    uint8_t prefix_count;       /* legacy prefixes in front */
+    uint8_t prefix_count;       /* bytes before REX, VEX, EVEX or opcode: legacy prefixes, REX without effect */
     uint8_t mask_reg;           /* EVEX opmask k1…k7, 0: none */
     uint8_t mask_zeroing, broadcast;
 };
@@ -80,6 +81,12 @@ struct x86_insn {
  * LOCK on an instruction that does not take it is -EINVAL.
  */
 int x86_decode(struct x86_insn *insn, const uint8_t *bytes, unsigned len, unsigned code_size, bool *gp);
+
+/*
+ * For models without LZCNT or BMI1, which run those opcodes as BSR and BSF. Both are on at start. Before
+ * any vCPU runs: all threads share the decoders.
+ */
+void x86_decode_offer(bool lzcnt, bool tzcnt);
 
 /* Intel syntax, for traces. */
 void x86_format(char *out, size_t size, const uint8_t *bytes, unsigned len, unsigned code_size, uint64_t rip);

@@ -1,0 +1,310 @@
+/*
+ * From guest bytes to struct x86_insn, with Zydis behind it.
+ *
+ * Three decoders, one per code size, are set up once and then only read: any thread may decode. Where
+ * processors differ in what bytes mean, the host's vendor decides, because copied instructions run on the
+ * host: AMD honours the operand-size prefix on near branches in 64-bit mode, Intel ignores it. Extensions that
+ * no model offers and that reuse no-operation opcodes (MPX, CET, CLDEMOTE) decode as NOP.
+ *
+ * Operands keep Zydis' order: those that assembly syntax shows first (also implied ones such as AL in ADD AL, imm8),
+ * hidden ones after them, cut at X86_MAX_OPERANDS. The EVEX opmask is not an operand but mask_reg.
+ */
+#include <cpuid.h>
+#include <errno.h>
+#include <pthread.h>
+#include <string.h>
+
+#include "isa/x86/insn.h"
+#include "isa/x86/state.h"
+
+struct register_info {
+    uint8_t kind, number;
+    uint8_t size;
+};
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static ZydisDecoder decoder[3];     /* 16, 32, 64 bit */
+static bool amd_branches;
+static struct register_info registers[ZYDIS_REGISTER_MAX_VALUE + 1];
+
+static void map_registers(ZydisRegister first, unsigned count, uint8_t kind, unsigned number, uint8_t size)
+{
+    for (unsigned i = 0; i < count; i++)
+        registers[first + i] = (struct register_info){ kind, (uint8_t)(number + i), size };
+}
+
+static void setup(void)
+{
+    static const ZydisMachineMode mode[3] = { ZYDIS_MACHINE_MODE_LEGACY_16, ZYDIS_MACHINE_MODE_LEGACY_32,
+                                              ZYDIS_MACHINE_MODE_LONG_64 };
+    static const ZydisStackWidth stack[3] = { ZYDIS_STACK_WIDTH_16, ZYDIS_STACK_WIDTH_32, ZYDIS_STACK_WIDTH_64 };
+    unsigned eax, ebx = 0, ecx, edx;
+
+    __get_cpuid(0, &eax, &ebx, &ecx, &edx);
+    amd_branches = ebx == signature_AMD_ebx || ebx == 0x6f677948;   /* "Auth", Hygon's "Hygo" */
+    for (unsigned i = 0; i < 3; i++) {
+        ZydisDecoderInit(&decoder[i], mode[i], stack[i]);
+        ZydisDecoderEnableMode(&decoder[i], ZYDIS_DECODER_MODE_AMD_BRANCHES, amd_branches);
+        ZydisDecoderEnableMode(&decoder[i], ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
+        ZydisDecoderEnableMode(&decoder[i], ZYDIS_DECODER_MODE_CET, ZYAN_FALSE);
+        ZydisDecoderEnableMode(&decoder[i], ZYDIS_DECODER_MODE_CLDEMOTE, ZYAN_FALSE);
+    }
+
+    map_registers(ZYDIS_REGISTER_NONE, ZYDIS_REGISTER_MAX_VALUE + 1, OPERAND_OTHER, 0, 0);
+    map_registers(ZYDIS_REGISTER_AL, 4, OPERAND_GPR, 0, 1);
+    map_registers(ZYDIS_REGISTER_AH, 4, OPERAND_GPR8H, 0, 1);
+    map_registers(ZYDIS_REGISTER_SPL, 12, OPERAND_GPR, 4, 1);
+    map_registers(ZYDIS_REGISTER_AX, 16, OPERAND_GPR, 0, 2);
+    map_registers(ZYDIS_REGISTER_EAX, 16, OPERAND_GPR, 0, 4);
+    map_registers(ZYDIS_REGISTER_RAX, 16, OPERAND_GPR, 0, 8);
+    map_registers(ZYDIS_REGISTER_ST0, 8, OPERAND_ST, 0, 10);
+    map_registers(ZYDIS_REGISTER_MM0, 8, OPERAND_MM, 0, 8);
+    map_registers(ZYDIS_REGISTER_XMM0, 32, OPERAND_VEC, 0, 16);
+    map_registers(ZYDIS_REGISTER_YMM0, 32, OPERAND_VEC, 0, 32);
+    map_registers(ZYDIS_REGISTER_ZMM0, 32, OPERAND_VEC, 0, 64);
+    map_registers(ZYDIS_REGISTER_ES, 6, OPERAND_SEG, SEG_ES, 2);
+    map_registers(ZYDIS_REGISTER_CR0, 16, OPERAND_CR, 0, 8);
+    map_registers(ZYDIS_REGISTER_DR0, 16, OPERAND_DR, 0, 8);
+    map_registers(ZYDIS_REGISTER_K0, 8, OPERAND_K, 0, 8);
+    map_registers(ZYDIS_REGISTER_BND0, 4, OPERAND_BND, 0, 16);
+}
+
+void x86_decode_offer(bool lzcnt, bool tzcnt)
+{
+    pthread_once(&once, setup);
+    for (unsigned i = 0; i < 3; i++) {
+        ZydisDecoderEnableMode(&decoder[i], ZYDIS_DECODER_MODE_LZCNT, lzcnt);
+        ZydisDecoderEnableMode(&decoder[i], ZYDIS_DECODER_MODE_TZCNT, tzcnt);
+    }
+}
+
+static uint8_t address_register(ZydisRegister reg)
+{
+    const struct register_info *r = &registers[reg];
+
+    if (reg == ZYDIS_REGISTER_RIP || reg == ZYDIS_REGISTER_EIP || reg == ZYDIS_REGISTER_IP)
+        return X86_REG_RIP;
+    return r->kind == OPERAND_GPR || r->kind == OPERAND_VEC ? r->number : X86_NO_REG;
+}
+
+static void fill_mem(struct x86_insn *insn, const ZydisDecodedOperandMem *m)
+{
+    struct x86_mem *mem = &insn->mem;
+
+    mem->base = address_register(m->base);
+    mem->index = address_register(m->index);
+    mem->scale = mem->index == X86_NO_REG ? 0 : m->scale;
+    mem->vsib_size = m->type == ZYDIS_MEMOP_TYPE_VSIB ? registers[m->index].size : 0;
+    mem->disp = m->disp.value;
+    mem->seg = registers[m->segment].kind == OPERAND_SEG ? registers[m->segment].number : SEG_DS;
+    mem->addr_size = insn->addr_size;
+}
+
+/* Memory operands that only name an address, or a cache line: no bytes are accessed as an operand. */
+static bool names_address_only(uint16_t mnemonic)
+{
+    switch (mnemonic) {
+    case ZYDIS_MNEMONIC_LEA:
+    case ZYDIS_MNEMONIC_NOP:
+    case ZYDIS_MNEMONIC_INVLPG:
+    case ZYDIS_MNEMONIC_CLFLUSH:
+    case ZYDIS_MNEMONIC_CLFLUSHOPT:
+    case ZYDIS_MNEMONIC_CLWB:
+    case ZYDIS_MNEMONIC_PREFETCH:
+    case ZYDIS_MNEMONIC_PREFETCHNTA:
+    case ZYDIS_MNEMONIC_PREFETCHT0:
+    case ZYDIS_MNEMONIC_PREFETCHT1:
+    case ZYDIS_MNEMONIC_PREFETCHT2:
+    case ZYDIS_MNEMONIC_PREFETCHW:
+    case ZYDIS_MNEMONIC_PREFETCHWT1:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static void fill_operand(struct x86_insn *insn, struct x86_operand *o, const ZydisDecodedOperand *z,
+                         unsigned *immediates)
+{
+    const struct register_info *r;
+
+    o->size = z->size / 8;
+    o->read = (z->actions & ZYDIS_OPERAND_ACTION_MASK_READ) != 0;
+    o->write = (z->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) != 0;
+    o->implicit = z->visibility != ZYDIS_OPERAND_VISIBILITY_EXPLICIT;
+    switch (z->type) {
+    case ZYDIS_OPERAND_TYPE_REGISTER:
+        r = &registers[z->reg.value];
+        o->kind = r->kind;
+        o->reg = r->number;
+        if (r->size != 0)
+            o->size = r->size;
+        break;
+    case ZYDIS_OPERAND_TYPE_MEMORY:
+        o->kind = OPERAND_MEM;
+        if (z->visibility != ZYDIS_OPERAND_VISIBILITY_HIDDEN) {
+            insn->has_mem = true;
+            fill_mem(insn, &z->mem);
+            if (names_address_only(insn->mnemonic))
+                o->size = 0;
+        } else if (!insn->has_mem && z->mem.base != ZYDIS_REGISTER_NONE) {
+            uint8_t base = address_register(z->mem.base);
+
+            /*
+             * String instructions, XLAT and the like: of the two of MOVS and CMPS, the operand whose segment
+             * can be overridden. Stack operands are not described.
+             */
+            if (base != RSP && base != RBP && (insn->mem.base == X86_NO_REG || base == RSI))
+                fill_mem(insn, &z->mem);
+        }
+        break;
+    case ZYDIS_OPERAND_TYPE_POINTER:
+        o->kind = OPERAND_FAR;
+        insn->imm[0] = z->ptr.offset;
+        insn->imm[1] = z->ptr.segment;
+        break;
+    case ZYDIS_OPERAND_TYPE_IMMEDIATE:
+        o->kind = z->imm.is_relative ? OPERAND_REL : OPERAND_IMM;
+        o->reg = (uint8_t)(*immediates < 2 ? *immediates : 1);
+        insn->imm[o->reg] = z->imm.value.s;
+        ++*immediates;
+        break;
+    default:
+        o->kind = OPERAND_OTHER;
+        break;
+    }
+}
+
+static bool is_near_branch(const ZydisDecodedInstruction *z)
+{
+    return (z->meta.branch_type == ZYDIS_BRANCH_TYPE_SHORT || z->meta.branch_type == ZYDIS_BRANCH_TYPE_NEAR ||
+            (z->meta.category == ZYDIS_CATEGORY_RET && z->mnemonic == ZYDIS_MNEMONIC_RET && z->opcode != 0xcb &&
+             z->opcode != 0xca));
+}
+
+static bool is_legacy_prefix(uint8_t b)
+{
+    return b == 0x66 || b == 0x67 || b == 0xf0 || b == 0xf2 || b == 0xf3 || b == 0x2e || b == 0x36 || b == 0x3e ||
+           b == 0x26 || b == 0x64 || b == 0x65;
+}
+
+static void fill_encoding(struct x86_insn *insn, const ZydisDecodedInstruction *z)
+{
+    const ZydisDecodedInstructionRaw *raw = &z->raw;
+    unsigned n = 0;
+
+    insn->encoding = (uint8_t)z->encoding;
+    insn->modrm_offset = z->attributes & ZYDIS_ATTRIB_HAS_MODRM ? raw->modrm.offset : 0;
+    insn->sib_offset = z->attributes & ZYDIS_ATTRIB_HAS_SIB ? raw->sib.offset : 0;
+    insn->disp_offset = raw->disp.size != 0 ? raw->disp.offset : 0;
+    insn->disp_size = raw->disp.size / 8;
+    insn->imm_offset = raw->imm[0].size != 0 ? raw->imm[0].offset : 0;
+    insn->imm_size = (raw->imm[0].size + raw->imm[1].size) / 8;
+    if (z->attributes & ZYDIS_ATTRIB_HAS_REX) {
+        insn->has_rex = true;
+        insn->rex_offset = raw->rex.offset;
+    }
+    if (z->attributes & ZYDIS_ATTRIB_HAS_VEX) {
+        insn->has_vex = true;
+        insn->vex_offset = raw->vex.offset;
+        insn->vex_size = raw->vex.size;
+    }
+    if (z->attributes & ZYDIS_ATTRIB_HAS_EVEX) {
+        insn->has_evex = true;
+        insn->evex_offset = raw->evex.offset;
+        insn->mask_reg = raw->evex.aaa;
+        insn->mask_zeroing = raw->evex.z;
+        insn->broadcast = raw->evex.b && raw->modrm.mod != 3;
+    }
+    /* A REX prefix that another prefix follows has no effect; it counts as one of those in front. */
+    while (n < insn->length && (is_legacy_prefix(insn->bytes[n]) ||
+           (insn->code_size == 8 && (insn->bytes[n] & 0xf0) == 0x40 && !(insn->has_rex && n == insn->rex_offset))))
+        n++;
+    insn->prefix_count = (uint8_t)n;
+}
+
+int x86_decode(struct x86_insn *insn, const uint8_t *bytes, unsigned len, unsigned code_size, bool *gp)
+{
+    const ZydisDecoder *d = &decoder[code_size == 8 ? 2 : code_size == 4 ? 1 : 0];
+    ZydisDecodedInstruction z;
+    ZydisDecodedOperand operand[ZYDIS_MAX_OPERAND_COUNT];
+    ZydisDecoderContext context;
+    ZyanStatus status;
+    unsigned count, immediates = 0;
+
+    pthread_once(&once, setup);
+    *gp = false;
+    /* One byte beyond the limit lets Zydis tell "too long" from "more to come". */
+    status = ZydisDecoderDecodeInstruction(d, &context, bytes, len > X86_MAX_INSN ? X86_MAX_INSN + 1u : len, &z);
+    if (!ZYAN_SUCCESS(status)) {
+        if (status == ZYDIS_STATUS_NO_MORE_DATA && len < X86_MAX_INSN)
+            return -EAGAIN;
+        *gp = status == ZYDIS_STATUS_NO_MORE_DATA || status == ZYDIS_STATUS_INSTRUCTION_TOO_LONG;
+        return -EINVAL;
+    }
+    count = z.operand_count;
+    if (!ZYAN_SUCCESS(ZydisDecoderDecodeOperands(d, &context, &z, operand, (ZyanU8)count)))
+        return -EINVAL;
+
+    memset(insn, 0, sizeof(*insn));
+    memcpy(insn->bytes, bytes, z.length);
+    insn->length = z.length;
+    insn->mnemonic = (uint16_t)z.mnemonic;
+    insn->code_size = (uint8_t)code_size;
+    insn->op_size = z.operand_width / 8;
+    insn->addr_size = z.address_width / 8;
+    insn->isa_ext = z.meta.isa_ext;
+    insn->isa_set = z.meta.isa_set;
+    insn->category = z.meta.category;
+    insn->lock = (z.attributes & ZYDIS_ATTRIB_HAS_LOCK) != 0;
+    if (z.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE))
+        insn->rep = true;
+    else if (z.attributes & ZYDIS_ATTRIB_HAS_REPNE) {
+        /* F2 repeats the instructions that do not compare like F3. */
+        insn->rep = (z.attributes & ZYDIS_ATTRIB_ACCEPTS_REP) != 0;
+        insn->repne = !insn->rep;
+    }
+    insn->mem.base = insn->mem.index = X86_NO_REG;
+    insn->mem.seg = SEG_DS;
+    insn->mem.addr_size = insn->addr_size;
+
+    for (unsigned i = 0; i < count && insn->operands < X86_MAX_OPERANDS; i++) {
+        if (operand[i].encoding == ZYDIS_OPERAND_ENCODING_MASK)
+            continue;
+        fill_operand(insn, &insn->operand[insn->operands], &operand[i], &immediates);
+        insn->operands++;
+        if (i < z.operand_count_visible)
+            insn->visible++;
+    }
+    fill_encoding(insn, &z);
+
+    /* Zydis widens these; an AMD processor takes 16 bits from memory or stack and truncates RIP. */
+    if (amd_branches && code_size == 8 && (z.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE) &&
+        !(insn->has_rex && z.raw.rex.W) && is_near_branch(&z)) {
+        insn->op_size = 2;
+        if (insn->visible > 0 && (insn->operand[0].kind == OPERAND_GPR || insn->operand[0].kind == OPERAND_MEM))
+            insn->operand[0].size = 2;
+    }
+    return 0;
+}
+
+void x86_format(char *out, size_t size, const uint8_t *bytes, unsigned len, unsigned code_size, uint64_t rip)
+{
+    const ZydisDecoder *d = &decoder[code_size == 8 ? 2 : code_size == 4 ? 1 : 0];
+    ZydisDecodedInstruction z;
+    ZydisDecodedOperand operand[ZYDIS_MAX_OPERAND_COUNT];
+    ZydisFormatter formatter;
+
+    if (size == 0)
+        return;
+    pthread_once(&once, setup);
+    ZydisFormatterInit(&formatter, ZYDIS_FORMATTER_STYLE_INTEL);
+    if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(d, bytes, len, &z, operand)) ||
+        !ZYAN_SUCCESS(ZydisFormatterFormatInstruction(&formatter, &z, operand, z.operand_count_visible, out, size,
+                                                      rip, NULL))) {
+        static const char bad[] = "(bad)";
+
+        memcpy(out, bad, size < sizeof(bad) ? size : sizeof(bad));
+        out[size - 1] = 0;
+    }
+}
