@@ -132,3 +132,45 @@ apt_unpack() { # PACKAGE DIR
     dpkg-deb -x "$work"/*.deb "$2"
     rm -rf "$work"
 }
+
+now_ms() { date +%s%3N; }
+
+# The first free TCP port of the loopback from FIRST on.
+free_port() { # FIRST
+    python3 - "$1" <<'END'
+import socket, sys
+for port in range(int(sys.argv[1]), 65536):
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        print(port)
+        sys.exit(0)
+sys.exit("no free port")
+END
+}
+
+# Writes FOLDER/ssh_config, with which "ssh -F FOLDER/ssh_config ringfort" reaches the server whose keys
+# are in the folder (see scripts/seed) through a forwarded port, and nobody who only pretends to be it.
+ssh_config() { # FOLDER PORT
+    printf '[127.0.0.1]:%s %s\n' "$2" "$(cat "$1/host_ed25519.pub")" >"$1/known_hosts"
+    cat >"$1/ssh_config" <<END
+Host ringfort
+    HostName 127.0.0.1
+    Port $2
+    User root
+    IdentityFile "$1/id_ed25519"
+    IdentitiesOnly yes
+    UserKnownHostsFile "$1/known_hosts"
+    StrictHostKeyChecking yes
+    ConnectTimeout 120
+    LogLevel ERROR
+END
+}
+
+# The engine that a machine was run by, from its --stats file.
+stats_engine() { # FILE OTHERWISE
+    python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["engine"])' "$1" 2>/dev/null || echo "$2"
+}
