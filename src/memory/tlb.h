@@ -52,8 +52,12 @@ static inline void *tlb_lookup(const struct tlb_set *set, gva_t va, unsigned siz
     return NULL;
 }
 
+/* Makes a set of fresh zero pages usable without touching more than its first entry. */
+void tlb_init(struct tlb_set *set);
 void tlb_flush(struct tlb_set *set);
 void tlb_flush_page(struct tlb_set *set, gva_t va);
+/* Drops the pages in [start, start+size). Walks the set. */
+void tlb_flush_range(struct tlb_set *set, gva_t start, uint64_t size);
 /* Fills one kind of the entry for va's page; other kinds stay if they are of the same page and host page. */
 void tlb_fill(struct tlb_set *set, gva_t va, const void *host_page, enum tlb_kind kind);
 /* Makes writes to this host page miss, wherever it is mapped. Walks the set. */

@@ -49,10 +49,11 @@ enum { VIEW_USER, VIEW_KERNEL, VIEW_KERNEL_AC, VIEWS };   /* KERNEL: SMAP bites;
 struct x86_tlb_space {
     struct tlb_set view[VIEWS];
     uint64_t cr3_key;           /* PCID and validity; see mmu.c */
-    /* Virtual ranges filled from large pages: INVLPG in them flushes the space. */
-    uint64_t large_start, large_end;
+    /* Which 2 MiB and 1 GiB ranges were filled from large pages (hashed): INVLPG there drops all of the large page. */
+    uint64_t large[16];
     uint64_t used;              /* for replacement */
-};
+    uint8_t dirty;              /* bit n: view[n] may hold entries; a clear one needs no flush */
+} __attribute__((aligned(64)));
 
 /* What the engine above wants to know. */
 struct x86_cpu;
@@ -74,6 +75,7 @@ struct x86_cpu {
     uint32_t arith;
     _Atomic uint32_t request;
     uint64_t next_rip;
+    uint64_t zero;              /* always 0: stands for an absent register in an address */
 
     /* Derived from s by x86_update_mode(): */
     struct tlb_set *tlb;        /* view in force for data accesses at CPL */
@@ -110,6 +112,13 @@ struct x86_cpu {
     uint64_t tlb_misses, tlb_flushes, page_walks, exceptions, interrupts, mmio_exits, port_exits, halts;
 
     struct x86_tlb_space *spaces;   /* X86_TLB_SPACES of them */
+
+    /* Of mmu.c. */
+    uint64_t pdpte[4];          /* PAE paging: loaded with CR3 */
+    uint64_t space_clock;       /* for x86_tlb_space.used */
+    uint8_t phys_bits;          /* MAXPHYADDR of the model */
+    bool has_gib_pages, has_nx;
+    bool amd;                   /* the model's vendor is AMD (or Hygon): a few instructions differ */
 };
 
 /* ---- life cycle (cpu.c) ---- */

@@ -1,0 +1,88 @@
+/*
+ * The soft TLB's maintenance: see tlb.h for what an entry means.
+ *
+ * Runs in the thread of the vCPU that owns the set. A tag of zero is the cheapest one
+ * that misses: it could only match page 0, whose index is 0, so a set is cleared by filling it with
+ * zeros and giving entry 0 alone its proper tags.
+ */
+#include "memory/tlb.h"
+
+#include <string.h>
+
+static const struct tlb_entry first_empty = {
+    .tag = {-(1ull << GUEST_PAGE_SHIFT), -(1ull << GUEST_PAGE_SHIFT), -(1ull << GUEST_PAGE_SHIFT)},
+};
+
+static void clear_entry(struct tlb_set *set, unsigned index)
+{
+    uint64_t never = tlb_never(index);
+    set->entry[index] = (struct tlb_entry){.tag = {never, never, never}};
+}
+
+void tlb_init(struct tlb_set *set)
+{
+    set->entry[0] = first_empty;
+}
+
+void tlb_flush(struct tlb_set *set)
+{
+    memset(set, 0, sizeof(*set));
+    set->entry[0] = first_empty;
+}
+
+/* Whether any kind of the entry is for this page. */
+static bool holds(const struct tlb_entry *e, uint64_t page_tag)
+{
+    return e->tag[TLB_READ] == page_tag || e->tag[TLB_WRITE] == page_tag || e->tag[TLB_EXEC] == page_tag;
+}
+
+void tlb_flush_page(struct tlb_set *set, gva_t va)
+{
+    unsigned index = tlb_index(va);
+    if (holds(&set->entry[index], -(va & GUEST_PAGE_MASK)))
+        clear_entry(set, index);
+}
+
+void tlb_flush_range(struct tlb_set *set, gva_t start, uint64_t size)
+{
+    for (unsigned i = 0; i < TLB_ENTRIES; i++) {
+        const struct tlb_entry *e = &set->entry[i];
+        for (unsigned kind = TLB_READ; kind <= TLB_EXEC; kind++) {
+            gva_t page = -e->tag[kind];
+            if (tlb_index(page) == i && page - start < size) {
+                clear_entry(set, i);
+                break;
+            }
+        }
+    }
+}
+
+void tlb_fill(struct tlb_set *set, gva_t va, const void *host_page, enum tlb_kind kind)
+{
+    unsigned index = tlb_index(va);
+    struct tlb_entry *e = &set->entry[index];
+    gva_t page = va & GUEST_PAGE_MASK;
+    uint64_t addend = (uint64_t)(uintptr_t)host_page - page;
+
+    if (e->addend != addend || !holds(e, -page)) {
+        clear_entry(set, index);
+        e->addend = addend;
+    }
+    e->tag[kind] = -page;
+}
+
+void tlb_drop_writes_to(struct tlb_set *set, const void *host_page)
+{
+    for (unsigned i = 0; i < TLB_ENTRIES; i++) {
+        struct tlb_entry *e = &set->entry[i];
+        gva_t page = -e->tag[TLB_WRITE];
+        if (tlb_index(page) == i && page + e->addend == (uint64_t)(uintptr_t)host_page)
+            e->tag[TLB_WRITE] = tlb_never(i);
+    }
+}
+
+void tlb_drop_writes(struct tlb_set *set)
+{
+    for (unsigned i = 0; i < TLB_ENTRIES; i++)
+        set->entry[i].tag[TLB_WRITE] = tlb_never(i);
+}
