@@ -92,6 +92,7 @@ struct virtio_device {
     struct virtq queue[VIRTIO_MAX_QUEUES];
 
     bool paused;                /* between pause and resume */
+    bool dma;                   /* the transport lets it use memory (PCI: bus master) */
     bool draining;              /* somebody waits for chains in flight; nothing new is begun */
     bool running;               /* what ops->running() was told last */
     uint32_t kicked;            /* queues to process */
@@ -123,7 +124,10 @@ static inline bool virtio_has(const struct virtio_device *v, unsigned n)
 }
 /* May chains be taken from the queue now? */
 bool virtio_queue_ready(const struct virtio_device *v, const struct virtq *q);
-/* virtq_pop() with the device's view: guest errors take it out of service; 0 as well when q is not ready. */
+/*
+ * virtq_pop() with the device's view: guest errors take it out of service. -EAGAIN: leave the queue for now,
+ * process() is called again when there is reason to (not ready, or others' turn).
+ */
 int virtio_pop(struct virtio_device *v, struct virtq *q, struct virtq_chain *c);
 /* Gives back one chain and publishes it. The interrupt is virtio_signal()'s. */
 void virtio_push(struct virtio_device *v, struct virtq *q, const struct virtq_chain *c, uint64_t len);
@@ -147,7 +151,10 @@ void virtio_reset_queue(struct virtio_device *v, struct virtq *q);
 /* Reads bytes beyond config_size as ones; drops writes there. */
 void virtio_config_get(struct virtio_device *v, uint64_t offset, void *buf, unsigned len);
 void virtio_config_set(struct virtio_device *v, uint64_t offset, const void *buf, unsigned len);
+/* May the device use memory? When it may not any more, what it had begun is complete on return. */
+void virtio_set_dma(struct virtio_device *v, bool on);
 int virtio_pci_attach(struct virtio_device *v, struct pci_host *host);
+void virtio_pci_detach(struct virtio_device *v);
 void virtio_pci_reset(struct virtio_device *v, bool power_on);
 void virtio_pci_save(struct virtio_device *v, struct state_writer *w);
 int virtio_pci_load(struct virtio_device *v, const struct state_reader *r);
