@@ -57,7 +57,7 @@ out:
     return ret;
 }
 
-void machine_destroy(struct machine *m)
+void machine_destroy_devices(struct machine *m)
 {
     struct device *last_first = NULL;
     while (m->devices) {
@@ -75,6 +75,11 @@ void machine_destroy(struct machine *m)
             d->ops->destroy(d);
     }
     pthread_mutex_unlock(&m->lock);
+}
+
+void machine_destroy(struct machine *m)
+{
+    machine_destroy_devices(m);
     clock_destroy(m->clock);
     loop_destroy(m->loop);
     m->clock = NULL;

@@ -40,7 +40,9 @@ struct machine {
 
 /* manual_clock: for device tests. 0 or a negative errno (logged). */
 int machine_init(struct machine *m, bool manual_clock);
-/* Destroys the devices, last first, then the rest. */
+/* Destroys the devices, last first: the backends can be closed then, while their loop still is. */
+void machine_destroy_devices(struct machine *m);
+/* Destroys the devices that are left, then the rest. */
 void machine_destroy(struct machine *m);
 
 /* Sets dev->ops and a unique id (ops->name + a number), and puts it into the list. */

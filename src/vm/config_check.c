@@ -173,7 +173,7 @@ struct port_range {
     const char *name;
 };
 
-/* The PC's own ports that an isa-debug-exit must not cover; what else there may be, the bus finds. */
+/* The PC's own ports, which an isa-debug-exit must not cover. */
 static const struct port_range board_ports[] = {
     {RTC_PORT, RTC_PORTS, "the clock"},
     {0x64, 1, "the keyboard controller"},
@@ -194,32 +194,30 @@ static const struct port_range *covered(const struct vm_device_config *d, const 
 static int check_ports(const struct vm_config *c)
 {
     const struct config_origin o = {.key = "device"};
-    const struct vm_device_config *testdev = NULL;
+    const struct vm_device_config *exit_device = NULL, *testdev = NULL;
     for (unsigned i = 0; i < c->device_count; i++) {
-        if (c->devices[i].type != VM_DEVICE_PC_TESTDEV)
+        const struct vm_device_config *d = &c->devices[i], **one;
+        if (d->type == VM_DEVICE_DEBUG_EXIT)
+            one = &exit_device;
+        else if (d->type == VM_DEVICE_PC_TESTDEV)
+            one = &testdev;
+        else
             continue;
-        if (testdev)
-            return config_bad(&o, "a machine has at most one pc-testdev; leave one of them out");
-        testdev = &c->devices[i];
+        if (*one && one == &exit_device && d->iobase == (*one)->iobase)
+            return config_bad(&o, "two devices isa-debug-exit with iobase=0x%x; leave one of them out", d->iobase);
+        if (*one)
+            return config_bad(&o, "a machine has at most one %s; leave one of them out",
+                              vm_config_names("device")[d->type]);
+        *one = d;
     }
-    for (unsigned i = 0; i < c->device_count; i++) {
-        const struct vm_device_config *d = &c->devices[i];
-        if (d->type != VM_DEVICE_DEBUG_EXIT)
-            continue;
-        const struct port_range *at = covered(d, board_ports, ARRAY_SIZE(board_ports));
-        if (!at && testdev)
-            at = covered(d, testdev_ports, ARRAY_SIZE(testdev_ports));
-        for (unsigned k = 0; !at && k < i; k++) {
-            const struct vm_device_config *other = &c->devices[k];
-            struct port_range range = {other->iobase, other->iosize, "another isa-debug-exit"};
-            if (other->type == VM_DEVICE_DEBUG_EXIT && covered(d, &range, 1))
-                return config_bad(&o, "isa-debug-exit: iobase=0x%x is taken by %s; did you mean iobase=0x%x?", d->iobase,
-                                  range.name, TESTDEV_EXIT_PORT + 0x10 * i);
-        }
-        if (at)
-            return config_bad(&o, "isa-debug-exit: iobase=0x%x is taken by %s; did you mean iobase=0x%x?", d->iobase,
-                              at->name, TESTDEV_EXIT_PORT);
-    }
+    if (!exit_device)
+        return 0;
+    const struct port_range *at = covered(exit_device, board_ports, ARRAY_SIZE(board_ports));
+    if (!at && testdev)
+        at = covered(exit_device, testdev_ports, ARRAY_SIZE(testdev_ports));
+    if (at)
+        return config_bad(&o, "isa-debug-exit: iobase=0x%x is taken by %s; did you mean iobase=0x%x?",
+                          exit_device->iobase, at->name, TESTDEV_EXIT_PORT);
     return 0;
 }
 

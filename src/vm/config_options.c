@@ -155,7 +155,7 @@ static int set_named(const struct config_origin *o, const json_t *v, const char 
                      char **out)
 {
     unsigned i;
-    int r = config_choice(o, v, what, names, &i);
+    int r = config_choice(o, NULL, v, what, names, &i);
     return r < 0 ? r : config_string(o, v, false, out);
 }
 
@@ -200,7 +200,7 @@ static int read_disk(const struct config_origin *o, const json_t *object, struct
     if (r == 0 && (v = json_object_get(object, "readonly")))
         r = config_bool(o, "readonly", v, &d->block.readonly);
     if (r == 0 && (v = json_object_get(object, "cache")))
-        r = config_choice(o, v, "a cache mode", cache_names, &cache);
+        r = config_choice(o, "cache", v, "a cache mode", cache_names, &cache);
     d->block.cache = (enum block_cache)cache;
     if (r == 0 && (v = json_object_get(object, "serial"))) {
         r = config_string(o, v, false, &d->serial);
@@ -321,7 +321,7 @@ static int set_net(struct vm_config *c, const struct config_origin *o, const jso
         return r;
 
     v = json_object_get(object, "type");
-    r = v ? config_choice(o, v, "a kind of net", net_names, &type)
+    r = v ? config_choice(o, NULL, v, "a kind of net", net_names, &type)
           : config_bad(o, "lacks its type; did you mean %s?", o->file ? "{\"type\": \"user\"}" : "--net user,...");
     bool none = r == 0 && type > VM_NET_TAP;
     if (none)
@@ -389,7 +389,7 @@ static int read_device(const struct config_origin *o, const json_t *object, stru
     const json_t *v = json_object_get(object, "type");
     uint64_t n;
     unsigned type;
-    int r = v ? config_choice(o, v, "a device", device_names, &type)
+    int r = v ? config_choice(o, NULL, v, "a device", device_names, &type)
               : config_bad(o, "lacks its type; did you mean %s?",
                            o->file ? "{\"type\": \"virtio-rng\"}" : "--device virtio-rng");
     if (r < 0)
@@ -446,7 +446,9 @@ static json_t *get_device(const struct vm_config *c)
         const struct vm_device_config *d = &c->devices[i];
         json_t *object = json_pack("{s:s}", "type", device_names[d->type]);
         if (d->type == VM_DEVICE_DEBUG_EXIT) {
-            json_object_set_new(object, "iobase", json_integer(d->iobase));
+            char base[8];
+            snprintf(base, sizeof(base), "0x%x", d->iobase);
+            json_object_set_new(object, "iobase", json_string(base));
             json_object_set_new(object, "iosize", json_integer(d->iosize));
         }
         if (d->console)
@@ -478,7 +480,7 @@ static json_t *get_console(const struct vm_config *c)
 static int set_on_crash(struct vm_config *c, const struct config_origin *o, const json_t *v)
 {
     unsigned i = 0;
-    int r = config_choice(o, v, "what to do", crash_names, &i);
+    int r = config_choice(o, NULL, v, "what to do", crash_names, &i);
     c->on_crash = (enum vm_on_crash)i;
     return r;
 }
@@ -491,7 +493,7 @@ static json_t *get_on_crash(const struct vm_config *c)
 static int set_log_level(struct vm_config *c, const struct config_origin *o, const json_t *v)
 {
     unsigned i = 0;
-    int r = config_choice(o, v, "a level", level_names, &i);
+    int r = config_choice(o, NULL, v, "a level", level_names, &i);
     c->log_level = (enum log_level)i;
     return r;
 }

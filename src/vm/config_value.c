@@ -101,12 +101,12 @@ int config_string(const struct config_origin *o, const json_t *v, bool empty, ch
     return 0;
 }
 
-int config_choice(const struct config_origin *o, const json_t *v, const char *what, const char *const *names,
-                  unsigned *out)
+int config_choice(const struct config_origin *o, const char *sub, const json_t *v, const char *what,
+                  const char *const *names, unsigned *out)
 {
     const char *text = json_string_value(v);
     if (!text)
-        return config_bad(o, "%s is not %s", shown(NULL, v), what);
+        return config_bad(o, "%s is not %s", shown(sub, v), what);
     for (unsigned i = 0; names[i]; i++) {
         if (strcmp(text, names[i]) == 0) {
             *out = i;
@@ -115,11 +115,12 @@ int config_choice(const struct config_origin *o, const json_t *v, const char *wh
     }
     const char *nearest = suggest_nearest(text, names);
     if (nearest)
-        return config_bad(o, "%s is not %s; did you mean %s?", config_quote(text), what, config_form(o, nearest));
+        return config_bad(o, "%s is not %s; did you mean %s%s%s?", shown(sub, v), what, sub ? sub : "",
+                          sub ? "=" : "", sub ? nearest : config_form(o, nearest));
     char all[256] = "";
     for (size_t i = 0, n = 0; names[i] && n < sizeof(all); i++)
         n += (size_t)snprintf(all + n, sizeof(all) - n, "%s%s", i ? ", " : "", names[i]);
-    return config_bad(o, "%s is not %s; there are: %s", config_quote(text), what, all);
+    return config_bad(o, "%s is not %s; there are: %s", shown(sub, v), what, all);
 }
 
 int config_bool(const struct config_origin *o, const char *sub, const json_t *v, bool *out)

@@ -27,12 +27,12 @@ const char *config_form(const struct config_origin *o, const char *value);
 
 /* A string without NUL, not empty unless empty is true. *out is a copy; what it held is freed. */
 int config_string(const struct config_origin *o, const json_t *v, bool empty, char **out);
-/* One of names (NULL-terminated): its index. what: "an engine". */
-int config_choice(const struct config_origin *o, const json_t *v, const char *what, const char *const *names,
-                  unsigned *out);
-/* true, false, "on", "off". sub is the sub-option's name for messages. */
+/* One of names (NULL-terminated): its index. what: "an engine". sub: the sub-option's name, or NULL. */
+int config_choice(const struct config_origin *o, const char *sub, const json_t *v, const char *what,
+                  const char *const *names, unsigned *out);
+/* true, false, "on", "off". */
 int config_bool(const struct config_origin *o, const char *sub, const json_t *v, bool *out);
-/* A number, or text in decimal or with 0x; min…max. sub: the sub-option's name or NULL. */
+/* A number, or text in decimal or with 0x; min…max. */
 int config_uint(const struct config_origin *o, const char *sub, const json_t *v, uint64_t min, uint64_t max,
                 uint64_t *out);
 /* Bytes: a number or text with K, M, G or T. A multiple of 4 KiB in min…max. */

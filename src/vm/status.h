@@ -7,7 +7,7 @@
 #include "vm/vm.h"
 
 /* The status for a start-up that failed with this negative errno. 0 gives VM_STATUS_POWEROFF. */
-static inline enum vm_status vm_status_of(int error)
+static inline int vm_status_of(int error)
 {
     switch (-error) {
     case 0:

@@ -1,0 +1,61 @@
+/* The `ringfort` command: finds the verb. */
+#include "cli/cli.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "vm/config_value.h"
+#include "vm/suggest.h"
+#include "vm/vm.h"
+
+static const struct verb {
+    const char *name, *help;
+    int (*run)(char **args);
+} verbs[] = {
+    {"run", "run a virtual machine", cli_run},
+    {"host", "show what this host offers to each engine", cli_host},
+    {"version", "show the version", cli_version},
+    {"devtest", "drive a machine's devices without a guest, by lines of text", cli_devtest},
+};
+
+static int print_help(void)
+{
+    char text[1024];
+    int n = snprintf(text, sizeof(text), "Usage: ringfort VERB [argument...]\n\n"
+                                         "Runs unmodified operating systems in virtual machines.\n\nVerbs:\n");
+    for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++)
+        n += snprintf(text + n, sizeof(text) - (size_t)n, "  %-9s %s\n", verbs[i].name, verbs[i].help);
+    snprintf(text + n, sizeof(text) - (size_t)n, "\n'ringfort VERB --help' shows a verb's arguments; see also ringfort(1).\n");
+    return cli_print(text);
+}
+
+int main(int argc, char **argv)
+{
+    const char *names[ARRAY_SIZE(verbs) + 2] = {NULL};
+    const char *name = argc > 1 ? argv[1] : "";
+
+    for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++) {
+        names[i] = verbs[i].name;
+        if (strcmp(name, verbs[i].name) == 0)
+            return verbs[i].run(argv + 2);
+    }
+    if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0)
+        return print_help();
+    if (strcmp(name, "--version") == 0)
+        return cli_version((char *[]){NULL});
+    if (!*name) {
+        log_error("a verb is missing: run, host, version or devtest; did you mean 'ringfort run --kernel FILE'?");
+        return VM_STATUS_USAGE;
+    }
+    const char *nearest = suggest_nearest(name, names);
+    if (!nearest && *name == '-')
+        nearest = "run";
+    if (nearest)
+        log_error("unknown verb %s; did you mean 'ringfort %s%s%s'?", config_quote(name), nearest,
+                  *name == '-' ? " " : "", *name == '-' ? name : "");
+    else
+        log_error("unknown verb %s; 'ringfort --help' lists the verbs", config_quote(name));
+    return VM_STATUS_USAGE;
+}

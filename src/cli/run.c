@@ -1,0 +1,84 @@
+/* `ringfort run`: a configuration, then the machine's life. */
+#include "cli/cli.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "vm/status.h"
+#include "vm/vm.h"
+
+static const char help_head[] =
+    "Usage: ringfort run --kernel FILE [flag...]\n"
+    "       ringfort run --config FILE [flag...]\n\n"
+    "Runs a virtual machine in the foreground until the guest powers off.\n";
+static const char help_tail[] =
+    "\n"
+    "Leaving: the guest powers off; or Ctrl-] on the terminal ends the run at once. SIGTERM, SIGINT\n"
+    "and SIGHUP press the guest's power button; the second of them ends the run at once. Disks are\n"
+    "flushed either way. Ctrl-C on the terminal goes to the guest.\n\n"
+    "Exit status:\n"
+    "  0  the guest powered off\n"
+    "  1  the user ended the run while the guest was running\n"
+    "  2  bad usage or configuration, or a file that is not what it should be\n"
+    "  3  the host lacks something: memory, permission, a free port, a device\n"
+    "  4  the guest crashed beyond continuing (--on-crash exit)\n"
+    "  5  a backend failed for good: no space, I/O error\n"
+    "  V * 2 + 1 after a write of V to isa-debug-exit\n\n"
+    "Example:\n"
+    "  ringfort run --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0 root=/dev/vda1' \\\n"
+    "      --memory 1G --disk path=server.img --net user,hostfwd=tcp:127.0.0.1:2222-:22\n";
+
+static int run_machine(const struct vm_config *config)
+{
+    int status = 0;
+    struct vm *vm = vm_create(config, &status);
+    if (!vm)
+        return status;
+    status = vm_run(vm);
+    vm_destroy(vm);
+    return status;
+}
+
+static int print_config(const struct vm_config *config)
+{
+    char *text = vm_config_to_json(config);
+    int status = text ? cli_print(text) : VM_STATUS_USAGE;
+    free(text);
+    return status;
+}
+
+int cli_run(char **args)
+{
+    struct cli_own_flag own[] = {
+        {.info = {"print-config", NULL, "print the configuration that results, as JSON, and exit", false}}};
+    struct vm_config config;
+
+    if (cli_wants_help(args))
+        return cli_print_help(help_head, own, ARRAY_SIZE(own), help_tail);
+    if (vm_config_init(&config) < 0) {
+        log_error("out of memory");
+        return VM_STATUS_HOST;
+    }
+    int status = cli_read_config(args, "run", own, ARRAY_SIZE(own), &config);
+    if (status)
+        goto out;
+    if (own[0].given) {
+        status = print_config(&config);
+        goto out;
+    }
+    if (!config.kernel) {
+        log_error("run: --kernel is missing; did you mean --kernel vmlinuz?");
+        status = VM_STATUS_USAGE;
+        goto out;
+    }
+    log_set_level(config.log_level);
+    log_set_machine(config.name);
+    status = vm_status_of(vm_config_check_host(&config));
+    if (status == 0)
+        status = run_machine(&config);
+out:
+    vm_config_destroy(&config);
+    return status;
+}
