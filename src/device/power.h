@@ -53,6 +53,9 @@ enum power_event_bit {
  */
 struct power *power_create(struct machine *m, struct pci_host *pci);
 
+/* The machine's power device, or NULL. */
+struct power *power_find(struct machine *m);
+
 /* A press of the power button: the guest is asked to shut down. */
 void power_press_button(struct power *p);
 

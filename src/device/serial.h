@@ -24,7 +24,7 @@ struct serial;
 
 /*
  * Makes a UART at ports base…base+7 whose interrupt (active high, level) is GSI gsi, and adds it to the
- * machine's devices, which own it from then on. console is borrowed; NULL: output vanishes,
+ * machine's devices, which own it from then on. console is borrowed and outlives it; NULL: output vanishes,
  * no input. NULL return: out of resources or the ports are taken (logged).
  */
 struct serial *serial_create(struct machine *m, uint64_t base, unsigned gsi, struct console *console);

@@ -8,7 +8,7 @@
  *   port 0xE0, 4 ports    a 32-bit register, any part readable and writable
  *   port 0xE4, 4 ports    a write of a guest physical address asks that translations of its page be dropped
  *   port 0xE8, 4 ports    a view of the same register that is accessed bytewise
- *   port 0x2000, 24 ports level of GSI n is bit 0 of what is written to port 0x2000 + n
+ *   port 0x2000, 24 ports GSI n is raised by writing non-zero to port 0x2000 + n, lowered by zero
  *   MMIO 0xFF000000       64 KiB of memory that is accessed as MMIO
  *
  * Machine lock held everywhere.
