@@ -38,7 +38,13 @@ struct console_ops {
 void console_connect(struct console *c, const struct console_ops *ops, void *opaque);
 /* The escape handler apart from the device that reads: set by the VM. */
 void console_set_escape(struct console *c, void (*escape)(void *opaque), void *opaque);
-/* The device has room again: deliver kept input. */
+/*
+ * The size of the terminal behind the console; false when it has none. resized: it changed (event loop's
+ * thread, lock held); NULL: nobody asks.
+ */
+bool console_size(const struct console *c, unsigned *columns, unsigned *rows);
+void console_set_resized(struct console *c, void (*resized)(void *opaque), void *opaque);
+/* The device has room again: deliver kept input. Callbacks must not close the console. */
 void console_kick(struct console *c);
 
 #endif
