@@ -316,16 +316,19 @@ static int add_part(json_t *object, const char *key, const char *text)
 int config_object(const struct config_origin *o, const json_t *v, const char *what, const char *first_key,
                   const char *const *keys, json_t **out)
 {
+    int r;
     if (json_is_object(v)) {
-        *out = json_incref((json_t *)v);
-        return config_only_keys(o, v, what, keys);
+        r = config_only_keys(o, v, what, keys);
+        if (r == 0)
+            *out = json_incref((json_t *)v);
+        return r;
     }
     if (!json_is_string(v))
         return config_bad(o, "%s is neither an object nor a string", shown(NULL, v));
 
     json_t *object = json_object();
     char *copy = strdup(json_string_value(v));
-    int r = object && copy ? 0 : -ENOMEM;
+    r = object && copy ? 0 : -ENOMEM;
     bool first = true;
     for (char *part = copy; r == 0 && part; first = false) {
         char *next = cut_part(part), *equals = strchr(part, '=');

@@ -44,6 +44,8 @@ const char *suggest_nearest(const char *word, const char *const *names)
     unsigned least = ~0u;
     size_t len = strlen(word);
 
+    if (len > MAX_WORD)
+        return NULL;
     for (; *names; names++) {
         size_t longer = MAX(len, strlen(*names)), shorter = MIN(len, strlen(*names));
         unsigned d = suggest_distance(word, *names);
