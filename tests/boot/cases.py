@@ -1,0 +1,22 @@
+"""The list of boot tests. See run."""
+
+from dataclasses import dataclass
+from typing import Callable
+
+ALL = []
+
+
+@dataclass
+class Case:
+    name: str
+    function: Callable
+    seconds: int    # bound for the whole case, enforced by ./check
+    alone: bool     # measures time: nothing else may run beside it
+    parts: bool     # gets (report, folder) and names its results itself; else (folder), one result
+
+
+def case(seconds, alone=False, parts=False, name=None):
+    def add(function):
+        ALL.append(Case(name or function.__name__.replace("_", "-"), function, seconds, alone, parts))
+        return function
+    return add
