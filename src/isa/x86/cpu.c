@@ -113,10 +113,12 @@ void x86_update_mode(struct x86_cpu *cpu)
     cpu->long_mode = s->efer & EFER_LMA;
     cpu->cpl = !(s->cr0 & CR0_PE) ? 0 : s->rflags & RFLAGS_VM ? 3 : (uint8_t)SEG_DPL(ss->attr);
     if (cpu->long_mode && (cs->attr & SEG_L)) {
+        cpu->code_base = 0;
         cpu->code_size = cpu->stack_size = 8;
         cpu->flat = true;
         cpu->code_base = 0;
     } else {
+        cpu->code_base = cs->base;
         cpu->code_base = cs->base;
         cpu->code_size = cs->attr & SEG_DB ? 4 : 2;
         cpu->stack_size = ss->attr & SEG_DB ? 4 : 2;
