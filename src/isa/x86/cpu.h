@@ -81,6 +81,7 @@ struct x86_cpu {
     struct tlb_set *tlb;        /* view in force for data accesses at CPL */
     struct tlb_set *tlb_fetch;  /* view for instruction fetch (user or kernel; AC does not matter) */
     struct x86_tlb_space *space;    /* address space in force */
+    uint64_t code_base;         /* linear address of an instruction minus s.rip: CS base outside 64-bit mode, else 0 */
     uint8_t cpl;
     uint8_t code_size;          /* 2, 4, 8 */
     uint8_t stack_size;         /* 2, 4, 8: width of the stack pointer */
@@ -141,7 +142,7 @@ static inline uint64_t x86_rflags(const struct x86_cpu *cpu)
 {
     return (cpu->s.rflags & ~(uint64_t)RFLAGS_ARITH) | ((cpu->arith >> 8) & 0xd5) | ((cpu->arith & 1) << 11);
 }
-/* Sets all of RFLAGS (no privilege checks); bit 1 is forced; calls x86_update_mode if AC or VM changed, requests INTR if IF rises. */
+/* Sets all of RFLAGS (no privilege checks); bit 1 is forced; calls x86_update_mode if AC or VM changed, requests INTR if IF rises and the LAPIC has one. */
 void x86_set_rflags(struct x86_cpu *cpu, uint64_t v);
 static inline void x86_set_arith(struct x86_cpu *cpu, uint64_t rflags)
 {

@@ -1,0 +1,85 @@
+/*
+ * A way to run a vCPU: the one interface of the interpreter, the translator and KVM.
+ *
+ * The machine's state belongs to the machine: an engine holds a vCPU's state only between
+ * import_state() and export_state(), and both are possible whenever run() is not running.
+ */
+#ifndef RINGFORT_ENGINE_ENGINE_H
+#define RINGFORT_ENGINE_ENGINE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "device/irqchip/irqchip.h"
+#include "isa/x86/state.h"
+#include "memory/memory.h"
+
+struct machine;
+struct x86_cpu_model;
+struct engine;
+struct soft_group;
+
+/* Why run() came back. */
+enum vm_exit {
+    VM_EXIT_KICK,               /* vcpu_kick(): pause, stop, engine switch */
+    VM_EXIT_SHUTDOWN,           /* triple fault */
+    VM_EXIT_ERROR,              /* the engine cannot go on (logged) */
+};
+
+struct engine_counters {
+    uint64_t instructions;      /* retired by the guest; 0 where the engine does not count */
+    uint64_t first_user_ns;     /* guest clock at the first user-mode instruction; 0: none yet */
+    uint64_t mmio_exits, port_exits, halts, exceptions, interrupts;
+    uint64_t tlb_misses, tlb_flushes, page_walks;
+    uint64_t blocks_decoded, block_flushes, code_writes;
+};
+
+struct vcpu {
+    struct machine *machine;
+    struct lapic *lapic;
+    const struct x86_cpu_model *model;
+    unsigned index;             /* APIC id */
+    unsigned count;             /* vCPUs of the machine */
+    struct soft_group *group;   /* what the software engines' vCPUs of one machine share */
+    uint64_t tsc_hz;
+    const struct engine *engine;
+    void *data;                 /* the engine's own */
+};
+
+struct engine_report {
+    bool usable;
+    bool fast;                  /* guest kernel code runs natively or nearly so */
+    char text[256];             /* one or two sentences for people: what was found, and what to do if unusable */
+};
+
+struct engine {
+    const char *name;           /* "interp", "translate", "kvm" */
+    const char *summary;
+    void (*probe)(struct engine_report *);
+    /* Power-on state until import_state. 0 or a negative errno (logged). */
+    int (*vcpu_create)(struct vcpu *);
+    void (*vcpu_destroy)(struct vcpu *);
+    /* The vCPU's own thread, without the machine lock. Waits inside while the guest halts. */
+    enum vm_exit (*run)(struct vcpu *);
+    /* Any thread: makes run() return soon; if it is not running, the next call returns at once. */
+    void (*kick)(struct vcpu *);
+    /* Any thread: from the local APIC. */
+    void (*signal)(struct vcpu *, enum lapic_signal, unsigned value);
+    /* While run() is not running. */
+    void (*export_state)(struct vcpu *, struct x86_state *);
+    void (*import_state)(struct vcpu *, const struct x86_state *);
+    /* Any thread: guest memory of this page was written by something that is not a vCPU. */
+    void (*code_written)(struct vcpu *, gpa_t page);
+    /* Any thread; figures may be slightly old. */
+    void (*counters)(const struct vcpu *, struct engine_counters *);
+};
+
+extern const struct engine interp_engine;
+
+/* NULL: no such engine. "auto" is not an engine: see engine_choose(). */
+const struct engine *engine_find(const char *name);
+const struct engine *engine_at(unsigned i);     /* NULL after the last */
+/* The engine that "auto" stands for on this host. */
+const struct engine *engine_choose(void);
+
+#endif

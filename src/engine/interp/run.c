@@ -1,0 +1,232 @@
+/*
+ * The interpreter as an engine: a vCPU's life and its run loop.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "base/log.h"
+#include "device/machine.h"
+#include "engine/interp/interp.h"
+
+/* Room for some 400,000 instructions; guests that need more are decoded anew from time to time. */
+#define ARENA_SIZE MIB(24)
+
+static void drop_code(struct x86_cpu *cpu, gpa_t gpa, unsigned len) { block_invalidate(interp_of(cpu), gpa, len); }
+
+/* Called at block boundaries of the run loop only. */
+static void drop_all(struct x86_cpu *cpu) { block_flush_all(interp_of(cpu)); }
+
+static void hook_code_written(struct x86_cpu *cpu, gpa_t gpa, unsigned len)
+{
+    soft_code_written(&interp_of(cpu)->soft, gpa, len);
+}
+
+/* Blocks are found through the TLB, so a changed mapping is seen there. */
+static void hook_mapping_changed(struct x86_cpu *cpu) {}
+
+static const struct x86_engine_hooks hooks = {
+    .code_written = hook_code_written,
+    .mapping_changed = hook_mapping_changed,
+};
+
+static void interp_destroy(struct vcpu *vcpu)
+{
+    struct interp *it = vcpu->data;
+
+    if (!it)
+        return;
+    soft_leave(&it->soft);
+    block_cache_destroy(it);
+    x86_cpu_destroy(&it->cpu);
+    free(it);
+    vcpu->data = NULL;
+}
+
+static int interp_create(struct vcpu *vcpu)
+{
+    struct interp *it = aligned_alloc(64, align_up(sizeof(*it), 64));
+    int err;
+
+    if (!it) {
+        log_error("out of memory for vCPU %u", vcpu->index);
+        return -ENOMEM;
+    }
+    memset(it, 0, sizeof(*it));
+    vcpu->data = it;
+    err = x86_cpu_init(&it->cpu, vcpu->machine, vcpu->lapic, vcpu->model, vcpu->index);
+    if (!err) {
+        it->cpu.tsc_hz = vcpu->tsc_hz;
+        it->cpu.hooks = &hooks;
+        it->cpu.engine = it;
+        it->soft.drop_code = drop_code;
+        it->soft.drop_all = drop_all;
+        err = block_cache_init(it, ARENA_SIZE);
+    }
+    if (!err)
+        err = soft_join(vcpu->group, &it->soft, &it->cpu);
+    if (err)
+        interp_destroy(vcpu);
+    return err;
+}
+
+/* What keeps an instruction from simply being followed by the next: single step, interrupt shadow. */
+static bool must_step(const struct x86_cpu *cpu)
+{
+    return (cpu->s.rflags & RFLAGS_TF) || cpu->s.interrupt_shadow;
+}
+
+static void execute(struct x86_cpu *cpu, const struct op *op)
+{
+    while (op)
+        op = op->fn(cpu, op);
+}
+
+/* One instruction; REQUEST_DEBUG makes whatever handler it has come back here. */
+static void step(struct x86_cpu *cpu)
+{
+    bool trap = cpu->s.rflags & RFLAGS_TF;
+    unsigned cpl = cpu->cpl;
+
+    x86_request(cpu, REQUEST_DEBUG);
+    cpu->s.interrupt_shadow = 0;
+    execute(cpu, block_step(cpu));
+    atomic_fetch_and(&cpu->request, ~REQUEST_DEBUG);
+    /* No trap after what switched stepping off on its way into the kernel (SYSCALL, INT). */
+    if (trap && (cpl == cpu->cpl || (cpu->s.rflags & RFLAGS_TF))) {
+        cpu->s.dr6 |= 0x4000;
+        x86_raise(cpu, X86_DB);
+    }
+}
+
+static enum vm_exit interp_run(struct vcpu *vcpu)
+{
+    struct interp *it = vcpu->data;
+    struct x86_cpu *cpu = &it->cpu;
+    enum vm_exit exit;
+    jmp_buf fault;
+
+    soft_enter(&it->soft);
+    cpu->fault_jmp = &fault;
+    if (_setjmp(fault)) {
+        it->arena_reserve = false;
+        atomic_fetch_and(&cpu->request, ~REQUEST_DEBUG);
+        x86_deliver_exception(cpu);
+    }
+    for (;;) {
+        uint32_t request = atomic_load(&cpu->request);
+
+        if (unlikely(request)) {
+            if (request & REQUEST_EXIT) {
+                atomic_fetch_and(&cpu->request, ~REQUEST_EXIT);
+                exit = VM_EXIT_KICK;
+                break;
+            }
+            if (request & (REQUEST_SYNC | REQUEST_CODE))
+                soft_handle(&it->soft);
+            if (!cpu->s.interrupt_shadow)
+                x86_handle_requests(cpu);
+        }
+        if (unlikely(it->flush_wanted))
+            block_flush_all(it);
+        if (unlikely(cpu->s.activity != X86_RUNNING)) {
+            if (cpu->s.activity == X86_SHUTDOWN) {
+                exit = VM_EXIT_SHUTDOWN;
+                break;
+            }
+            cpu->s.interrupt_shadow = 0;
+            if (!atomic_load(&cpu->request))
+                soft_wait(&it->soft);
+            continue;
+        }
+        if (unlikely(cpu->cpl == 3 && !cpu->first_user_ns))
+            cpu->first_user_ns = clock_now(cpu->machine->clock);
+        if (unlikely(must_step(cpu)))
+            step(cpu);
+        else
+            execute(cpu, block_find(cpu, cpu->s.rip));
+    }
+    cpu->fault_jmp = NULL;
+    soft_exit(&it->soft);
+    return exit;
+}
+
+static void interp_kick(struct vcpu *vcpu) { soft_request(&((struct interp *)vcpu->data)->cpu, REQUEST_EXIT); }
+
+static void interp_signal(struct vcpu *vcpu, enum lapic_signal signal, unsigned value)
+{
+    struct x86_cpu *cpu = &((struct interp *)vcpu->data)->cpu;
+
+    switch (signal) {
+    case LAPIC_INTR: soft_request(cpu, REQUEST_INTR); break;
+    case LAPIC_NMI: soft_request(cpu, REQUEST_NMI); break;
+    case LAPIC_SMI: break;      /* there is no system management mode */
+    case LAPIC_INIT: soft_request(cpu, REQUEST_INIT); break;
+    case LAPIC_SIPI:
+        /* Read when REQUEST_SIPI is seen, which is set after it. */
+        __atomic_store_n(&cpu->s.sipi_vector, (uint8_t)value, __ATOMIC_RELAXED);
+        soft_request(cpu, REQUEST_SIPI);
+        break;
+    }
+}
+
+static void interp_export(struct vcpu *vcpu, struct x86_state *s)
+{
+    x86_cpu_export(&((struct interp *)vcpu->data)->cpu, s);
+}
+
+static void interp_import(struct vcpu *vcpu, const struct x86_state *s)
+{
+    struct x86_cpu *cpu = &((struct interp *)vcpu->data)->cpu;
+
+    x86_cpu_import(cpu, s);
+    x86_request(cpu, REQUEST_INTR);
+}
+
+static void interp_code_written(struct vcpu *vcpu, gpa_t page)
+{
+    soft_post_code(&((struct interp *)vcpu->data)->soft, page);
+}
+
+static void interp_counters(const struct vcpu *vcpu, struct engine_counters *c)
+{
+    const struct interp *it = vcpu->data;
+    const struct x86_cpu *cpu = &it->cpu;
+
+    *c = (struct engine_counters){
+        .instructions = cpu->insns,
+        .first_user_ns = cpu->first_user_ns,
+        .mmio_exits = cpu->mmio_exits,
+        .port_exits = cpu->port_exits,
+        .halts = cpu->halts,
+        .exceptions = cpu->exceptions,
+        .interrupts = cpu->interrupts,
+        .tlb_misses = cpu->tlb_misses,
+        .tlb_flushes = cpu->tlb_flushes,
+        .page_walks = cpu->page_walks,
+        .blocks_decoded = it->blocks_decoded,
+        .block_flushes = it->block_flushes,
+        .code_writes = it->code_writes,
+    };
+}
+
+static void interp_probe(struct engine_report *r)
+{
+    *r = (struct engine_report){ .usable = true };
+    snprintf(r->text, sizeof(r->text), "needs nothing from the host; decodes each instruction once and interprets it");
+}
+
+const struct engine interp_engine = {
+    .name = "interp",
+    .summary = "interpreter with a cache of decoded blocks",
+    .probe = interp_probe,
+    .vcpu_create = interp_create,
+    .vcpu_destroy = interp_destroy,
+    .run = interp_run,
+    .kick = interp_kick,
+    .signal = interp_signal,
+    .export_state = interp_export,
+    .import_state = interp_import,
+    .code_written = interp_code_written,
+    .counters = interp_counters,
+};

@@ -1,0 +1,230 @@
+/*
+ * String instructions: MOVS, STOS, LODS, CMPS, SCAS with and without REP.
+ *
+ * Repeated ones work page by page on host memory where both sides are plain RAM, element by element
+ * otherwise. Registers always say how far the instruction has come, so a fault or an interrupt in
+ * the middle leaves the state of an instruction that continues.
+ */
+#include "engine/interp/compute.h"
+
+struct walk {
+    struct x86_cpu *cpu;
+    unsigned size;              /* of an element, bytes */
+    unsigned addr_size;
+    unsigned seg;               /* source segment */
+    bool plain;                 /* offsets are linear addresses, but for the source's base */
+    bool down;
+    uint64_t src_base;
+};
+
+static gva_t source(const struct walk *w)
+{
+    uint64_t rsi = x86_get_gpr(w->cpu, RSI, w->addr_size);
+
+    return w->plain ? w->src_base + rsi : x86_seg_linear(w->cpu, w->seg, rsi, w->size, false);
+}
+
+static gva_t destination(const struct walk *w, bool write)
+{
+    uint64_t rdi = x86_get_gpr(w->cpu, RDI, w->addr_size);
+
+    return w->plain ? rdi : x86_seg_linear(w->cpu, SEG_ES, rdi, w->size, write);
+}
+
+static void advance(const struct walk *w, unsigned reg, uint64_t elements)
+{
+    uint64_t bytes = elements * w->size;
+
+    x86_set_gpr(w->cpu, reg, w->cpu->s.gpr[reg] + (w->down ? -bytes : bytes), w->addr_size);
+}
+
+static uint64_t load(struct x86_cpu *cpu, gva_t va, unsigned size)
+{
+    switch (size) {
+    case 1: return x86_read8(cpu, va);
+    case 2: return x86_read16(cpu, va);
+    case 4: return x86_read32(cpu, va);
+    default: return x86_read64(cpu, va);
+    }
+}
+
+static void store(struct x86_cpu *cpu, gva_t va, uint64_t v, unsigned size)
+{
+    switch (size) {
+    case 1: x86_write8(cpu, va, (uint8_t)v); break;
+    case 2: x86_write16(cpu, va, (uint16_t)v); break;
+    case 4: x86_write32(cpu, va, (uint32_t)v); break;
+    default: x86_write64(cpu, va, v); break;
+    }
+}
+
+static uint32_t compare(uint64_t a, uint64_t b, unsigned size, uint32_t flags)
+{
+    switch (size) {
+    case 1: compute_cmp8((uint8_t)a, (uint8_t)b, &flags); break;
+    case 2: compute_cmp16((uint16_t)a, (uint16_t)b, &flags); break;
+    case 4: compute_cmp32((uint32_t)a, (uint32_t)b, &flags); break;
+    default: compute_cmp64(a, b, &flags); break;
+    }
+    return flags;
+}
+
+/* Elements from offset up to the end of the page and of the address size's range; 0 when the first crosses. */
+static uint64_t elements_ahead(const struct walk *w, gva_t va, unsigned reg)
+{
+    uint64_t bytes = GUEST_PAGE_SIZE - (va & (GUEST_PAGE_SIZE - 1));
+
+    if (w->addr_size < 8) {
+        uint64_t range = 1ull << (w->addr_size * 8);
+
+        bytes = MIN(bytes, range - x86_get_gpr(w->cpu, reg, w->addr_size));
+    }
+    return bytes / w->size;
+}
+
+/* One element of each kind, or several where that is the same. Returns how many, at least 1, at most limit. */
+static uint64_t step_movs(const struct walk *w, uint64_t limit)
+{
+    gva_t src = source(w), dst = destination(w, true);
+    uint64_t n = 1;
+
+    if (w->plain && !w->down && limit > 1) {
+        n = MIN(MIN(elements_ahead(w, src, RSI), elements_ahead(w, dst, RDI)), limit);
+        if (n > 1) {
+            uint64_t len = n * w->size;
+            const uint8_t *from = x86_host_pointer(w->cpu, src, (unsigned)len, ACCESS_READ);
+            uint8_t *to = from ? x86_host_pointer(w->cpu, dst, (unsigned)len, ACCESS_WRITE) : NULL;
+
+            if (to && ((uint64_t)(to - from) >= len)) {
+                memmove(to, from, len);
+                goto done;
+            }
+        }
+        n = 1;
+    }
+    store(w->cpu, dst, load(w->cpu, src, w->size), w->size);
+done:
+    advance(w, RSI, n);
+    advance(w, RDI, n);
+    return n;
+}
+
+static void fill(uint8_t *to, uint64_t v, unsigned size, uint64_t n)
+{
+    switch (size) {
+    case 1: memset(to, (int)(uint8_t)v, n); break;
+    case 2: for (uint64_t i = 0; i < n; i++) store_le16(to + i * 2, (uint16_t)v); break;
+    case 4: for (uint64_t i = 0; i < n; i++) store_le32(to + i * 4, (uint32_t)v); break;
+    default:
+        if (v == 0)
+            memset(to, 0, n * 8);
+        else
+            for (uint64_t i = 0; i < n; i++)
+                store_le64(to + i * 8, v);
+    }
+}
+
+static uint64_t step_stos(const struct walk *w, uint64_t limit)
+{
+    gva_t dst = destination(w, true);
+    uint64_t n = 1;
+
+    if (w->plain && !w->down && limit > 1) {
+        n = MIN(elements_ahead(w, dst, RDI), limit);
+        if (n > 1) {
+            uint8_t *to = x86_host_pointer(w->cpu, dst, (unsigned)(n * w->size), ACCESS_WRITE);
+
+            if (to) {
+                fill(to, w->cpu->s.gpr[RAX], w->size, n);
+                goto done;
+            }
+        }
+        n = 1;
+    }
+    store(w->cpu, dst, w->cpu->s.gpr[RAX], w->size);
+done:
+    advance(w, RDI, n);
+    return n;
+}
+
+static void step_lods(const struct walk *w)
+{
+    x86_set_gpr(w->cpu, RAX, load(w->cpu, source(w), w->size), w->size);
+    advance(w, RSI, 1);
+}
+
+static void step_cmps(const struct walk *w)
+{
+    uint64_t a = load(w->cpu, source(w), w->size), b = load(w->cpu, destination(w, false), w->size);
+
+    w->cpu->arith = compare(a, b, w->size, w->cpu->arith);
+    advance(w, RSI, 1);
+    advance(w, RDI, 1);
+}
+
+static void step_scas(const struct walk *w)
+{
+    uint64_t b = load(w->cpu, destination(w, false), w->size);
+
+    w->cpu->arith = compare(w->cpu->s.gpr[RAX], b, w->size, w->cpu->arith);
+    advance(w, RDI, 1);
+}
+
+static uint64_t step(const struct walk *w, unsigned what, uint64_t limit)
+{
+    switch (what) {
+    case STRING_MOVS: return step_movs(w, limit);
+    case STRING_STOS: return step_stos(w, limit);
+    case STRING_LODS: step_lods(w); return 1;
+    case STRING_CMPS: step_cmps(w); return 1;
+    default: step_scas(w); return 1;
+    }
+}
+
+const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
+{
+    const struct x86_insn *insn = &((const struct slow_insn *)op->aux)->insn;
+    struct walk w = {
+        .cpu = cpu,
+        .size = op->scale,
+        .addr_size = insn->addr_size,
+        .seg = insn->mem.seg,
+        .down = cpu->s.rflags & RFLAGS_DF,
+    };
+    bool compares = op->sub == STRING_CMPS || op->sub == STRING_SCAS;
+
+    enter_slow(cpu, op);
+    if (cpu->code_size == 8) {
+        w.plain = true;
+        w.src_base = w.seg >= SEG_FS ? cpu->s.seg[w.seg].base : 0;
+    } else {
+        w.plain = cpu->flat && w.seg < SEG_FS;
+    }
+
+    if (!insn->rep && !insn->repne) {
+        step(&w, op->sub, 1);
+        NEXT;
+    }
+    for (;;) {
+        uint64_t count = x86_get_gpr(cpu, RCX, w.addr_size);
+        unsigned budget;
+
+        if (count == 0)
+            NEXT;
+        /* Look up from time to time, so that interrupts wait no longer than for a few pages. */
+        for (budget = 64; budget && count; budget--) {
+            uint64_t n = step(&w, op->sub, count);
+
+            count -= n;
+            x86_set_gpr(cpu, RCX, count, w.addr_size);
+            if (compares && condition(cpu->arith, 4) == insn->repne)
+                NEXT;
+            if (n > 1)
+                budget = budget > 16 ? budget - 15 : 1;
+        }
+        if (count && (atomic_load_explicit(&cpu->request, memory_order_relaxed) || (cpu->s.rflags & RFLAGS_TF))) {
+            cpu->insns += op->n;
+            return NULL;        /* s.rip is this instruction: it goes on later */
+        }
+    }
+}
