@@ -157,6 +157,7 @@ void x86_set_rflags(struct x86_cpu *cpu, uint64_t v)
     x86_set_arith(cpu, v);
     if ((old ^ v) & (RFLAGS_AC | RFLAGS_VM))
         x86_update_mode(cpu);
-    if (v & ~old & RFLAGS_IF)
+    /* An interrupt that comes after this look makes the request itself. */
+    if ((v & ~old & RFLAGS_IF) && cpu->lapic && lapic_pending(cpu->lapic) >= 0)
         x86_request(cpu, REQUEST_INTR);
 }

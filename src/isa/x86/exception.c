@@ -436,8 +436,10 @@ void x86_handle_requests(struct x86_cpu *cpu)
     /* A pending NMI that is blocked waits for IRET, which asks again. */
     if (cpu->s.nmi_pending && !cpu->s.nmi_blocked && cpu->s.activity != X86_SHUTDOWN)
         handle_nmi(cpu);
-    if ((request & REQUEST_INTR) && (cpu->s.rflags & RFLAGS_IF) && cpu->s.activity != X86_SHUTDOWN &&
-        handle_interrupt(cpu))
-        return;
     /* While IF is clear the request is dropped: who sets IF asks again. */
+    if (!(request & REQUEST_INTR) || !(cpu->s.rflags & RFLAGS_IF) || cpu->s.activity == X86_SHUTDOWN)
+        return;
+    /* A handler behind a trap gate can be interrupted at once by a higher priority. */
+    if (handle_interrupt(cpu) && (cpu->s.rflags & RFLAGS_IF))
+        x86_request(cpu, REQUEST_INTR);
 }

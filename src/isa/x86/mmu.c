@@ -13,7 +13,6 @@
 #include <string.h>
 
 #include "base/util.h"
-#include "device/irqchip/irqchip.h"
 
 #define PTE_P 0x001ull
 #define PTE_W 0x002ull
