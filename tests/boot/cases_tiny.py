@@ -1,0 +1,95 @@
+"""Kernels of a few bytes, written here: Multiboot entry and modules, isa-debug-exit, triple fault, reset."""
+
+import struct
+import subprocess
+
+import machine
+from cases import case
+from machine import Machine, check
+
+LOAD = 0x100000
+
+# Each is 32-bit code, entered with EAX = the Multiboot magic and EBX = the information structure.
+EXIT_WITH = {
+    # mov dx, 0x501; mov al, 0x21; out dx, al; hlt
+    "value": b"\x66\xba\x01\x05\xb0\x21\xee\xf4",
+    # cmp eax, 0x2badb002; setne al (0 when entered as specified); out
+    "magic": b"\x3d\x02\xb0\xad\x2b\x0f\x95\xc0\x66\xba\x01\x05\xee\xf4",
+    # mov eax, [ebx+20] (mods_count); out
+    "modules": b"\x8b\x43\x14\x66\xba\x01\x05\xee\xf4",
+    # mov ecx, [ebx+24] (mods_addr); mov ecx, [ecx+8] (2nd field of the 1st is its end, 3rd its string);
+    # mov ecx, [ebx+24]; mov ecx, [ecx+16] (start of the second module); mov al, [ecx]; out
+    "second module": b"\x8b\x4b\x18\x8b\x49\x10\x8a\x01\x66\xba\x01\x05\xee\xf4",
+    # mov ecx, [ebx+16] (command line); the second of its last two letters: scan to the 0; mov al, [ecx-1]
+    # l: cmp byte [ecx], 0; je d; inc ecx; jmp l; d: mov al, [ecx-1]; sub al, '0'; out
+    "command line": b"\x8b\x4b\x10\x80\x39\x00\x74\x03\x41\xeb\xf8\x8a\x41\xff\x2c\x30\x66\xba\x01\x05\xee\xf4",
+}
+# lidt [esp] with a limit of 0 from two pushed zeroes; int3: no handler, no double fault handler.
+TRIPLE_FAULT = b"\xbc\x00\x00\x20\x00\x6a\x00\x6a\x00\x0f\x01\x1c\x24\xcc\xf4"
+# A reset through port 0xCF9; on the second start, a byte of memory would survive: nothing is asked of it.
+# The clock's NVRAM byte 0x70 survives a reset: 0 at first, then 1: leave.
+RESET_ONCE = (b"\xb0\x70\xe6\x70\xe4\x71\x84\xc0\x75\x0c"             # read it; jnz: leave
+              b"\xb0\x01\xe6\x71\x66\xba\xf9\x0c\xb0\x06\xee\xf4"     # set it; out 0xcf9, 6; hlt
+              b"\xb0\x05\x66\xba\x01\x05\xee\xf4")                    # leave with 5
+
+
+def kernel(folder, code):
+    """An ELF32 executable with a Multiboot header (specification 0.6.96 §3.1) in front of the code."""
+    header = struct.pack("<III", 0x1badb002, 0x2, -(0x1badb002 + 0x2) & 0xffffffff)
+    body = header + code
+    at = 52 + 32
+    size = at + len(body)
+    head = struct.pack("<16sHHIIIIIHHHHHH", b"\x7fELF\x01\x01\x01", 2, 3, 1, LOAD + at + len(header), 52, 0, 0, 52, 32, 1, 0, 0, 0)
+    program = struct.pack("<IIIIIIII", 1, 0, LOAD, LOAD, size, size, 7, 0x1000)
+    path = folder / "kernel.elf"
+    path.write_bytes(head + program + body)
+    return path
+
+
+def status_of(folder, code, *args):
+    with Machine(folder, "--kernel", kernel(folder, code), "--device", "isa-debug-exit", *args, memory="64M") as m:
+        return m.wait(30), m.errors
+
+
+def exits(folder, code, value, *args):
+    status, errors = status_of(folder, code, *args)
+    check(status == value << 1 | 1, f"exit status {status} instead of {value << 1 | 1}: {errors}")
+
+
+@case(120, parts=True)
+def tiny_kernels(report, folder):
+    first, second = folder / "first", folder / "second"
+    first.write_bytes(b"\x11" * 100)
+    second.write_bytes(b"\x2a" * 5000)
+    modules = ("--initrd", first, "--initrd", second)
+
+    report.part("tiny-debug-exit", exits, folder, EXIT_WITH["value"], 0x21)
+    report.part("tiny-multiboot-entry", exits, folder, EXIT_WITH["magic"], 0)
+    report.part("tiny-multiboot-no-modules", exits, folder, EXIT_WITH["modules"], 0)
+    report.part("tiny-multiboot-modules", exits, folder, EXIT_WITH["modules"], 2, *modules)
+    report.part("tiny-multiboot-module-content", exits, folder, EXIT_WITH["second module"], 0x2a, *modules)
+    report.part("tiny-multiboot-command-line", exits, folder, EXIT_WITH["command line"], 7, "--cmdline", "a b number=7")
+    report.part("tiny-reset", exits, folder, RESET_ONCE, 5)
+
+    def crash():
+        status, errors = status_of(folder, TRIPLE_FAULT, "--on-crash", "exit")
+        check(status == 4, f"exit status {status} instead of 4 after a triple fault: {errors}")
+        check("triple fault" in errors.lower(), f"nothing is said about the triple fault: {errors!r}")
+
+    report.part("tiny-triple-fault", crash)
+
+    def no_progress():
+        """A guest that halts for ever is ended by the second SIGTERM, not before, and not by itself."""
+        with Machine(folder, "--kernel", kernel(folder, b"\xfa\xf4\xeb\xfd"), memory="64M") as m:
+            try:
+                m.process.wait(1)
+            except subprocess.TimeoutExpired:
+                pass
+            else:
+                raise machine.Failure(f"a halted guest ended with status {m.process.returncode}: {m.errors}")
+            m.process.terminate()
+            m.process.terminate()
+            status = m.wait(20)
+            check(status == 1, f"exit status {status} instead of 1: {m.errors}")
+
+    report.part("tiny-halted-for-ever", no_progress)
