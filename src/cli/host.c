@@ -62,7 +62,7 @@ static void probe_io_uring(struct finding *f)
     struct io_uring ring;
     int r = io_uring_queue_init(4, &ring, 0);
     if (r < 0) {
-        snprintf(f->text, sizeof(f->text), "%s; disks need it: see the sysctl kernel.io_uring_disabled, "
+        snprintf(f->text, sizeof(f->text), "%s; disks use threads instead: see the sysctl kernel.io_uring_disabled, "
                  "RLIMIT_MEMLOCK, or the container's seccomp filter", strerror(-r));
         return;
     }

@@ -300,7 +300,7 @@ static int read_net(const struct config_origin *o, const json_t *object, struct 
             return config_bad(o, "a tap net lacks its interface; did you mean %s?",
                               o->file ? "{\"type\": \"tap\", \"ifname\": \"tap0\"}" : "--net tap,ifname=tap0");
         r = config_string(o, v, false, &name);
-        n->tap.ifname = name;
+        n->tap = (struct net_tap_options){.ifname = name, .vnet_hdr = true};
         /* Linux: IFNAMSIZ with the NUL, no slash, no white space (dev_valid_name). */
         if (r == 0 && (strlen(name) > 15 || strpbrk(name, "/: \t\n")))
             r = config_bad(o, "ifname=%s: an interface name has at most 15 characters, no slash, colon or space; "
