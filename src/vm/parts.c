@@ -102,11 +102,17 @@ int vm_parts_open(struct vm_parts *p, const struct vm_config *c, struct machine 
     return 0;
 }
 
+int vm_parts_build(struct vm_parts *p, struct machine *m, struct pc *pc)
+{
+    p->built = true;
+    return pc_create(pc, m, &p->board);
+}
+
 void vm_parts_close(struct vm_parts *p)
 {
-    for (unsigned i = 0; i < p->board.disk_count; i++)
+    for (unsigned i = 0; !p->built && i < p->board.disk_count; i++)
         block_close(p->disks[i].backend);
-    for (unsigned i = 0; i < p->board.net_count; i++)
+    for (unsigned i = 0; !p->built && i < p->board.net_count; i++)
         net_close(p->nets[i].backend);
     for (unsigned i = 0; i < p->board.console_count; i++)
         console_close(p->consoles[i]);
@@ -116,4 +122,12 @@ void vm_parts_close(struct vm_parts *p)
     free(p->nets);
     free(p->consoles);
     memset(p, 0, sizeof(*p));
+}
+
+void vm_parts_set_escape(struct vm_parts *p, void (*fn)(void *opaque), void *opaque)
+{
+    if (p->serial)
+        console_set_escape(p->serial, fn, opaque);
+    for (unsigned i = 0; i < p->board.console_count; i++)
+        console_set_escape(p->consoles[i], fn, opaque);
 }

@@ -18,18 +18,21 @@ struct vm_config;
 struct vm_parts {
     /* Complete after vm_parts_open(); borrows from the configuration and from here. */
     struct pc_config board;
-    /* What board points to; the backends are owned. */
+    /* What board points to. Consoles are owned; disks and nets go to their devices in vm_parts_build(). */
     struct console *serial;
     struct console **consoles;
     struct pc_disk *disks;
     struct pc_net *nets;
+    bool built;
 };
 
 /*
  * m has its loop and clock. 0 or a negative errno (logged); *p is then closed. vm_status_of() gives the exit status.
  */
 int vm_parts_open(struct vm_parts *p, const struct vm_config *c, struct machine *m);
-/* Between machine_destroy_devices() and machine_destroy(): devices use backends, backends use the loop. Idempotent. */
+/* pc_create() with these parts. 0 or a negative errno (logged). */
+int vm_parts_build(struct vm_parts *p, struct machine *m, struct pc *pc);
+/* Between machine_destroy_devices() and machine_destroy(): devices use consoles, consoles use the loop. Idempotent. */
 void vm_parts_close(struct vm_parts *p);
 
 #endif

@@ -12,6 +12,7 @@ struct vm_config;
 /* Exit statuses of the command (also of vm_create through *status). */
 enum vm_status {
     VM_STATUS_POWEROFF = 0,
+    VM_STATUS_USER = 1,         /* the user ended the run while the guest was running */
     VM_STATUS_STOPPED = 1,      /* the user ended the run (Ctrl-], a second signal) while the guest was running */
     VM_STATUS_USAGE = 2,        /* bad usage or configuration */
     VM_STATUS_HOST = 3,         /* the host lacks something */

@@ -255,7 +255,7 @@ static gpa_t host_to_gpa(struct memory *m, const uint8_t *host, _Atomic uint8_t 
             return r->base + (uint64_t)(host - r->host);
         }
     }
-    return ~(gpa_t)0;
+    __builtin_unreachable();    /* executable TLB entries point into RAM only */
 }
 
 static uint8_t *page_start(const uint8_t *host) { return (uint8_t *)((uintptr_t)host & GUEST_PAGE_MASK); }

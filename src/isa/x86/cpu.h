@@ -103,6 +103,7 @@ struct x86_cpu {
     const struct x86_engine_hooks *hooks;
     void *engine;               /* the engine's own per-vCPU data */
     unsigned index;             /* APIC id */
+    unsigned cpus;              /* how many the machine has, for CPUID's topology; 0 counts as 1 */
     uint64_t tsc_hz;
     gpa_t apic_base;            /* page of the xAPIC window when enabled in xAPIC mode, else ~0 */
     void *on_signal;            /* reserved to the VM layer */

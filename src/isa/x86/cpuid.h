@@ -29,6 +29,8 @@ const struct x86_cpu_model *x86_cpu_model_find(const char *name);
 const struct x86_cpu_model *x86_cpu_model_at(unsigned i);
 /* 0, or -ENOTSUP with *missing naming a feature that the host cannot run for the software engines. Any thread. */
 int x86_cpu_model_usable(const struct x86_cpu_model *m, const char **missing);
+/* Makes the decoders follow this model (LZCNT and TZCNT). Before any vCPU runs; one model per process. */
+void x86_cpu_model_select(const struct x86_cpu_model *m);
 /* What CPUID returns on this vCPU now (OSXSAVE, APIC id, XSAVE sizes, KVM leaves at 0x40000000 filled in). */
 void x86_cpuid(const struct x86_cpu *cpu, uint32_t leaf, uint32_t subleaf, uint32_t out[4]);
 /* Whether the model has the feature that this instruction needs (by its ISA set): false → #UD. */

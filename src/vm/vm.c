@@ -1,0 +1,446 @@
+/*
+ * A machine's life: threads, pause, reset, end.
+ *
+ * The caller of vm_run() runs the event loop; each vCPU has a thread that runs its engine until it is kicked. What
+ * ends or restarts the machine comes in through vm_event() from any thread and is dealt with in the
+ * event loop by settle(), where all vCPUs can be stopped.
+ */
+#include "vm/vm.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/signalfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "board/pc/pc.h"
+#include "device/machine.h"
+#include "device/power.h"
+#include "engine/engine.h"
+#include "engine/soft.h"
+#include "isa/x86/cpuid.h"
+#include "vm/config.h"
+#include "vm/parts.h"
+#include "vm/stats.h"
+#include "vm/status.h"
+
+struct vm_vcpu {
+    struct vcpu vcpu;
+    struct vm *vm;
+    pthread_t thread;
+    bool started;
+    bool running;               /* inside the engine; guarded by vm->gate */
+    uint64_t cpu_ns;            /* the thread's CPU time, once it ended */
+};
+
+struct vm {
+    const struct vm_config *config;
+    struct machine machine;
+    struct vm_parts parts;
+    struct pc pc;
+    struct soft_group *group;
+    const struct engine *engine;
+    const struct x86_cpu_model *model;
+    struct vm_vcpu *vcpus;
+    unsigned cpus;              /* vCPUs created */
+    struct vm_stats *stats;
+    struct loop_fd *signals;
+    int signal_fd;
+    bool parts_open;
+    bool button_pressed;
+
+    /* The gate that vCPU threads pass before they run the guest. */
+    pthread_mutex_t gate;
+    pthread_cond_t gate_changed;
+    bool paused, ending;        /* guarded by gate */
+
+    /* What happened, from any thread; guarded by gate. */
+    struct loop_call settle;
+    bool ended, reset_wanted;
+    int status;
+};
+
+/* ---- vCPU threads ---- */
+
+static void *vcpu_main(void *opaque)
+{
+    struct vm_vcpu *v = opaque;
+    struct vm *vm = v->vm;
+    struct timespec used;
+
+    for (;;) {
+        enum vm_exit exit;
+
+        pthread_mutex_lock(&vm->gate);
+        while (vm->paused && !vm->ending)
+            pthread_cond_wait(&vm->gate_changed, &vm->gate);
+        v->running = !vm->ending;
+        pthread_mutex_unlock(&vm->gate);
+        if (!v->running)
+            break;
+
+        exit = vm->engine->run(&v->vcpu);
+
+        if (exit != VM_EXIT_KICK)
+            machine_raise(&vm->machine, MACHINE_CRASH, 0);
+        pthread_mutex_lock(&vm->gate);
+        v->running = false;
+        /* After a crash this vCPU has nothing to run until settle() has reset it or ended the machine. */
+        if (exit != VM_EXIT_KICK)
+            vm->paused = true;
+        pthread_cond_broadcast(&vm->gate_changed);
+        pthread_mutex_unlock(&vm->gate);
+    }
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
+    v->cpu_ns = (uint64_t)used.tv_sec * 1000000000u + (uint64_t)used.tv_nsec;
+    return NULL;
+}
+
+/* Stops all vCPUs and waits until none is in its engine. Machine lock not held: a vCPU may need it to get out. */
+static void stop_vcpus(struct vm *vm)
+{
+    pthread_mutex_lock(&vm->gate);
+    vm->paused = true;
+    for (unsigned i = 0; i < vm->cpus; i++)
+        vm->engine->kick(&vm->vcpus[i].vcpu);
+    for (unsigned i = 0; i < vm->cpus; i++)
+        while (vm->vcpus[i].running)
+            pthread_cond_wait(&vm->gate_changed, &vm->gate);
+    pthread_mutex_unlock(&vm->gate);
+}
+
+static void start_vcpus(struct vm *vm)
+{
+    pthread_mutex_lock(&vm->gate);
+    vm->paused = false;
+    pthread_cond_broadcast(&vm->gate_changed);
+    pthread_mutex_unlock(&vm->gate);
+}
+
+/* ---- guest start ---- */
+
+/* Puts kernel and tables into memory and the vCPUs into their first state. vCPUs stopped, lock held. */
+static int prepare_guest(struct vm *vm)
+{
+    struct x86_entry entry;
+    int err = pc_load_kernel(&vm->pc, &vm->parts.board, &entry);
+
+    if (err)
+        return err;
+    for (unsigned i = 0; i < vm->cpus; i++) {
+        struct x86_state state;
+
+        x86_state_reset(&state, i == 0);
+        if (i == 0)
+            pc_entry_state(&state, &entry);
+        vm->engine->import_state(&vm->vcpus[i].vcpu, &state);
+    }
+    return 0;
+}
+
+/* ---- events ---- */
+
+/* Any thread, machine lock held or not. */
+static void vm_event(void *opaque, enum machine_event event, int status)
+{
+    struct vm *vm = opaque;
+    bool reset = event == MACHINE_RESET || (event == MACHINE_CRASH && vm->config->on_crash == VM_ON_CRASH_RESET);
+
+    if (event == MACHINE_CRASH)
+        log_warn("the guest crashed (triple fault); %s", reset ? "resetting it" : "leaving");
+    pthread_mutex_lock(&vm->gate);
+    if (reset) {
+        vm->reset_wanted = true;
+    } else if (!vm->ended) {
+        vm->ended = true;
+        vm->status = event == MACHINE_POWEROFF         ? VM_STATUS_POWEROFF
+                     : event == MACHINE_EXIT           ? status
+                     : event == MACHINE_BACKEND_FAILED ? VM_STATUS_BACKEND
+                                                       : VM_STATUS_CRASH;
+    }
+    /* Whoever asked for it does not run on. */
+    vm->paused = true;
+    for (unsigned i = 0; i < vm->cpus; i++)
+        vm->engine->kick(&vm->vcpus[i].vcpu);
+    pthread_mutex_unlock(&vm->gate);
+    loop_schedule(vm->machine.loop, &vm->settle);
+}
+
+static void end_now(struct vm *vm, int status)
+{
+    pthread_mutex_lock(&vm->gate);
+    if (!vm->ended) {
+        vm->ended = true;
+        vm->status = status;
+    }
+    pthread_mutex_unlock(&vm->gate);
+    loop_schedule(vm->machine.loop, &vm->settle);
+}
+
+/* Loop thread, machine lock held. */
+static void settle(void *opaque)
+{
+    struct vm *vm = opaque;
+    bool ended;
+    int err;
+
+    pthread_mutex_unlock(&vm->machine.lock);
+    stop_vcpus(vm);
+    pthread_mutex_lock(&vm->machine.lock);
+
+    pthread_mutex_lock(&vm->gate);
+    ended = vm->ended;
+    vm->reset_wanted = false;
+    pthread_mutex_unlock(&vm->gate);
+    if (ended) {
+        loop_stop(vm->machine.loop);
+        return;
+    }
+    machine_reset_devices(&vm->machine);
+    vm->button_pressed = false;
+    err = prepare_guest(vm);
+    if (err) {
+        end_now(vm, vm_status_of(err));
+        return;
+    }
+    start_vcpus(vm);
+}
+
+static void on_escape(void *opaque) { end_now(opaque, VM_STATUS_USER); }
+
+/* The first signal asks the guest to shut down, the next one does not ask. */
+static void on_signal(void *opaque, int fd, short revents)
+{
+    struct vm *vm = opaque;
+    struct signalfd_siginfo info;
+
+    while (read(fd, &info, sizeof(info)) == (ssize_t)sizeof(info)) {
+        if (vm->button_pressed) {
+            log_warn("signal %u again: leaving at once", info.ssi_signo);
+            end_now(vm, VM_STATUS_USER);
+        } else {
+            log_warn("signal %u: pressing the guest's power button; another one leaves at once", info.ssi_signo);
+            vm->button_pressed = true;
+            power_press_button(vm->pc.power);
+        }
+    }
+}
+
+static int watch_signals(struct vm *vm)
+{
+    sigset_t set;
+
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    vm->signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
+    if (vm->signal_fd < 0) {
+        log_error("cannot watch for signals: %s", strerror(errno));
+        return -errno;
+    }
+    vm->signals = loop_fd_add(vm->machine.loop, vm->signal_fd, POLLIN, on_signal, vm);
+    return vm->signals ? 0 : -ENOMEM;
+}
+
+static void on_code_written(void *opaque, gpa_t page)
+{
+    struct vm *vm = opaque;
+
+    for (unsigned i = 0; i < vm->cpus; i++)
+        vm->engine->code_written(&vm->vcpus[i].vcpu, page);
+}
+
+static void on_lapic(void *opaque, enum lapic_signal signal, unsigned value)
+{
+    struct vm_vcpu *v = opaque;
+
+    v->vm->engine->signal(&v->vcpu, signal, value);
+}
+
+/* ---- making and ending ---- */
+
+static int choose(struct vm *vm)
+{
+    const struct vm_config *c = vm->config;
+    const char *missing;
+
+    vm->engine = strcmp(c->engine, "auto") == 0 ? engine_choose() : engine_find(c->engine);
+    vm->model = x86_cpu_model_find(c->cpu_model);
+    if (!vm->engine || !vm->model) {
+        log_error("engine '%s' or CPU model '%s' is not known", c->engine, c->cpu_model);
+        return -EINVAL;
+    }
+    if (x86_cpu_model_usable(vm->model, &missing)) {
+        log_error("this host cannot run CPU model %s: it lacks %s; use a smaller --cpu-model, or host",
+                  vm->model->name, missing);
+        return -ENOSYS;
+    }
+    return 0;
+}
+
+static int make_vcpus(struct vm *vm)
+{
+    vm->vcpus = calloc(vm->config->cpus, sizeof(*vm->vcpus));
+    vm->group = soft_group_create(&vm->machine);
+    if (!vm->vcpus || !vm->group)
+        return -ENOMEM;
+    for (unsigned i = 0; i < vm->config->cpus; i++) {
+        struct vm_vcpu *v = &vm->vcpus[i];
+        int err;
+
+        v->vm = vm;
+        v->vcpu = (struct vcpu){ .machine = &vm->machine, .lapic = irqchip_lapic(vm->pc.irqchip, i),
+                                 .model = vm->model, .index = i, .count = vm->config->cpus, .group = vm->group,
+                                 .tsc_hz = vm->parts.board.tsc_hz, .engine = vm->engine };
+        err = vm->engine->vcpu_create(&v->vcpu);
+        if (err)
+            return err;
+        vm->cpus++;
+        lapic_connect(v->vcpu.lapic, on_lapic, v);
+    }
+    return 0;
+}
+
+static int start(struct vm *vm)
+{
+    const struct vm_config *c = vm->config;
+    int err = choose(vm);
+
+    if (!err)
+        err = machine_init(&vm->machine, false);
+    if (err)
+        return err;
+    vm->machine.event = vm_event;
+    vm->machine.event_opaque = vm;
+    err = watch_signals(vm);
+    if (!err && c->stats) {
+        err = vm_stats_create(vm->machine.loop, c->stats, &vm->stats);
+        if (!err)
+            vm_stats_set_engine(vm->stats, vm->engine->name);
+    }
+    if (err)
+        return err;
+    err = vm_parts_open(&vm->parts, c, &vm->machine);
+    if (err)
+        return err;
+    vm->parts_open = true;
+    vm->parts.board.tsc_hz = tsc_frequency_hz();
+    err = pc_create(&vm->pc, &vm->machine, &vm->parts.board);
+    if (!err)
+        err = make_vcpus(vm);
+    if (err)
+        return err;
+    vm->machine.memory.code_written = on_code_written;
+    vm->machine.memory.code_written_opaque = vm;
+    pthread_mutex_lock(&vm->machine.lock);
+    machine_reset_devices(&vm->machine);
+    err = prepare_guest(vm);
+    pthread_mutex_unlock(&vm->machine.lock);
+    if (!err)
+        vm_parts_set_escape(&vm->parts, on_escape, vm);
+    return err;
+}
+
+struct vm *vm_create(const struct vm_config *config, int *status)
+{
+    struct vm *vm = calloc(1, sizeof(*vm));
+    int err;
+
+    if (!vm) {
+        log_error("out of memory");
+        *status = VM_STATUS_HOST;
+        return NULL;
+    }
+    vm->config = config;
+    vm->signal_fd = -1;
+    vm->settle = (struct loop_call){ .fn = settle, .opaque = vm };
+    pthread_mutex_init(&vm->gate, NULL);
+    pthread_cond_init(&vm->gate_changed, NULL);
+    err = start(vm);
+    *status = vm_status_of(err);
+    if (err) {
+        vm_destroy(vm);
+        return NULL;
+    }
+    return vm;
+}
+
+static void add_figures(struct vm *vm)
+{
+    struct machine *m = &vm->machine;
+
+    if (!vm->stats)
+        return;
+    for (unsigned i = 0; i < vm->cpus; i++) {
+        struct engine_counters counters;
+
+        vm->engine->counters(&vm->vcpus[i].vcpu, &counters);
+        vm_stats_add_vcpu(vm->stats, &counters, vm->vcpus[i].cpu_ns);
+    }
+    vm_stats_add(vm->stats, "devices/ports/reads", m->ports.reads);
+    vm_stats_add(vm->stats, "devices/ports/writes", m->ports.writes);
+    vm_stats_add(vm->stats, "devices/mmio/reads", m->mmio.reads);
+    vm_stats_add(vm->stats, "devices/mmio/writes", m->mmio.writes);
+    vm_stats_write(vm->stats);
+}
+
+int vm_run(struct vm *vm)
+{
+    int err = 0;
+
+    for (unsigned i = 0; i < vm->cpus; i++) {
+        err = -pthread_create(&vm->vcpus[i].thread, NULL, vcpu_main, &vm->vcpus[i]);
+        if (err) {
+            log_error("cannot start a thread for vCPU %u: %s", i, strerror(-err));
+            end_now(vm, VM_STATUS_HOST);
+            break;
+        }
+        vm->vcpus[i].started = true;
+    }
+    if (!err)
+        err = loop_run(vm->machine.loop);
+
+    pthread_mutex_lock(&vm->gate);
+    vm->ending = true;
+    for (unsigned i = 0; i < vm->cpus; i++)
+        vm->engine->kick(&vm->vcpus[i].vcpu);
+    pthread_cond_broadcast(&vm->gate_changed);
+    pthread_mutex_unlock(&vm->gate);
+    for (unsigned i = 0; i < vm->cpus; i++)
+        if (vm->vcpus[i].started)
+            pthread_join(vm->vcpus[i].thread, NULL);
+    add_figures(vm);
+    return err ? VM_STATUS_HOST : vm->status;
+}
+
+void vm_destroy(struct vm *vm)
+{
+    if (!vm)
+        return;
+    vm_stats_destroy(vm->stats);
+    for (unsigned i = 0; i < vm->cpus; i++) {
+        lapic_connect(vm->vcpus[i].vcpu.lapic, NULL, NULL);
+        vm->engine->vcpu_destroy(&vm->vcpus[i].vcpu);
+    }
+    free(vm->vcpus);
+    soft_group_destroy(vm->group);
+    loop_fd_remove(vm->signals);
+    if (vm->signal_fd >= 0)
+        close(vm->signal_fd);
+    if (vm->parts_open) {
+        machine_destroy_devices(&vm->machine);
+        vm_parts_close(&vm->parts);
+    }
+    if (vm->machine.loop)
+        machine_destroy(&vm->machine);
+    pthread_mutex_destroy(&vm->gate);
+    pthread_cond_destroy(&vm->gate_changed);
+    free(vm);
+}
