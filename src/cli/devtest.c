@@ -26,7 +26,7 @@ static int serve(const struct vm_config *config, const char *path)
     r = vm_parts_open(&parts, config, &m);
     if (r < 0)
         goto out;
-    r = pc_create(&pc, &m, &parts.board);
+    r = vm_parts_build(&parts, &m, &pc);
     if (r == 0)
         r = path ? devtest_serve(&m, path) : devtest_run_fds(&m, STDIN_FILENO, STDOUT_FILENO);
     machine_destroy_devices(&m);
