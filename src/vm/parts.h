@@ -35,4 +35,7 @@ int vm_parts_build(struct vm_parts *p, struct machine *m, struct pc *pc);
 /* Between machine_destroy_devices() and machine_destroy(): devices use consoles, consoles use the loop. Idempotent. */
 void vm_parts_close(struct vm_parts *p);
 
+/* Whichever console is the terminal: fn is called when the user asks to leave (Ctrl-]). Loop thread, lock held. */
+void vm_parts_set_escape(struct vm_parts *p, void (*fn)(void *opaque), void *opaque);
+
 #endif
