@@ -332,7 +332,7 @@ static int start(struct vm *vm)
         return err;
     vm->parts_open = true;
     vm->parts.board.tsc_hz = tsc_frequency_hz();
-    err = pc_create(&vm->pc, &vm->machine, &vm->parts.board);
+    err = vm_parts_build(&vm->parts, &vm->machine, &vm->pc);
     if (!err)
         err = make_vcpus(vm);
     if (err)
@@ -375,6 +375,7 @@ struct vm *vm_create(const struct vm_config *config, int *status)
 static void add_figures(struct vm *vm)
 {
     struct machine *m = &vm->machine;
+    int err;
 
     if (!vm->stats)
         return;
@@ -388,7 +389,10 @@ static void add_figures(struct vm *vm)
     vm_stats_add(vm->stats, "devices/ports/writes", m->ports.writes);
     vm_stats_add(vm->stats, "devices/mmio/reads", m->mmio.reads);
     vm_stats_add(vm->stats, "devices/mmio/writes", m->mmio.writes);
-    vm_stats_write(vm->stats);
+    /* Whoever asked for the figures cannot do without them. */
+    err = vm_stats_write(vm->stats);
+    if (err && vm->status == VM_STATUS_POWEROFF)
+        vm->status = vm_status_of(err);
 }
 
 int vm_run(struct vm *vm)

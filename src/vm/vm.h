@@ -13,7 +13,6 @@ struct vm_config;
 enum vm_status {
     VM_STATUS_POWEROFF = 0,
     VM_STATUS_USER = 1,         /* the user ended the run while the guest was running */
-    VM_STATUS_STOPPED = 1,      /* the user ended the run (Ctrl-], a second signal) while the guest was running */
     VM_STATUS_USAGE = 2,        /* bad usage or configuration */
     VM_STATUS_HOST = 3,         /* the host lacks something */
     VM_STATUS_CRASH = 4,        /* the guest crashed beyond continuing */
