@@ -113,6 +113,10 @@ struct x86_cpu {
     uint64_t first_user_ns;     /* clock_now() at first CPL 3 instruction, 0: not yet */
     uint64_t tlb_misses, tlb_flushes, page_walks, exceptions, interrupts, mmio_exits, port_exits, halts;
 
+    /* native.c's: what its stubs load and store besides the state. */
+    uint32_t native_mxcsr_in, native_mxcsr_out, native_mxcsr_host;
+    uint8_t native_fx[512] __attribute__((aligned(64)));
+
     struct x86_tlb_space *spaces;   /* X86_TLB_SPACES of them */
 
     /* Of mmu.c. */

@@ -131,6 +131,8 @@ static void fill_operand(struct x86_insn *insn, struct x86_operand *o, const Zyd
     o->size = z->size / 8;
     o->read = (z->actions & ZYDIS_OPERAND_ACTION_MASK_READ) != 0;
     o->write = (z->actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) != 0;
+    o->encoding = (uint8_t)z->encoding;
+    o->element = (uint8_t)(z->element_size / 8);
     o->implicit = z->visibility != ZYDIS_OPERAND_VISIBILITY_EXPLICIT;
     switch (z->type) {
     case ZYDIS_OPERAND_TYPE_REGISTER:

@@ -34,6 +34,8 @@ struct x86_operand {
     uint16_t size;              /* bytes; 0: no size (LEA's, CLFLUSH's memory) */
     bool read, write;           /* conditional ones count */
     bool implicit;              /* not in the encoding */
+    uint8_t encoding;           /* ZydisOperandEncoding: which field names it */
+    uint8_t element;            /* bytes of one element of a vector or vector in memory */
 };
 
 struct x86_mem {
