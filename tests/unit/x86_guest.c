@@ -1,0 +1,213 @@
+/* See x86_guest.h. */
+#include "x86_guest.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static uint64_t device_read(void *opaque, uint64_t offset, unsigned size)
+{
+    struct guest *g = opaque;
+    g->device_reads++;
+    g->device_offset = offset;
+    g->device_size = size;
+    return g->device_value >> (offset & 7) * 8;
+}
+
+static void device_write(void *opaque, uint64_t offset, uint64_t value, unsigned size)
+{
+    struct guest *g = opaque;
+    g->device_writes++;
+    g->device_offset = offset;
+    g->device_size = size;
+    g->device_value = value;
+}
+
+static const struct bus_ops device_ops = {.read = device_read, .write = device_write};
+
+static void code_written(struct x86_cpu *cpu, gpa_t gpa, unsigned len)
+{
+    struct guest *g = container_of(cpu, struct guest, cpu);
+    g->code_calls++;
+    g->code_gpa = gpa;
+    g->code_len = len;
+}
+
+static void mapping_changed(struct x86_cpu *cpu)
+{
+    container_of(cpu, struct guest, cpu)->mapping_calls++;
+}
+
+static const struct x86_engine_hooks hooks = {.code_written = code_written, .mapping_changed = mapping_changed};
+
+int guest_setup(void **state)
+{
+    struct guest *g = aligned_alloc(64, align_up(sizeof(*g), 64));
+
+    memset(g, 0, sizeof(*g));
+    assert_int_equal(machine_init(&g->machine, true), 0);
+    assert_int_equal(memory_add_ram(&g->machine.memory, 0, RAM_SIZE), 0);
+    assert_int_equal(memory_add_ram(&g->machine.memory, HIGH_RAM_BASE, HIGH_RAM_SIZE), 0);
+    pthread_mutex_lock(&g->machine.lock);
+    assert_int_equal(bus_add(&g->machine.mmio, DEVICE_BASE, 0x2000, &device_ops, g, "test"), 0);
+    g->chip = irqchip_create(&g->machine, 1, 1000000000);
+    pthread_mutex_unlock(&g->machine.lock);
+    assert_non_null(g->chip);
+
+    assert_int_equal(x86_cpu_init(&g->cpu, &g->machine, irqchip_lapic(g->chip, 0), NULL, 0), 0);
+    g->cpu.hooks = &hooks;
+    struct x86_state *s = &g->cpu.s;
+    s->cr0 = CR0_PE | CR0_ET | CR0_NE | CR0_WP;
+    s->cr3 = GUEST_ROOT;
+    s->rflags = 2;
+    s->gdt = (struct x86_table){.base = GUEST_GDT, .limit = 0xfff};
+    s->idt = (struct x86_table){.base = GUEST_IDT, .limit = 0xfff};
+    g->next_table = GUEST_TABLES;
+    x86_set_arith(&g->cpu, s->rflags);
+    guest_set_cpl(g, 0);
+    x86_tlb_reset(&g->cpu);
+    *state = g;
+    return 0;
+}
+
+int guest_teardown(void **state)
+{
+    struct guest *g = *state;
+
+    x86_cpu_destroy(&g->cpu);
+    machine_destroy(&g->machine);
+    free(g);
+    return 0;
+}
+
+void guest_set_cpl(struct guest *g, unsigned cpl)
+{
+    struct x86_state *s = &g->cpu.s;
+    bool wide = s->efer & EFER_LMA;
+
+    for (unsigned i = 0; i < 6; i++)
+        s->seg[i] = (struct x86_seg){.limit = UINT32_MAX, .attr = 0xc093 | cpl << 5, .selector = (uint16_t)(0x10 | cpl)};
+    s->seg[SEG_CS].attr = (wide ? 0xa09b : 0xc09b) | cpl << 5;
+    s->seg[SEG_CS].selector = (uint16_t)(8 | cpl);
+    x86_update_mode(&g->cpu);
+}
+
+void guest_paging(struct guest *g, enum paging mode)
+{
+    struct x86_state *s = &g->cpu.s;
+
+    memset(guest_ram(g, GUEST_ROOT), 0, GUEST_GDT - GUEST_ROOT);
+    g->next_table = GUEST_TABLES;
+    s->efer = mode == PAGING_32 ? 0 : mode == PAGING_PAE ? EFER_NXE : EFER_NXE | EFER_LME | EFER_LMA;
+    s->cr4 = (mode == PAGING_32 ? CR4_PSE : CR4_PAE) | CR4_OSFXSR;
+    s->cr0 |= CR0_PG;
+    s->cr3 = GUEST_ROOT;
+    if (mode == PAGING_PAE) {
+        for (unsigned i = 0; i < 4; i++) {
+            guest_put(g, GUEST_ROOT + i * 8, g->next_table | PTE_P, 8);
+            g->next_table += GUEST_PAGE_SIZE;
+        }
+    }
+    guest_set_cpl(g, 0);
+    x86_tlb_reset(&g->cpu);
+}
+
+static unsigned entry_size(const struct guest *g)
+{
+    return g->cpu.s.cr4 & CR4_PAE ? 8 : 4;
+}
+
+/* The table that a present entry points to, or a new one with these bits put into it. */
+static gpa_t descend(struct guest *g, gpa_t entry, uint64_t bits)
+{
+    unsigned size = entry_size(g);
+    uint64_t e = guest_get(g, entry, size);
+
+    if (!(e & PTE_P)) {
+        e = g->next_table;
+        g->next_table += GUEST_PAGE_SIZE;
+        assert_true(g->next_table < GUEST_GDT);
+    }
+    gpa_t table = e & 0x000ffffffffff000;
+    guest_put(g, entry, table | PTE_P | bits, size);
+    return table;
+}
+
+void *guest_entry(struct guest *g, gva_t va, unsigned level, uint64_t upper)
+{
+    bool wide = g->cpu.s.efer & EFER_LMA;
+    gpa_t table = g->cpu.s.cr3 & 0x000ffffffffff000;
+
+    if (!(g->cpu.s.cr4 & CR4_PAE)) {
+        gpa_t entry = table + (va >> 22 & 1023) * 4;
+        if (level == 1)
+            entry = descend(g, entry, upper) + (va >> 12 & 1023) * 4;
+        return guest_ram(g, entry);
+    }
+    unsigned at = 4;
+    if (!wide) {
+        table = guest_get(g, table + (va >> 30 & 3) * 8, 8) & 0x000ffffffffff000;
+        at = 2;
+    }
+    for (;; at--) {
+        gpa_t entry = table + (va >> (12 + 9 * (at - 1)) & 511) * 8;
+        if (at == level)
+            return guest_ram(g, entry);
+        table = descend(g, entry, upper);
+    }
+}
+
+void *guest_map(struct guest *g, gva_t va, gpa_t pa, uint64_t size, uint64_t leaf, uint64_t upper)
+{
+    unsigned level = size == GUEST_PAGE_SIZE ? 1 : size == GIB(1) ? 3 : 2;
+    void *e = guest_entry(g, va, level, upper);
+    uint64_t value = pa | leaf | PTE_P | (level > 1 ? PTE_PS : 0);
+
+    if (entry_size(g) == 4 && level == 2)
+        value = (value & 0xffffffff) | (pa >> 32) << 13;
+    memcpy(e, &value, entry_size(g));
+    return e;
+}
+
+uint8_t *guest_ram(struct guest *g, gpa_t pa)
+{
+    uint8_t *page = memory_page(&g->machine.memory, pa, NULL);
+    assert_non_null(page);
+    return page + (pa & 0xfff);
+}
+
+uint64_t guest_get(struct guest *g, gpa_t pa, unsigned size)
+{
+    uint64_t v = 0;
+    memcpy(&v, guest_ram(g, pa), size);
+    return v;
+}
+
+void guest_put(struct guest *g, gpa_t pa, uint64_t value, unsigned size)
+{
+    memcpy(guest_ram(g, pa), &value, size);
+}
+
+_Atomic uint8_t *guest_flags(struct guest *g, gpa_t pa)
+{
+    _Atomic uint8_t *flags;
+    assert_non_null(memory_page(&g->machine.memory, pa, &flags));
+    return flags;
+}
+
+uint64_t guest_desc(uint32_t base, uint32_t limit, uint32_t attr)
+{
+    if (attr & SEG_G)
+        limit >>= 12;
+    return (limit & 0xffff) | (uint64_t)(base & 0xffffff) << 16 | (uint64_t)(attr & 0xf0ff) << 40 |
+           (uint64_t)(limit >> 16 & 0xf) << 48 | (uint64_t)(base >> 24) << 56;
+}
+
+struct x86_insn guest_insn(struct guest *g, const void *bytes, unsigned len)
+{
+    struct x86_insn insn;
+    bool gp;
+
+    assert_int_equal(x86_decode(&insn, bytes, len, g->cpu.code_size, &gp), 0);
+    g->cpu.next_rip = g->cpu.s.rip + insn.length;
+    return insn;
+}

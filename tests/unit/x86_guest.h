@@ -1,0 +1,109 @@
+/*
+ * A vCPU with memory, devices and page tables of the test's making, for tests of paging,
+ * accesses, exceptions and control transfers without an engine.
+ */
+#ifndef RINGFORT_TESTS_X86_GUEST_H
+#define RINGFORT_TESTS_X86_GUEST_H
+
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+
+#include "base/util.h"
+#include "device/irqchip/irqchip.h"
+#include "device/machine.h"
+#include "isa/x86/cpu.h"
+#include "isa/x86/mmu.h"
+#include "isa/x86/segment.h"
+#include "isa/x86/transfer.h"
+
+#define RAM_SIZE MIB(16)
+#define HIGH_RAM_BASE GIB(5)        /* needs 33 address bits */
+#define HIGH_RAM_SIZE MIB(4)
+#define DEVICE_BASE 0x80000000ull   /* two pages of a device that remembers accesses */
+
+/* Physical places, all below 1 MiB. */
+#define GUEST_ROOT 0x10000          /* CR3 */
+#define GUEST_TABLES 0x11000        /* further tables are taken from here upwards */
+#define GUEST_GDT 0x80000
+#define GUEST_IDT 0x82000
+#define GUEST_TSS 0x84000
+#define GUEST_LDT 0x86000
+
+struct guest {
+    struct machine machine;
+    struct x86_cpu cpu;
+    struct irqchip *chip;
+    gpa_t next_table;
+    /* What the device at DEVICE_BASE saw last; reads return device_value. */
+    unsigned device_reads, device_writes;
+    uint64_t device_offset, device_value;
+    unsigned device_size;
+    /* What the code_written hook saw last. */
+    unsigned code_calls;
+    gpa_t code_gpa;
+    unsigned code_len;
+    unsigned mapping_calls;
+};
+
+/* cmocka fixtures: *state is a struct guest *. The vCPU is in 32-bit protected mode without paging, CPL 0, flat. */
+int guest_setup(void **state);
+int guest_teardown(void **state);
+
+/* Paging modes and the page sizes in them. */
+enum paging { PAGING_32, PAGING_PAE, PAGING_4LEVEL };
+/* Turns paging on with empty tables; EFER.NXE where it exists; 4-level: in 64-bit mode. CPL stays 0. */
+void guest_paging(struct guest *g, enum paging mode);
+/* The current privilege level, by SS and CS; flat segments. */
+void guest_set_cpl(struct guest *g, unsigned cpl);
+
+/*
+ * Maps a page of the given size (4 KiB, 2/4 MiB, 1 GiB) with these entry bits (P is added to all levels): leaf in the last
+ * entry, upper in all above. Returns the host address of the leaf entry. Does not flush.
+ */
+void *guest_map(struct guest *g, gva_t va, gpa_t pa, uint64_t size, uint64_t leaf, uint64_t upper);
+/* The entry for va at this level (1: the last), made if need be: as guest_map does. */
+void *guest_entry(struct guest *g, gva_t va, unsigned level, uint64_t upper);
+
+#define PTE_P 0x001ull
+#define PTE_W 0x002ull
+#define PTE_U 0x004ull
+#define PTE_A 0x020ull
+#define PTE_D 0x040ull
+#define PTE_PS 0x080ull
+#define PTE_G 0x100ull
+#define PTE_NX (1ull << 63)
+
+/* Raw guest-physical memory. */
+uint8_t *guest_ram(struct guest *g, gpa_t pa);
+uint64_t guest_get(struct guest *g, gpa_t pa, unsigned size);
+void guest_put(struct guest *g, gpa_t pa, uint64_t value, unsigned size);
+_Atomic uint8_t *guest_flags(struct guest *g, gpa_t pa);
+
+/* An 8-byte segment descriptor: attr in the layout of struct x86_seg. */
+uint64_t guest_desc(uint32_t base, uint32_t limit, uint32_t attr);
+
+/*
+ * Runs a statement that may raise. The value is the vector, or -1 when it came through; the error code is in
+ * cpu.exc_error.
+ */
+#define RAISED(g, ...) \
+    __extension__({ \
+        jmp_buf raised_env_; \
+        jmp_buf *raised_outer_ = (g)->cpu.fault_jmp; \
+        volatile int raised_vector_ = -1; \
+        (g)->cpu.fault_jmp = &raised_env_; \
+        if (setjmp(raised_env_) == 0) { \
+            __VA_ARGS__; \
+        } else { \
+            raised_vector_ = (g)->cpu.exc_vector; \
+        } \
+        (g)->cpu.fault_jmp = raised_outer_; \
+        (int)raised_vector_; \
+    })
+
+/* Decodes the instruction at s.rip's bytes as given and makes next_rip follow it. */
+struct x86_insn guest_insn(struct guest *g, const void *bytes, unsigned len);
+
+#endif
