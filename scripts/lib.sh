@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared shell of the project's scripts: messages, the cache, locks, and a private apt for any suite.
 # To be sourced by bash with `set -euo pipefail` in force. Assumes Debian's apt for the apt_* part.
 
@@ -104,7 +105,7 @@ apt_private() { # SUITE ARCH
     if [ -z "$(find "$dir/updated" -mmin -60 2>/dev/null)" ]; then
         if apt-get "${APT[@]}" -qq update >"$dir/update.log" 2>&1; then
             touch "$dir/updated"
-        elif apt-cache "${APT[@]}" show base-files >/dev/null 2>&1; then
+        elif rm -f "$dir/updated"; apt-cache "${APT[@]}" show base-files >/dev/null 2>&1; then
             # An archive of updates whose mirror is in the middle of a change must not stop
             # everything: what counts is that the release itself is there.
             say "some package lists of $1 ($2) could not be updated; going on without them (see $dir/update.log)"
