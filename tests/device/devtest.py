@@ -10,6 +10,7 @@ import tempfile
 import unittest
 
 IOAPIC = 0xFEC00000
+RINGS, RINGS_SIZE = 0x100000, 0x40000       # where the tests keep virtqueues and buffers
 GSI_SERIAL, GSI_RTC, GSI_GED = 4, 8, 9
 LEVEL, MASKED, LOGICAL, REMOTE_IRR = 1 << 15, 1 << 16, 1 << 11, 1 << 14
 
@@ -55,15 +56,23 @@ class Machine:
             raise Refused(answer[4:].strip())
         return words[1:]
 
+    def batch(self, lines):
+        """Many short requests at once, whatever the answers are."""
+        self.process.stdin.write("".join(line + "\n" for line in lines).encode())
+        self.process.stdin.flush()
+        for line in lines:
+            if not self.process.stdout.readline().endswith(b"\n"):
+                raise AssertionError(f"the machine ended at or after: {line} (status {self.process.wait()})")
+
     def number(self, line):
         return int(self.ask(line)[0], 0)
 
     # Ports, MMIO and RAM as a vCPU sees them; size in bytes.
     def port_in(self, port, size=1):
-        return self.number(f"in{'_bw_l'[size]} {port:#x}")
+        return self.number(f"in{ {1: 'b', 2: 'w', 4: 'l'}[size]} {port:#x}")
 
     def port_out(self, port, value, size=1):
-        self.ask(f"out{'_bw_l'[size]} {port:#x} {value:#x}")
+        self.ask(f"out{ {1: 'b', 2: 'w', 4: 'l'}[size]} {port:#x} {value:#x}")
 
     def load(self, address, size=4):
         return self.number(f"read{ {1: 'b', 2: 'w', 4: 'l', 8: 'q'}[size]} {address:#x}")
@@ -165,6 +174,21 @@ class Machine:
         raise AssertionError(f"this did not come about: {what}")
 
 
+def state_fields(state, path=""):
+    """Saved state (text or bytes) as {path of a field: bytes}, for messages about differences."""
+    data = bytes.fromhex(state[2:]) if isinstance(state, str) else state
+    fields, at = {}, 0
+    while at < len(data):
+        kind, length = data[at:at + 1], data[at + 1]
+        name = path + "/" + data[at + 2:at + 2 + length].decode()
+        at += 2 + length + (4 if kind == b"S" else 0)
+        size = int.from_bytes(data[at:at + 4], "little")
+        body = data[at + 4:at + 4 + size]
+        fields.update(state_fields(body, name) if kind == b"S" else {name: body})
+        at += 4 + size
+    return fields
+
+
 class Case(unittest.TestCase):
     """A machine per test, which must end cleanly; and a folder for files."""
 
@@ -189,6 +213,12 @@ class Case(unittest.TestCase):
         state = self.m.save()
         other = self.machine(*(options or self.options))
         self.assertNotEqual(other.save(), state, "the test must first change something")
+        other.write(RINGS, self.m.read(RINGS, RINGS_SIZE))  # a state is of devices; the rings are in RAM
         other.load_state(state)
-        self.assertEqual(other.save(), state)
+        again = other.save()
+        if again != state:
+            was, now = state_fields(state), state_fields(again)
+            self.fail("saved, loaded and saved again differs in: " + ", ".join(
+                f"{k}: {was.get(k, b'').hex()} now {now.get(k, b'').hex()}"
+                for k in sorted(was | now) if was.get(k) != now.get(k)))
         return other

@@ -212,20 +212,10 @@ int main(int argc, char **argv)
 
     int ret = socket ? devtest_serve(&m, socket) : devtest_run_fds(&m, STDIN_FILENO, STDOUT_FILENO);
 
-    /* As a VM does it: devices first, then the consoles, then the loop they hang on. */
-    pthread_mutex_lock(&m.lock);
-    while (m.devices) {
-        struct device **last = &m.devices;
-        while ((*last)->next)
-            last = &(*last)->next;
-        struct device *d = *last;
-        *last = NULL;
-        m.devices_tail = last;
-        d->ops->destroy(d);
-    }
+    /* Devices hang on consoles, and consoles on the loop. */
+    machine_destroy_devices(&m);
     for (unsigned i = 0; i < console_count; i++)
         console_close(consoles[i]);
-    pthread_mutex_unlock(&m.lock);
     machine_destroy(&m);
     return ret ? 1 : 0;
 }

@@ -243,13 +243,14 @@ bool virtq_wants_interrupt(struct virtq *q)
     if (!avail)
         return false;
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    if (!q->event_idx)
-        return !(load16(avail, __ATOMIC_RELAXED) & VRING_AVAIL_F_NO_INTERRUPT);
-
     uint16_t now = q->used_idx, before = q->signalled_used;
     bool valid = q->signalled_valid;
     q->signalled_used = now;
     q->signalled_valid = true;
+    if (now == before)
+        return false; /* nothing came back: devices ask after each look into the ring */
+    if (!q->event_idx)
+        return !(load16(avail, __ATOMIC_RELAXED) & VRING_AVAIL_F_NO_INTERRUPT);
     return !valid || vring_need_event(load16(avail + avail_used_event(q), __ATOMIC_RELAXED), now, before);
 }
 
