@@ -354,7 +354,7 @@ static void non_canonical(void **state)
             cpu->s.gpr[RSP] = VA + 0x100;
         if (cases[i].bytes[2] == 0x2b)
             cpu->s.gpr[RBP] = 0;
-        volatile gva_t va = cases[i].bytes[0] == 0x50 ? bad - 8 + 0x10 : bad;
+        gva_t va = cases[i].bytes[0] == 0x50 ? bad - 8 + 0x10 : bad;
         assert_int_equal(RAISED(g, x86_read32(cpu, va)), cases[i].vector);
         assert_int_equal(cpu->exc_error, 0);
     }

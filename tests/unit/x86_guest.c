@@ -202,6 +202,105 @@ uint64_t guest_desc(uint32_t base, uint32_t limit, uint32_t attr)
            (uint64_t)(limit >> 16 & 0xf) << 48 | (uint64_t)(base >> 24) << 56;
 }
 
+void guest_gdt(struct guest *g, unsigned selector, uint64_t desc)
+{
+    guest_put(g, GUEST_GDT + (selector & ~7u), desc, 8);
+}
+
+void guest_gate(struct guest *g, unsigned vector, unsigned selector, uint64_t offset, unsigned type, unsigned dpl,
+                bool present, unsigned ist)
+{
+    uint64_t low = (offset & 0xffff) | (uint64_t)selector << 16 | (uint64_t)ist << 32 | (uint64_t)type << 40 |
+                   (uint64_t)dpl << 45 | (uint64_t)present << 47 | (offset >> 16 & 0xffff) << 48;
+
+    if (g->cpu.s.efer & EFER_LMA) {
+        guest_put(g, GUEST_IDT + vector * 16, low, 8);
+        guest_put(g, GUEST_IDT + vector * 16 + 8, offset >> 32, 8);
+    } else {
+        guest_put(g, GUEST_IDT + vector * 8, low, 8);
+    }
+}
+
+static struct x86_seg loaded(struct guest *g, unsigned selector)
+{
+    return x86_seg_from_desc((uint16_t)selector, guest_get(g, GUEST_GDT + (selector & ~7u), 8));
+}
+
+void guest_system(struct guest *g, enum guest_mode mode)
+{
+    struct x86_state *s = &g->cpu.s;
+    bool wide = mode == GUEST_LONG;
+
+    if (mode == GUEST_REAL) {
+        s->cr0 &= ~(CR0_PE | CR0_PG);
+        s->idt = (struct x86_table){.base = 0, .limit = 0x3ff};
+        for (unsigned v = 0; v < 256; v++)
+            guest_put(g, v * 4, 0x10000000u + v * 0x10, 4);
+        for (unsigned i = 0; i < 6; i++)
+            s->seg[i] = (struct x86_seg){.base = 0x20000, .limit = 0xffff, .attr = 0x93, .selector = 0x2000};
+        s->seg[SEG_CS].attr = 0x9b;
+        s->gpr[RSP] = 0x1000;
+        s->rip = 0x345;
+        x86_tlb_reset(&g->cpu);
+        x86_set_rflags(&g->cpu, RFLAGS_IF);
+        return;
+    }
+
+    guest_paging(g, wide ? PAGING_4LEVEL : PAGING_PAE);
+    guest_map(g, 0, 0, MIB(2), PTE_W, PTE_W | PTE_U);
+    guest_map(g, MIB(2), MIB(2), MIB(2), PTE_W | PTE_U, PTE_W | PTE_U);
+
+    memset(guest_ram(g, GUEST_GDT), 0, 0x1000);
+    guest_gdt(g, SEL_KCODE, guest_desc(0, UINT32_MAX, wide ? 0xa09a : 0xc09a));
+    guest_gdt(g, SEL_KDATA, guest_desc(0, UINT32_MAX, 0xc092));
+    guest_gdt(g, SEL_UCODE32, guest_desc(0, UINT32_MAX, 0xc0fa));
+    guest_gdt(g, SEL_UDATA, guest_desc(0, UINT32_MAX, 0xc0f2));
+    guest_gdt(g, SEL_UCODE64, guest_desc(0, UINT32_MAX, 0xa0fa));
+    guest_gdt(g, SEL_CONFORMING, guest_desc(0, UINT32_MAX, wide ? 0xa09e : 0xc09e));
+    guest_gdt(g, SEL_ABSENT_CODE, guest_desc(0, UINT32_MAX, wide ? 0xa01a : 0xc01a));
+    guest_gdt(g, SEL_KCODE_OTHER, guest_desc(0, UINT32_MAX, 0xc09a));
+    guest_gdt(g, SEL_ABSENT_DATA, guest_desc(0, UINT32_MAX, 0xc012));
+    guest_gdt(g, SEL_CODE16, guest_desc(0, 0xffff, 0x009a));
+    guest_gdt(g, SEL_DATA16, guest_desc(0, 0xffff, 0x0092));
+    s->gdt = (struct x86_table){.base = GUEST_GDT, .limit = 0xfff};
+    s->idt = (struct x86_table){.base = GUEST_IDT, .limit = wide ? 0xfff : 0x7ff};
+    for (unsigned v = 0; v < 256; v++)
+        guest_gate(g, v, SEL_KCODE, HANDLER(v), 14, 3, true, 0);
+
+    memset(guest_ram(g, GUEST_TSS), 0, 0x100);
+    s->tr = (struct x86_seg){.base = GUEST_TSS, .limit = 0x67, .attr = 0x8b, .selector = SEL_TSS};
+    if (wide) {
+        guest_put(g, GUEST_TSS + 4, KERNEL_STACK - 0x1000, 8);
+        for (unsigned i = 1; i <= 7; i++)
+            guest_put(g, GUEST_TSS + 0x1c + 8 * i, IST_STACK(i), 8);
+    } else {
+        guest_put(g, GUEST_TSS + 4, KERNEL_STACK - 0x1000, 4);
+        guest_put(g, GUEST_TSS + 8, SEL_KDATA, 2);
+    }
+    s->ldtr = (struct x86_seg){.attr = SEG_UNUSABLE};
+
+    s->seg[SEG_CS] = loaded(g, SEL_KCODE);
+    s->seg[SEG_SS] = loaded(g, SEL_KDATA);
+    for (unsigned i = SEG_DS; i <= SEG_GS; i++)
+        s->seg[i] = loaded(g, SEL_UDATA | 3);
+    s->seg[SEG_ES] = s->seg[SEG_DS];
+    s->gpr[RSP] = KERNEL_STACK;
+    s->rip = 0x150000;
+    x86_tlb_reset(&g->cpu);
+    x86_set_rflags(&g->cpu, RFLAGS_IF);
+}
+
+void guest_enter_user(struct guest *g, bool wide)
+{
+    struct x86_state *s = &g->cpu.s;
+
+    s->seg[SEG_CS] = loaded(g, (wide ? SEL_UCODE64 : SEL_UCODE32) | 3);
+    s->seg[SEG_SS] = loaded(g, SEL_UDATA | 3);
+    s->gpr[RSP] = USER_STACK;
+    s->rip = USER_CODE;
+    x86_update_mode(&g->cpu);
+}
+
 struct x86_insn guest_insn(struct guest *g, const void *bytes, unsigned len)
 {
     struct x86_insn insn;

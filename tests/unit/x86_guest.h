@@ -84,6 +84,11 @@ _Atomic uint8_t *guest_flags(struct guest *g, gpa_t pa);
 /* An 8-byte segment descriptor: attr in the layout of struct x86_seg. */
 uint64_t guest_desc(uint32_t base, uint32_t limit, uint32_t attr);
 
+/* RAISED's callers change no local variable between setjmp and longjmp, which gcc cannot see. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wclobbered"
+#endif
+
 /*
  * Runs a statement that may raise. The value is the vector, or -1 when it came through; the error code is in
  * cpu.exc_error.
@@ -102,6 +107,28 @@ uint64_t guest_desc(uint32_t base, uint32_t limit, uint32_t attr);
         (g)->cpu.fault_jmp = raised_outer_; \
         (int)raised_vector_; \
     })
+
+/*
+ * A small system in one of the three modes, for events and transfers: CPL 0, interrupts on. In the paged modes the first
+ * 2 MiB are the supervisor's, [2 MiB, 4 MiB) the user's, the rest not mapped. Selectors:
+ */
+enum { SEL_KCODE = 0x08, SEL_KDATA = 0x10, SEL_UCODE32 = 0x18, SEL_UDATA = 0x20, SEL_UCODE64 = 0x28, SEL_TSS = 0x30,
+       SEL_CONFORMING = 0x40, SEL_ABSENT_CODE = 0x48, SEL_KCODE_OTHER = 0x50, SEL_ABSENT_DATA = 0x58,
+       SEL_CODE16 = 0x60, SEL_DATA16 = 0x68, SEL_LDT = 0x70, SEL_FREE = 0x80 };
+#define KERNEL_STACK 0x90000ull     /* RSP in force and RSP0 in the TSS: RSP0 is KERNEL_STACK - 0x1000 */
+#define IST_STACK(n) (0xa0000ull + (n) * 0x1000)
+#define USER_STACK 0x300000ull
+#define USER_CODE 0x200000ull
+#define HANDLER(vector) (0x100000ull + (vector) * 0x10)
+/* KCODE is of the mode's own width, KCODE_OTHER is 32-bit code in long mode. All vectors have interrupt gates, DPL 3. */
+enum guest_mode { GUEST_LONG, GUEST_32, GUEST_REAL };
+void guest_system(struct guest *g, enum guest_mode mode);
+/* Loads CS and SS as user code would have them: 64-bit or, with wide false, 32-bit. RSP is USER_STACK, RIP USER_CODE. */
+void guest_enter_user(struct guest *g, bool wide);
+void guest_gdt(struct guest *g, unsigned selector, uint64_t desc);
+/* An IDT entry; type: 14, 15, 6, 7, 5. */
+void guest_gate(struct guest *g, unsigned vector, unsigned selector, uint64_t offset, unsigned type, unsigned dpl,
+                bool present, unsigned ist);
 
 /* Decodes the instruction at s.rip's bytes as given and makes next_rip follow it. */
 struct x86_insn guest_insn(struct guest *g, const void *bytes, unsigned len);
