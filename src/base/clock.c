@@ -62,6 +62,11 @@ uint64_t clock_now(const struct clock *c)
     return t & 1 ? (uint64_t)(t >> 1) : monotonic_ns() - (uint64_t)(t >> 1);
 }
 
+bool clock_is_manual(const struct clock *c)
+{
+    return c->manual;
+}
+
 uint64_t clock_wall_ns(const struct clock *c)
 {
     if (c->manual)

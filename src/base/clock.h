@@ -29,6 +29,8 @@ struct timer {
 /* manual: time moves by clock_advance() only. loop may be NULL with a manual clock. */
 struct clock *clock_create(struct loop *loop, bool manual);
 void clock_destroy(struct clock *c);
+/* Any thread. */
+bool clock_is_manual(const struct clock *c);
 
 /* Any thread. */
 uint64_t clock_now(const struct clock *c);
