@@ -1,0 +1,416 @@
+/*
+ * Which instructions run natively, and what has to happen around the host's execution: traps by control
+ * registers, the memory operand, pending and new floating-point exceptions.
+ *
+ * Prepared instructions are cached by their bytes without what the memory operand is made of, so code that is
+ * decoded again costs nothing.
+ */
+#include <cpuid.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "isa/x86/native_internal.h"
+
+#define CACHE_SIZE 4096u
+
+struct entry {
+    struct native_insn n;
+    struct x86_insn insn;       /* the one it was made from */
+    struct entry *next;
+};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct entry *cache[CACHE_SIZE];
+
+/* ---- what an instruction is ---- */
+
+static bool has_operand(const struct x86_insn *insn, enum x86_operand_kind kind)
+{
+    for (unsigned i = 0; i < insn->operands; i++)
+        if (insn->operand[i].kind == kind)
+            return true;
+    return false;
+}
+
+/* Extensions whose instructions compute on registers and one memory operand, and nothing else. */
+static bool computes(const struct x86_insn *insn)
+{
+    switch ((unsigned)insn->isa_ext) {
+    case ZYDIS_ISA_EXT_X87: case ZYDIS_ISA_EXT_MMX: case ZYDIS_ISA_EXT_SSE: case ZYDIS_ISA_EXT_SSE2:
+    case ZYDIS_ISA_EXT_SSE3: case ZYDIS_ISA_EXT_SSSE3: case ZYDIS_ISA_EXT_SSE4: case ZYDIS_ISA_EXT_SSE4A:
+    case ZYDIS_ISA_EXT_AES: case ZYDIS_ISA_EXT_PCLMULQDQ: case ZYDIS_ISA_EXT_SHA: case ZYDIS_ISA_EXT_AVX:
+    case ZYDIS_ISA_EXT_AVX2: case ZYDIS_ISA_EXT_AVX2GATHER: case ZYDIS_ISA_EXT_AVXAES: case ZYDIS_ISA_EXT_AVX_VNNI:
+    case ZYDIS_ISA_EXT_AVX512EVEX: case ZYDIS_ISA_EXT_AVX512VEX: case ZYDIS_ISA_EXT_F16C: case ZYDIS_ISA_EXT_FMA:
+    case ZYDIS_ISA_EXT_GFNI: case ZYDIS_ISA_EXT_VAES: case ZYDIS_ISA_EXT_VPCLMULQDQ: case ZYDIS_ISA_EXT_BMI1:
+    case ZYDIS_ISA_EXT_BMI2: case ZYDIS_ISA_EXT_ADOX_ADCX: case ZYDIS_ISA_EXT_MOVBE:
+        return true;
+    default:
+        switch (insn->mnemonic) {
+        case ZYDIS_MNEMONIC_CMPXCHG: case ZYDIS_MNEMONIC_XADD:
+            return !insn->has_mem;
+        case ZYDIS_MNEMONIC_CRC32: case ZYDIS_MNEMONIC_MOVNTI: case ZYDIS_MNEMONIC_MOVDIRI:
+            return true;
+        default:
+            return false;
+        }
+    }
+}
+
+static enum native_kind kind_of(const struct x86_insn *insn)
+{
+    bool vec = has_operand(insn, OPERAND_VEC);
+
+    if (insn->isa_ext == ZYDIS_ISA_EXT_X87)
+        return NATIVE_X87;
+    if (insn->has_evex || has_operand(insn, OPERAND_K))
+        return NATIVE_AVX512;
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_LDMXCSR: case ZYDIS_MNEMONIC_STMXCSR:
+        return NATIVE_SSE;
+    case ZYDIS_MNEMONIC_VLDMXCSR: case ZYDIS_MNEMONIC_VSTMXCSR: case ZYDIS_MNEMONIC_VZEROUPPER:
+    case ZYDIS_MNEMONIC_VZEROALL:
+        return NATIVE_AVX;
+    default:
+        if (vec)
+            return insn->has_vex ? NATIVE_AVX : NATIVE_SSE;
+        return has_operand(insn, OPERAND_MM) || insn->isa_ext == ZYDIS_ISA_EXT_MMX ? NATIVE_MMX : NATIVE_INTEGER;
+    }
+}
+
+/* By name: floating-point arithmetic, comparison and conversion. Too many only cost time. */
+static bool raises_simd(const struct x86_insn *insn)
+{
+    static const char *const stems[] = {
+        "add", "sub", "mul", "div", "sqrt", "min", "max", "cmp", "comi", "ucomi", "cvt", "round", "rndscale", "dp",
+        "hadd", "hsub", "fmadd", "fmsub", "fnmadd", "fnmsub", "fixup", "getexp", "getmant", "range", "reduce",
+        "scalef", "fcmadd", "fcmul", "fmul",
+    };
+    const char *name = ZydisMnemonicGetString((ZydisMnemonic)insn->mnemonic);
+
+    if (!name)
+        return false;
+    if (*name == 'v')
+        name++;
+    for (unsigned i = 0; i < ARRAY_SIZE(stems); i++)
+        if (strncmp(name, stems[i], strlen(stems[i])) == 0)
+            return true;
+    return false;
+}
+
+static bool must_be_aligned(const struct x86_insn *insn, enum native_kind kind, unsigned size)
+{
+    if (kind == NATIVE_SSE && size == 16) {
+        switch (insn->mnemonic) {
+        case ZYDIS_MNEMONIC_MOVUPS: case ZYDIS_MNEMONIC_MOVUPD: case ZYDIS_MNEMONIC_MOVDQU: case ZYDIS_MNEMONIC_LDDQU:
+        case ZYDIS_MNEMONIC_PCMPESTRI: case ZYDIS_MNEMONIC_PCMPESTRM: case ZYDIS_MNEMONIC_PCMPISTRI:
+        case ZYDIS_MNEMONIC_PCMPISTRM:
+            return false;
+        default:
+            return true;
+        }
+    }
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_VMOVAPS: case ZYDIS_MNEMONIC_VMOVAPD: case ZYDIS_MNEMONIC_VMOVDQA: case ZYDIS_MNEMONIC_VMOVDQA32:
+    case ZYDIS_MNEMONIC_VMOVDQA64: case ZYDIS_MNEMONIC_VMOVNTDQ: case ZYDIS_MNEMONIC_VMOVNTDQA:
+    case ZYDIS_MNEMONIC_VMOVNTPS: case ZYDIS_MNEMONIC_VMOVNTPD:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static bool x87_control(const struct x86_insn *insn)
+{
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_FNINIT: case ZYDIS_MNEMONIC_FNCLEX: case ZYDIS_MNEMONIC_FNSTCW: case ZYDIS_MNEMONIC_FNSTSW:
+    case ZYDIS_MNEMONIC_FNSAVE: case ZYDIS_MNEMONIC_FNSTENV: case ZYDIS_MNEMONIC_FLDCW: case ZYDIS_MNEMONIC_FLDENV:
+    case ZYDIS_MNEMONIC_FRSTOR: case ZYDIS_MNEMONIC_FWAIT:
+        return true;
+    default:
+        return false;
+    }
+}
+
+static bool x87_no_wait(const struct x86_insn *insn)
+{
+    return x87_control(insn) && insn->mnemonic != ZYDIS_MNEMONIC_FLDCW && insn->mnemonic != ZYDIS_MNEMONIC_FLDENV &&
+           insn->mnemonic != ZYDIS_MNEMONIC_FRSTOR && insn->mnemonic != ZYDIS_MNEMONIC_FWAIT;
+}
+
+static bool compresses(const struct x86_insn *insn)
+{
+    const char *name = ZydisMnemonicGetString((ZydisMnemonic)insn->mnemonic);
+
+    return name && (strstr(name, "compress") || strstr(name, "expand"));
+}
+
+static void describe(struct native_insn *n, const struct x86_insn *insn)
+{
+    static const uint8_t components[] = {
+        [NATIVE_INTEGER] = 0, [NATIVE_X87] = 1, [NATIVE_MMX] = 1, [NATIVE_SSE] = 2, [NATIVE_AVX] = 6, [NATIVE_AVX512] = 0xe6,
+    };
+
+    *n = (struct native_insn){ .kind = (uint8_t)kind_of(insn) };
+    n->uses_fx = n->kind == NATIVE_X87 || n->kind == NATIVE_MMX || has_operand(insn, OPERAND_MM);
+    n->raises_simd = n->kind >= NATIVE_SSE && raises_simd(insn);
+    n->x87_waits = n->uses_fx && !(n->kind == NATIVE_X87 && x87_no_wait(insn));
+    n->x87_pointers = n->kind == NATIVE_X87 && !x87_control(insn);
+    n->components = components[n->kind] | (n->uses_fx ? 1 : 0);
+    for (unsigned i = 0; i < insn->operands; i++) {
+        const struct x86_operand *o = &insn->operand[i];
+
+        if (o->kind != OPERAND_MEM || o->implicit)
+            continue;
+        n->mem_size = (uint8_t)MIN(o->size, 255);
+        n->mem_read = o->read;
+        n->mem_write = o->write;
+        n->element = o->element;
+    }
+    if (insn->has_mem) {
+        n->aligned = must_be_aligned(insn, n->kind, n->mem_size);
+        n->masked = insn->mask_reg && n->element && !insn->broadcast;
+        n->compressed = n->masked && compresses(insn);
+    }
+}
+
+/* ---- the cache ---- */
+
+/* Equal but for the registers and displacement of the memory operand. */
+static bool same(const struct x86_insn *a, const struct x86_insn *b)
+{
+    if (a->mnemonic != b->mnemonic || a->has_mem != b->has_mem || a->code_size != b->code_size)
+        return false;
+    if (!a->has_mem)
+        return a->length == b->length && memcmp(a->bytes, b->bytes, a->length) == 0;
+    if (a->op_size != b->op_size || a->has_rex != b->has_rex || a->has_vex != b->has_vex || a->has_evex != b->has_evex ||
+        a->vex_size != b->vex_size || a->imm_size != b->imm_size || a->mask_reg != b->mask_reg ||
+        a->mask_zeroing != b->mask_zeroing || a->broadcast != b->broadcast || a->operands != b->operands)
+        return false;
+    if (memcmp(a->operand, b->operand, sizeof(a->operand)) != 0)
+        return false;
+    if (memcmp(a->bytes + a->length - a->imm_size, b->bytes + b->length - b->imm_size, a->imm_size) != 0)
+        return false;
+    if (a->has_rex && (a->bytes[a->rex_offset] & 0xc) != (b->bytes[b->rex_offset] & 0xc))
+        return false;
+    if (a->has_evex && (a->bytes[a->evex_offset + 2] != b->bytes[b->evex_offset + 2] ||
+                        a->bytes[a->evex_offset + 3] != b->bytes[b->evex_offset + 3]))
+        return false;
+    if (a->has_vex && a->bytes[a->vex_offset + a->vex_size - 1] != b->bytes[b->vex_offset + b->vex_size - 1])
+        return false;
+    return ((a->bytes[a->modrm_offset] ^ b->bytes[b->modrm_offset]) & 0x38) == 0;
+}
+
+/* Only what same() compares, for hashing. */
+static unsigned hash(const struct x86_insn *insn)
+{
+    uint32_t h = insn->mnemonic * 31u + insn->code_size;
+
+    for (unsigned i = 0; i < insn->operands; i++)
+        h = h * 33 + insn->operand[i].reg * 7u + insn->operand[i].kind;
+    if (insn->imm_size)
+        h = h * 33 + insn->bytes[insn->length - insn->imm_size];
+    return (h ^ h >> 12) & (CACHE_SIZE - 1);
+}
+
+const struct native_insn *native_prepare(const struct x86_insn *insn)
+{
+    struct entry *e, **head = &cache[hash(insn)];
+
+    if (!computes(insn) || x86_classify(insn) != X86_INNOCUOUS)
+        return NULL;
+    pthread_mutex_lock(&lock);
+    for (e = *head; e; e = e->next)
+        if (same(&e->insn, insn))
+            goto out;
+    e = calloc(1, sizeof(*e));
+    if (!e)
+        goto out;
+    e->insn = *insn;
+    describe(&e->n, insn);
+    e->n.special = native_special(insn);
+    if (!e->n.special)
+        e->n.stub = native_emit(insn, &e->n);
+    if (!e->n.special && !e->n.stub) {
+        free(e);
+        e = NULL;
+        goto out;
+    }
+    e->next = *head;
+    *head = e;
+out:
+    pthread_mutex_unlock(&lock);
+    return e ? &e->n : NULL;
+}
+
+void native_shutdown(void)
+{
+    pthread_mutex_lock(&lock);
+    for (unsigned i = 0; i < CACHE_SIZE; i++)
+        while (cache[i]) {
+            struct entry *e = cache[i];
+
+            cache[i] = e->next;
+            free(e);
+        }
+    native_code_free();
+    pthread_mutex_unlock(&lock);
+}
+
+/* ---- execution ---- */
+
+static __attribute__((noinline, cold)) void unavailable(struct x86_cpu *cpu, enum native_kind kind)
+{
+    const struct x86_state *s = &cpu->s;
+    bool undefined;
+
+    switch (kind) {
+    case NATIVE_X87:
+        x86_raise(cpu, X86_NM);
+    case NATIVE_MMX: undefined = s->cr0 & CR0_EM; break;
+    case NATIVE_SSE: undefined = (s->cr0 & CR0_EM) || !(s->cr4 & CR4_OSFXSR); break;
+    case NATIVE_AVX: undefined = !(s->cr0 & CR0_PE) || !(s->cr4 & CR4_OSXSAVE) || (s->xcr0 & 6) != 6; break;
+    default: undefined = !(s->cr0 & CR0_PE) || !(s->cr4 & CR4_OSXSAVE) || (s->xcr0 & 0xe6) != 0xe6; break;
+    }
+    x86_raise(cpu, undefined ? X86_UD : X86_NM);
+}
+
+/* FWAIT asks for CR0.MP and TS, not for EM. */
+static bool fwait_passes(const struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    return insn->mnemonic == ZYDIS_MNEMONIC_FWAIT && (cpu->s.cr0 & (CR0_MP | CR0_TS)) != (CR0_MP | CR0_TS);
+}
+
+static void check_available(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n)
+{
+    static const uint8_t trap_bit[] = {
+        [NATIVE_INTEGER] = 0, [NATIVE_X87] = 1, [NATIVE_MMX] = 1, [NATIVE_SSE] = 2, [NATIVE_AVX] = 4, [NATIVE_AVX512] = 8,
+    };
+
+    if (unlikely(cpu->simd_trap & trap_bit[n->kind]) && !fwait_passes(cpu, insn))
+        unavailable(cpu, n->kind);
+}
+
+/* Runs the stub. An unmasked SIMD exception leaves everything as it was but MXCSR's flags, and is raised. */
+static void run(struct x86_cpu *cpu, const struct native_insn *n, void *mem)
+{
+    struct x86_fpu *fpu = &cpu->s.fpu;
+
+    if (n->uses_fx)
+        native_fx_load(cpu);
+    if (!n->raises_simd) {
+        n->stub(cpu, mem);
+    } else {
+        uint32_t unmasked = ~(fpu->mxcsr >> 7) & 0x3f;
+
+        cpu->native_mxcsr_host = 0x1f80;
+        cpu->native_mxcsr_in = (fpu->mxcsr | 0x1f80) & ~0x3fu;
+        if (likely(!unmasked)) {
+            n->stub(cpu, mem);
+            fpu->mxcsr |= cpu->native_mxcsr_out & 0x3f;
+        } else {
+            struct x86_fpu saved = *fpu;
+            uint64_t gpr[16];
+            uint32_t arith = cpu->arith;
+
+            memcpy(gpr, cpu->s.gpr, sizeof(gpr));
+            n->stub(cpu, mem);
+            if (cpu->native_mxcsr_out & unmasked) {
+                *fpu = saved;
+                memcpy(cpu->s.gpr, gpr, sizeof(gpr));
+                cpu->arith = arith;
+                fpu->mxcsr |= cpu->native_mxcsr_out & 0x3f;
+                x86_raise(cpu, cpu->s.cr4 & CR4_OSXMMEXCPT ? X86_XM : X86_UD);
+            }
+            fpu->mxcsr |= cpu->native_mxcsr_out & 0x3f;
+        }
+    }
+    if (n->uses_fx)
+        native_fx_store(cpu);
+}
+
+/* Only the elements that the mask names are touched, one by one. */
+static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n, gva_t va)
+{
+    uint8_t buf[64] = { 0 };
+    unsigned count = n->mem_size / n->element;
+    uint64_t mask = cpu->s.fpu.k[insn->mask_reg];
+
+    if (n->compressed) {
+        /* The mask counts elements of the register, which the memory holds side by side. */
+        unsigned ones = (unsigned)__builtin_popcountll(count < 64 ? mask & ((1ull << count) - 1) : mask);
+
+        mask = ones < 64 ? (1ull << ones) - 1 : ~0ull;
+    }
+    for (unsigned i = 0; i < count; i++) {
+        if (!(mask >> i & 1))
+            continue;
+        if (n->mem_write)
+            x86_probe_write(cpu, va + i * n->element, n->element);
+        if (n->mem_read || n->mem_write)
+            x86_read_bytes(cpu, va + i * n->element, buf + i * n->element, n->element);
+    }
+    run(cpu, n, buf);
+    if (n->mem_write)
+        for (unsigned i = 0; i < count; i++)
+            if (mask >> i & 1)
+                x86_write_bytes(cpu, va + i * n->element, buf + i * n->element, n->element);
+}
+
+static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n)
+{
+    gva_t va = x86_linear(cpu, insn, n->mem_size, n->mem_write);
+    /* A store must not happen when the instruction then raises #XM. */
+    bool direct = !(n->mem_write && n->raises_simd);
+    uint8_t buf[256] __attribute__((aligned(64)));
+    void *p;
+
+    if (unlikely(n->aligned && (va & (n->mem_size - 1u))))
+        x86_raise_error(cpu, X86_GP, 0);
+    if (n->masked) {
+        /* All of it there: nothing to suppress. Otherwise the faults of the elements decide. */
+        p = tlb_lookup(cpu->tlb, va, n->mem_size, n->mem_write ? TLB_WRITE : TLB_READ);
+        if (p && direct && !n->compressed)
+            run(cpu, n, p);
+        else
+            run_masked(cpu, insn, n, va);
+        return;
+    }
+    p = direct ? x86_host_pointer(cpu, va, n->mem_size, n->mem_write ? ACCESS_WRITE : ACCESS_READ) : NULL;
+    if (likely(p != NULL)) {
+        run(cpu, n, p);
+        return;
+    }
+    if (n->mem_write)
+        x86_probe_write(cpu, va, n->mem_size);
+    if (n->mem_read || n->kind == NATIVE_X87)   /* an x87 store that raises may leave memory as it was */
+        x86_read_bytes(cpu, va, buf, n->mem_size);
+    run(cpu, n, buf);
+    if (n->mem_write)
+        x86_write_bytes(cpu, va, buf, n->mem_size);
+}
+
+void native_execute(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n)
+{
+    check_available(cpu, insn, n);
+    if (unlikely(n->x87_waits && (cpu->s.fpu.fsw & 0x80)))
+        x86_raise(cpu, X86_MF);
+    if (n->special)
+        n->special(cpu, insn);
+    else if (insn->has_mem && n->mem_size)
+        run_with_memory(cpu, insn, n);
+    else
+        run(cpu, n, NULL);
+    cpu->s.fpu.xinuse_hint |= n->components;
+    if (n->x87_pointers) {
+        cpu->s.fpu.fop = (uint16_t)((insn->bytes[insn->modrm_offset - 1] & 7) << 8 | insn->bytes[insn->modrm_offset]);
+        cpu->s.fpu.fip = cpu->s.rip;
+        cpu->s.fpu.fcs = cpu->s.seg[SEG_CS].selector;
+        if (insn->has_mem) {
+            cpu->s.fpu.fdp = x86_effective(cpu, insn);
+            cpu->s.fpu.fds = cpu->s.seg[insn->mem.seg].selector;
+        }
+    }
+}

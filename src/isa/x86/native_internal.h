@@ -1,0 +1,44 @@
+/* Between native.c (what runs natively and how), native_stub.c (the host code) and native_special.c (what needs C). */
+#ifndef RINGFORT_ISA_X86_NATIVE_INTERNAL_H
+#define RINGFORT_ISA_X86_NATIVE_INTERNAL_H
+
+#include "isa/x86/native.h"
+
+/* What state an instruction belongs to, for traps and for what the stub carries. */
+enum native_kind { NATIVE_INTEGER, NATIVE_X87, NATIVE_MMX, NATIVE_SSE, NATIVE_AVX, NATIVE_AVX512 };
+
+struct native_insn;
+typedef void native_stub(struct x86_cpu *cpu, void *mem);
+typedef void native_special_fn(struct x86_cpu *cpu, const struct x86_insn *insn);
+
+struct native_insn {
+    native_stub *stub;          /* NULL with special */
+    native_special_fn *special;
+    uint8_t kind;               /* enum native_kind */
+    bool uses_fx;               /* x87 or MMX registers */
+    bool raises_simd;           /* reads MXCSR: may raise #XM */
+    bool aligned;               /* memory operand must be aligned to its size: #GP */
+    bool x87_waits;             /* reports a pending x87 exception first */
+    bool x87_pointers;          /* updates FOP, FIP, FDP */
+    bool masked;                /* EVEX write mask on a memory operand: suppressed elements do not fault */
+    bool compressed;            /* as many elements in memory as the mask has ones */
+    bool mem_read, mem_write;
+    uint8_t mem_size;           /* bytes accessed */
+    uint8_t element;            /* of the memory operand */
+    uint8_t components;         /* XSAVE components it touches */
+};
+
+/*
+ * Emits the stub for insn (n->kind, uses_fx, raises_simd are set). NULL: out of code memory (logged), or registers.
+ * Caller holds the cache's lock.
+ */
+native_stub *native_emit(const struct x86_insn *insn, const struct native_insn *n);
+void native_code_free(void);
+
+/* Instructions done in C; NULL: not one. */
+native_special_fn *native_special(const struct x86_insn *insn);
+/* The x87 state between struct x86_fpu and cpu->native_fx. */
+void native_fx_load(struct x86_cpu *cpu);
+void native_fx_store(struct x86_cpu *cpu);
+
+#endif

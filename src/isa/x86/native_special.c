@@ -1,0 +1,406 @@
+/*
+ * Vector and x87 instructions that cannot simply run on the host: several memory locations (gather, scatter,
+ * masked moves), state that has another form here (x87 environment, MXCSR), or no operand at all.
+ */
+#include <string.h>
+
+#include "base/util.h"
+#include "isa/x86/native_internal.h"
+
+/* ---- x87 state ---- */
+
+void native_fx_load(struct x86_cpu *cpu)
+{
+    const struct x86_fpu *f = &cpu->s.fpu;
+    uint8_t *fx = cpu->native_fx;
+
+    store_le16(fx, f->fcw);
+    store_le16(fx + 2, f->fsw);
+    fx[4] = f->ftw;
+    store_le16(fx + 6, f->fop);
+    store_le64(fx + 8, f->fip);
+    store_le64(fx + 16, f->fdp);
+    store_le32(fx + 24, 0x1f80);
+    memcpy(fx + 32, f->st, sizeof(f->st));
+}
+
+void native_fx_store(struct x86_cpu *cpu)
+{
+    struct x86_fpu *f = &cpu->s.fpu;
+    const uint8_t *fx = cpu->native_fx;
+
+    f->fcw = load_le16(fx);
+    f->fsw = load_le16(fx + 2);
+    f->ftw = fx[4];
+    memcpy(f->st, fx + 32, sizeof(f->st));
+}
+
+/* SDM vol. 1 8.1.3: bit 7 and its copy, bit 15, say whether an unmasked exception is pending. */
+static void update_summary(struct x86_fpu *f)
+{
+    f->fsw &= 0x7f7f;
+    if (f->fsw & ~f->fcw & 0x3f)
+        f->fsw |= 0x8080;
+}
+
+static uint16_t full_tag(const struct x86_fpu *f)
+{
+    unsigned top = f->fsw >> 11 & 7;
+    uint16_t tag = 0;
+
+    for (unsigned i = 0; i < 8; i++) {
+        const uint8_t *st = f->st[(i - top) & 7];
+        uint64_t mantissa = load_le64(st);
+        unsigned exponent = load_le16(st + 8) & 0x7fff;
+        unsigned t;
+
+        if (!(f->ftw >> i & 1))
+            t = 3;
+        else if (exponent == 0 && mantissa == 0)
+            t = 1;
+        else if (exponent == 0 || exponent == 0x7fff || !(mantissa >> 63))
+            t = 2;
+        else
+            t = 0;
+        tag |= (uint16_t)(t << (i * 2));
+    }
+    return tag;
+}
+
+static uint8_t abridged_tag(uint16_t tag)
+{
+    uint8_t ftw = 0;
+
+    for (unsigned i = 0; i < 8; i++)
+        if ((tag >> (i * 2) & 3) != 3)
+            ftw |= (uint8_t)(1 << i);
+    return ftw;
+}
+
+/* 14 or 28 bytes in protected-mode format, which is also what 64-bit mode uses. */
+static unsigned environment_size(const struct x86_insn *insn) { return insn->op_size == 2 ? 14 : 28; }
+
+static void put_environment(const struct x86_fpu *f, uint8_t *out, unsigned size)
+{
+    if (size == 28) {
+        const uint32_t words[7] = { 0xffff0000u | f->fcw, 0xffff0000u | f->fsw, 0xffff0000u | full_tag(f),
+                                    (uint32_t)f->fip, f->fcs | (uint32_t)f->fop << 16, (uint32_t)f->fdp,
+                                    0xffff0000u | f->fds };
+
+        memcpy(out, words, sizeof(words));
+    } else {
+        const uint16_t words[7] = { f->fcw, f->fsw, full_tag(f), (uint16_t)f->fip, f->fcs, (uint16_t)f->fdp, f->fds };
+
+        memcpy(out, words, sizeof(words));
+    }
+}
+
+static void get_environment(struct x86_fpu *f, const uint8_t *in, unsigned size)
+{
+    unsigned step = size / 7;
+
+    f->fcw = (uint16_t)((load_le16(in) & 0x1f7f) | 0x40);
+    f->fsw = load_le16(in + step);
+    f->ftw = abridged_tag(load_le16(in + 2 * step));
+    if (size == 28) {
+        f->fip = load_le32(in + 12);
+        f->fcs = load_le16(in + 16);
+        f->fop = load_le16(in + 18) & 0x7ff;
+        f->fdp = load_le32(in + 20);
+        f->fds = load_le16(in + 24);
+    } else {
+        f->fip = load_le16(in + 6);
+        f->fcs = load_le16(in + 8);
+        f->fdp = load_le16(in + 10);
+        f->fds = load_le16(in + 12);
+    }
+    update_summary(f);
+}
+
+static void fnstenv(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    struct x86_fpu *f = &cpu->s.fpu;
+    unsigned size = environment_size(insn);
+    uint8_t env[28];
+
+    put_environment(f, env, size);
+    x86_write_bytes(cpu, x86_linear(cpu, insn, size, true), env, size);
+    f->fcw |= 0x3f;
+    update_summary(f);
+}
+
+static void fldenv(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    unsigned size = environment_size(insn);
+    uint8_t env[28];
+
+    x86_read_bytes(cpu, x86_linear(cpu, insn, size, false), env, size);
+    get_environment(&cpu->s.fpu, env, size);
+}
+
+static void reset_x87(struct x86_fpu *f)
+{
+    f->fcw = 0x37f;
+    f->fsw = 0;
+    f->ftw = 0;
+    f->fop = 0;
+    f->fip = f->fdp = 0;
+    f->fcs = f->fds = 0;
+}
+
+/*
+ * Stack order follows TOP: after it changed, the physical registers stay where they are, so their places in st[]
+ * move. The images of FNSAVE and FRSTOR are in stack order too.
+ */
+static void fnsave(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    struct x86_fpu *f = &cpu->s.fpu;
+    unsigned size = environment_size(insn), top = f->fsw >> 11 & 7;
+    uint8_t image[28 + 80], physical[8][16];
+
+    put_environment(f, image, size);
+    for (unsigned i = 0; i < 8; i++) {
+        memcpy(image + size + i * 10, f->st[i], 10);
+        memcpy(physical[(top + i) & 7], f->st[i], 16);
+    }
+    x86_write_bytes(cpu, x86_linear(cpu, insn, size + 80, true), image, size + 80);
+    memcpy(f->st, physical, sizeof(f->st));
+    reset_x87(f);
+}
+
+static void frstor(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    struct x86_fpu *f = &cpu->s.fpu;
+    unsigned size = environment_size(insn);
+    uint8_t image[28 + 80];
+
+    x86_read_bytes(cpu, x86_linear(cpu, insn, size + 80, false), image, size + 80);
+    get_environment(f, image, size);
+    memset(f->st, 0, sizeof(f->st));
+    for (unsigned i = 0; i < 8; i++)
+        memcpy(f->st[i], image + size + i * 10, 10);
+}
+
+static void fwait(struct x86_cpu *cpu, const struct x86_insn *insn) {}
+
+/* ---- MXCSR ---- */
+
+static void ldmxcsr(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    uint32_t v = x86_read32(cpu, x86_linear(cpu, insn, 4, false));
+
+    if (v & 0xffff0000u)
+        x86_raise_error(cpu, X86_GP, 0);
+    cpu->s.fpu.mxcsr = v;
+}
+
+static void stmxcsr(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    x86_write32(cpu, x86_linear(cpu, insn, 4, true), cpu->s.fpu.mxcsr);
+}
+
+/* ---- upper halves ---- */
+
+static void vzeroupper(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    unsigned count = insn->code_size == 8 ? 16 : 8;
+
+    for (unsigned i = 0; i < count; i++)
+        memset(cpu->s.fpu.zmm[i] + 16, 0, 48);
+}
+
+static void vzeroall(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    memset(cpu->s.fpu.zmm, 0, (insn->code_size == 8 ? 16 : 8) * 64);
+}
+
+/* ---- masked moves: sign bits of a vector choose the elements ---- */
+
+static bool sign(const uint8_t *vector, unsigned i, unsigned element) { return vector[(i + 1) * element - 1] >> 7; }
+
+/* VMASKMOVPS/PD, VPMASKMOVD/Q: operands are destination, mask, source. */
+static void vmaskmov(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    bool store = insn->operand[0].kind == OPERAND_MEM;
+    const struct x86_operand *reg = &insn->operand[store ? 2 : 0];
+    bool wide = insn->mnemonic == ZYDIS_MNEMONIC_VMASKMOVPD || insn->mnemonic == ZYDIS_MNEMONIC_VPMASKMOVQ;
+    unsigned element = wide ? 8 : 4, size = reg->size;
+    const uint8_t *mask = cpu->s.fpu.zmm[insn->operand[1].reg];
+    uint8_t *vector = cpu->s.fpu.zmm[reg->reg], loaded[64] = { 0 };
+    gva_t va = x86_linear(cpu, insn, size, store);
+
+    for (unsigned i = 0; i < size / element; i++) {
+        if (!sign(mask, i, element))
+            continue;
+        if (store)
+            x86_probe_write(cpu, va + i * element, element);
+        else
+            x86_read_bytes(cpu, va + i * element, loaded + i * element, element);
+    }
+    if (!store) {
+        memcpy(vector, loaded, 64);
+        return;
+    }
+    for (unsigned i = 0; i < size / element; i++)
+        if (sign(mask, i, element))
+            x86_write_bytes(cpu, va + i * element, vector + i * element, element);
+}
+
+/* MASKMOVDQU and MASKMOVQ: bytes to DS:rDI, which a prefix may override. */
+static void maskmov_bytes(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    bool mmx = insn->mnemonic == ZYDIS_MNEMONIC_MASKMOVQ;
+    unsigned size = mmx ? 8 : 16, source = 0, selector = 1;
+    const uint8_t *vector, *mask;
+    gva_t va;
+
+    /* The memory destination is implied; the register operands come in order around it. */
+    while (insn->operand[source].kind == OPERAND_MEM)
+        source++;
+    selector = source + 1;
+    while (insn->operand[selector].kind == OPERAND_MEM)
+        selector++;
+    vector = mmx ? cpu->s.fpu.st[insn->operand[source].reg] : cpu->s.fpu.zmm[insn->operand[source].reg];
+    mask = mmx ? cpu->s.fpu.st[insn->operand[selector].reg] : cpu->s.fpu.zmm[insn->operand[selector].reg];
+    va = x86_seg_linear(cpu, insn->mem.seg, x86_get_gpr(cpu, RDI, insn->addr_size), size, true);
+    for (unsigned i = 0; i < size; i++)
+        if (mask[i] >> 7)
+            x86_probe_write(cpu, va + i, 1);
+    for (unsigned i = 0; i < size; i++)
+        if (mask[i] >> 7)
+            x86_write8(cpu, va + i, vector[i]);
+    if (mmx) {
+        /* As every MMX instruction: all registers valid, TOP 0; physical registers are st[] in MMX's order then. */
+        cpu->s.fpu.fsw &= (uint16_t)~0x3800;
+        cpu->s.fpu.ftw = 0xff;
+    }
+}
+
+/* ---- gather and scatter ---- */
+
+struct vsib {
+    uint8_t element, index;     /* bytes */
+    bool scatter;
+};
+
+static bool vsib_form(const struct x86_insn *insn, struct vsib *v)
+{
+    switch (insn->mnemonic) {
+#define FORM(name, e, i) \
+    case ZYDIS_MNEMONIC_V##name: *v = (struct vsib){ e, i, false }; return true;
+    FORM(PGATHERDD, 4, 4)
+    FORM(PGATHERDQ, 8, 4)
+    FORM(PGATHERQD, 4, 8)
+    FORM(PGATHERQQ, 8, 8)
+    FORM(GATHERDPS, 4, 4)
+    FORM(GATHERDPD, 8, 4)
+    FORM(GATHERQPS, 4, 8)
+    FORM(GATHERQPD, 8, 8)
+#undef FORM
+#define FORM(name, e, i) \
+    case ZYDIS_MNEMONIC_V##name: *v = (struct vsib){ e, i, true }; return true;
+    FORM(PSCATTERDD, 4, 4)
+    FORM(PSCATTERDQ, 8, 4)
+    FORM(PSCATTERQD, 4, 8)
+    FORM(PSCATTERQQ, 8, 8)
+    FORM(SCATTERDPS, 4, 4)
+    FORM(SCATTERDPD, 8, 4)
+    FORM(SCATTERQPS, 4, 8)
+    FORM(SCATTERQPD, 8, 8)
+#undef FORM
+    default: return false;
+    }
+}
+
+static gva_t element_address(struct x86_cpu *cpu, const struct x86_insn *insn, const struct vsib *v, const uint8_t *index,
+                             unsigned i)
+{
+    const struct x86_mem *m = &insn->mem;
+    uint64_t offset = (uint64_t)m->disp;
+
+    if (m->base < 16)
+        offset += cpu->s.gpr[m->base];
+    offset += (uint64_t)(v->index == 4 ? (int64_t)(int32_t)load_le32(index + i * 4) : (int64_t)load_le64(index + i * 8)) *
+              m->scale;
+    if (m->addr_size == 4)
+        offset = (uint32_t)offset;
+    return x86_seg_linear(cpu, m->seg, offset, v->element, v->scatter);
+}
+
+/*
+ * Elements are done one by one, each clearing its mask bit, so a fault in the middle leaves what is done and the
+ * instruction goes on with the rest.
+ */
+static void gather_scatter(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    struct x86_fpu *f = &cpu->s.fpu;
+    struct vsib v;
+    const struct x86_operand *reg;
+    uint8_t *vector, *vex_mask = NULL, index[64];
+    unsigned count, size;
+
+    vsib_form(insn, &v);
+    reg = &insn->operand[v.scatter ? 1 : 0];
+    if (reg->kind != OPERAND_VEC)
+        reg = &insn->operand[v.scatter ? 0 : 1];
+    vector = f->zmm[reg->reg];
+    memcpy(index, f->zmm[insn->mem.index], 64);
+    /* As many elements as the smaller of data and index vector holds. */
+    count = MIN(reg->size / v.element, insn->mem.vsib_size / v.index);
+    if (insn->has_vex) {
+        const struct x86_operand *mask = &insn->operand[2];
+
+        /* Two of the three registers the same: #UD. */
+        if (mask->reg == reg->reg || mask->reg == insn->mem.index || reg->reg == insn->mem.index)
+            x86_raise(cpu, X86_UD);
+        vex_mask = f->zmm[mask->reg];
+    } else if (!insn->mask_reg || (!v.scatter && reg->reg == insn->mem.index)) {
+        x86_raise(cpu, X86_UD);
+    }
+
+    if (vex_mask)       /* a fault leaves whole elements of the mask set */
+        for (unsigned i = 0; i < count; i++)
+            memset(vex_mask + i * v.element, sign(vex_mask, i, v.element) ? 0xff : 0, v.element);
+    for (unsigned i = 0; i < count; i++) {
+        uint8_t *element = vector + i * v.element;
+
+        if (vex_mask ? !sign(vex_mask, i, v.element) : !(f->k[insn->mask_reg] >> i & 1))
+            continue;
+        if (v.scatter)
+            x86_write_bytes(cpu, element_address(cpu, insn, &v, index, i), element, v.element);
+        else
+            x86_read_bytes(cpu, element_address(cpu, insn, &v, index, i), element, v.element);
+        if (vex_mask)
+            memset(vex_mask + i * v.element, 0, v.element);
+        else
+            f->k[insn->mask_reg] &= ~(1ull << i);
+    }
+    size = count * v.element;
+    if (vex_mask)
+        memset(vex_mask, 0, 64);
+    else
+        f->k[insn->mask_reg] = 0;
+    if (!v.scatter)
+        memset(vector + size, 0, 64 - size);
+}
+
+native_special_fn *native_special(const struct x86_insn *insn)
+{
+    struct vsib v;
+
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_FNSTENV: return fnstenv;
+    case ZYDIS_MNEMONIC_FLDENV: return fldenv;
+    case ZYDIS_MNEMONIC_FNSAVE: return fnsave;
+    case ZYDIS_MNEMONIC_FRSTOR: return frstor;
+    case ZYDIS_MNEMONIC_FWAIT: return fwait;
+    case ZYDIS_MNEMONIC_LDMXCSR: case ZYDIS_MNEMONIC_VLDMXCSR: return ldmxcsr;
+    case ZYDIS_MNEMONIC_STMXCSR: case ZYDIS_MNEMONIC_VSTMXCSR: return stmxcsr;
+    case ZYDIS_MNEMONIC_VZEROUPPER: return vzeroupper;
+    case ZYDIS_MNEMONIC_VZEROALL: return vzeroall;
+    case ZYDIS_MNEMONIC_VMASKMOVPS: case ZYDIS_MNEMONIC_VMASKMOVPD: case ZYDIS_MNEMONIC_VPMASKMOVD:
+    case ZYDIS_MNEMONIC_VPMASKMOVQ: return vmaskmov;
+    case ZYDIS_MNEMONIC_MASKMOVDQU: case ZYDIS_MNEMONIC_VMASKMOVDQU: case ZYDIS_MNEMONIC_MASKMOVQ: return maskmov_bytes;
+    default: return vsib_form(insn, &v) ? gather_scatter : NULL;
+    }
+}
