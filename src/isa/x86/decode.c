@@ -290,6 +290,19 @@ int x86_decode(struct x86_insn *insn, const uint8_t *bytes, unsigned len, unsign
     return 0;
 }
 
+bool x86_is_far(const struct x86_insn *insn)
+{
+    unsigned opcode_offset = insn->prefix_count + insn->has_rex;
+    uint8_t opcode = insn->bytes[opcode_offset];
+
+    if (opcode == 0xff) {
+        unsigned reg = insn->bytes[insn->modrm_offset] >> 3 & 7;
+
+        return reg == 3 || reg == 5;
+    }
+    return opcode == 0x9a || opcode == 0xea || opcode == 0xca || opcode == 0xcb;
+}
+
 void x86_format(char *out, size_t size, const uint8_t *bytes, unsigned len, unsigned code_size, uint64_t rip)
 {
     const ZydisDecoder *d = &decoder[code_size == 8 ? 2 : code_size == 4 ? 1 : 0];

@@ -90,6 +90,9 @@ int x86_decode(struct x86_insn *insn, const uint8_t *bytes, unsigned len, unsign
  */
 void x86_decode_offer(bool lzcnt, bool tzcnt);
 
+/* CALL, JMP, RET: whether it goes through a code segment selector. */
+bool x86_is_far(const struct x86_insn *insn);
+
 /* Intel syntax, for traces. */
 void x86_format(char *out, size_t size, const uint8_t *bytes, unsigned len, unsigned code_size, uint64_t rip);
 

@@ -5,20 +5,6 @@
 #include "isa/x86/system.h"
 #include "isa/x86/transfer.h"
 
-/* CALL, JMP and RET are near or far by their encoding. */
-static bool is_far(const struct x86_insn *insn)
-{
-    unsigned opcode_offset = insn->prefix_count + insn->has_rex;
-    uint8_t opcode = insn->bytes[opcode_offset];
-
-    if (opcode == 0xff) {
-        unsigned reg = insn->bytes[insn->modrm_offset] >> 3 & 7;
-
-        return reg == 3 || reg == 5;
-    }
-    return opcode == 0x9a || opcode == 0xea || opcode == 0xca || opcode == 0xcb;
-}
-
 static x86_semantics_fn *mov_semantics(const struct x86_insn *insn)
 {
     switch (insn->operand[0].kind) {
@@ -60,11 +46,11 @@ x86_semantics_fn *x86_system_semantics(const struct x86_insn *insn)
         return x86_insn_load_far_pointer;
 
     case ZYDIS_MNEMONIC_JMP:
-        return is_far(insn) ? x86_insn_jmp_far : NULL;
+        return x86_is_far(insn) ? x86_insn_jmp_far : NULL;
     case ZYDIS_MNEMONIC_CALL:
-        return is_far(insn) ? x86_insn_call_far : NULL;
+        return x86_is_far(insn) ? x86_insn_call_far : NULL;
     case ZYDIS_MNEMONIC_RET:
-        return is_far(insn) ? x86_insn_ret_far : NULL;
+        return x86_is_far(insn) ? x86_insn_ret_far : NULL;
     case ZYDIS_MNEMONIC_IRET:
     case ZYDIS_MNEMONIC_IRETD:
     case ZYDIS_MNEMONIC_IRETQ:
