@@ -282,6 +282,7 @@ static int choose(struct vm *vm)
                   vm->model->name, missing);
         return -ENOSYS;
     }
+    x86_cpu_model_select(vm->model);
     return 0;
 }
 

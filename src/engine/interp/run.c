@@ -57,6 +57,7 @@ static int interp_create(struct vcpu *vcpu)
     err = x86_cpu_init(&it->cpu, vcpu->machine, vcpu->lapic, vcpu->model, vcpu->index);
     if (!err) {
         it->cpu.tsc_hz = vcpu->tsc_hz;
+        it->cpu.cpus = vcpu->count;
         it->cpu.hooks = &hooks;
         it->cpu.engine = it;
         it->soft.drop_code = drop_code;
