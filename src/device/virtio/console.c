@@ -18,12 +18,15 @@
 #include "device/virtio/iov.h"
 
 #define QUEUE_SIZE 128
+#define PIECE 4096u             /* written at once; far less than what a console that takes output has room for */
+#define MAX_PIECES 64           /* of one chain before others get their turn */
 
 enum { RECEIVE, TRANSMIT, QUEUES };
 
 struct virtio_console {
     struct virtio_device v;
     struct console *console;
+    uint64_t sent;              /* bytes of the next chain to transmit that are written already */
     struct virtq_chain chain;
 };
 
@@ -32,19 +35,39 @@ static struct virtio_console *from_virtio(struct virtio_device *v)
     return container_of(v, struct virtio_console, v);
 }
 
+/* Writes the chain from p->sent on. false: there is more for later, and p->sent says how far it came. */
+static bool write_chain(struct virtio_console *p, struct virtq *q, const struct virtq_chain *c)
+{
+    uint8_t piece[PIECE];
+    for (unsigned pieces = 0; p->sent < c->out_len; pieces++) {
+        /* Of the first kind, writable() tells the end. */
+        if (!console_can_write(p->console))
+            return false;
+        if (pieces == MAX_PIECES) {
+            virtio_kick(&p->v, q);
+            return false;
+        }
+        size_t len = iov_read(c->iov, c->out_count, p->sent, piece, sizeof(piece));
+        console_write(p->console, piece, len);
+        p->sent += len;
+    }
+    p->sent = 0;
+    return true;
+}
+
 static void transmit(struct virtio_console *p, struct virtq *q)
 {
     struct virtq_chain *c = &p->chain;
     int ret;
     do {
         virtq_notify_off(q);
-        /* What is left when the host is full waits for console_writable(). */
-        ret = -EAGAIN;
-        while (console_can_write(p->console) && (ret = virtio_pop(&p->v, q, c)) > 0) {
-            for (unsigned i = 0; i < c->out_count; i++)
-                console_write(p->console, c->iov[i].iov_base, c->iov[i].iov_len);
+        while ((ret = virtio_pop(&p->v, q, c)) > 0) {
+            if (!write_chain(p, q, c)) {
+                virtq_unpop(q, 1);
+                ret = -EAGAIN;
+                break;
+            }
             virtio_push(&p->v, q, c, 0);
-            ret = -EAGAIN;
         }
     } while (ret == 0 && virtq_notify_on(q));
     virtio_signal(&p->v, q);
@@ -102,10 +125,28 @@ static void config_write(struct virtio_device *v, unsigned offset, const void *b
         console_write(from_virtio(v)->console, buf, 1);
 }
 
+static void reset(struct virtio_device *v)
+{
+    from_virtio(v)->sent = 0;
+}
+
+static void save(struct virtio_device *v, struct state_writer *w)
+{
+    state_put_u64(w, "sent", from_virtio(v)->sent);
+}
+
+static int load(struct virtio_device *v, const struct state_reader *r)
+{
+    if (state_get_u64(r, "sent", &from_virtio(v)->sent) == 0)
+        return 0;
+    log_error("%s: saved state: bad or missing field sent", v->dev.id);
+    return -EINVAL;
+}
+
 static void destroy(struct virtio_device *v)
 {
     struct virtio_console *p = from_virtio(v);
-    console_connect(p->console, &(const struct console_ops){0}, NULL);
+    console_connect(p->console, NULL, NULL);
     free(p);
 }
 
@@ -114,8 +155,11 @@ static const struct virtio_ops ops = {
     .id = 3,
     .pci_class = 0x078000,
     .process = process,
+    .reset = reset,
     .config_read = config_read,
     .config_write = config_write,
+    .save = save,
+    .load = load,
     .destroy = destroy,
 };
 

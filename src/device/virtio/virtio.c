@@ -333,7 +333,8 @@ int virtio_device_load(struct device *dev, const struct state_reader *r)
         log_error("%s: saved state: bad or missing status", dev->id);
         return -EINVAL;
     }
-    if (features & ~v->offered) {
+    /* Before FEATURES_OK the driver may have written anything; it is judged when it asks for that. */
+    if ((status & VIRTIO_CONFIG_S_FEATURES_OK) && (features & ~v->offered)) {
         log_error("%s: saved state: the guest uses features that this host does not offer: 0x%llx; "
                   "give the device the backend that it had",
                   dev->id, (unsigned long long)(features & ~v->offered));
