@@ -196,6 +196,10 @@ int machine_load_devices(struct machine *m, const struct state_reader *r)
             return -EINVAL;
         }
     }
+    if (ret)
+        return ret;
+    /* All wires are low then; a device that lowered one while it loads would upset an irqchip that has loaded. */
+    machine_reset_devices(m);
     for (struct device *d = m->devices; ret == 0 && d; d = d->next)
         if (d->ops->load)
             ret = load_device(d, &devices);

@@ -32,7 +32,7 @@ class Round:
         self.devices = []
         for slot in (1, 2, 3, 4, 5):
             d = Device(m, slot)
-            d.rings = d.start(1 if d.type in (2, 4) else 2, features=self.rng.getrandbits(64))
+            d.rings = d.start(1 if d.type in (2, 4) else 2, features=self.rng.choice((0, F_INDIRECT, 2**64 - 1)))
             d.next_ram = RINGS
             self.devices.append(d)
         self.state = m.save()
@@ -175,9 +175,19 @@ class Round:
                 self.states()
 
     def states(self):
-        """Saved states with faults in them: taken or refused."""
+        """What was saved can be loaded and is the same then; with faults in it, it is taken or refused."""
         if self.rng.randrange(2):
+            self.lines = ["pause", "save", "load", "save"]
+            self.m.ask("pause")
             self.state = self.m.save()
+            self.m.load_state(self.state)
+            again = self.m.save()
+            if again != self.state:
+                was, now = state_fields(self.state), state_fields(again)
+                raise AssertionError("saved, loaded, saved: other values of " + ", ".join(
+                    f"{k}: {was.get(k, b'').hex()} now {now.get(k, b'').hex()}"
+                    for k in sorted(was | now) if was.get(k) != now.get(k)))
+            self.m.ask("resume")
         data = bytearray(bytes.fromhex(self.state[2:]))
         for _ in range(self.rng.choice((0, 1, 1, 2, 8))):
             data[self.rng.randrange(len(data))] = self.rng.getrandbits(8)

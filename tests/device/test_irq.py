@@ -506,6 +506,25 @@ class State(Case):
             self.assertEqual(each.take(), [0x60])
         self.assertEqual(m.save(), other.save())
 
+    def test_loading_into_a_machine_in_use(self):
+        """Wires and modes that the present machine has do not show in what is loaded."""
+        m = self.m
+        m.enable_lapics()
+        fresh = m.save()
+        for gsi in (3, 4, 9):
+            m.port_out(0x2000 + gsi, 1)
+        m.ask("power_button")
+        m.lapic(0, DFR, 0)
+        m.lapic(0, ICR, 0xFFF33000 | 0x4400 | 1 << 18)
+        m.wrmsr(0, 0x1B, 0xFEE00D00)
+        busy = m.save()
+        m.load_state(fresh)
+        self.assertEqual(m.save(), fresh)
+        self.assertEqual([m.gsi(n) for n in (3, 4, 9)], [0, 0, 0])
+        m.load_state(busy)
+        self.assertEqual(m.save(), busy)
+        self.assertEqual([m.gsi(n) for n in (3, 4, 9)], [1, 1, 1])
+
     def test_other_number_of_cpus_is_refused(self):
         state = self.m.save()
         with self.assertRaises(Refused):

@@ -308,6 +308,29 @@ class Transport(Case):
             d.status = ACKNOWLEDGE | DRIVER | FEATURES_OK
             self.assertFalse(d.status & FEATURES_OK, bit)
 
+    def test_round_trip_in_the_midst_of_negotiation(self):
+        d = self.d
+        d.status = 0
+        d.status = ACKNOWLEDGE | DRIVER
+        d.common(GFSELECT, 1), d.common(GF, 0xFFFFFFFF)
+        self.check_round_trip()
+
+    def test_loading_over_a_raised_line(self):
+        d = Device(self.m, 1)
+        fresh = self.m.save()
+        q, = d.start()
+        q.run((d.alloc(64), 64, WRITE))
+        self.assertEqual(self.m.gsi(17), 1)
+        raised = self.m.save()
+        self.m.load_state(fresh)
+        self.assertEqual(self.m.save(), fresh)
+        self.assertEqual(self.m.gsi(17), 0)
+        self.m.load_state(raised)
+        self.assertEqual(self.m.gsi(17), 1)
+        self.m.load_state(raised)
+        self.assertEqual(self.m.load(d.where[ISR][0], 1), 1)
+        self.assertEqual(self.m.gsi(17), 0)
+
     def test_reset_reads_zero(self):
         self.d.start(2)
         self.assertEqual(self.d.status, 15)

@@ -23,7 +23,7 @@
 #define VERSION (0x14u | 5u << 16 | 1u << 24)
 
 #define ICR_DELIVERY_STATUS (1u << 12)
-#define ICR_X2APIC_RESERVED 0xfff32000u
+#define ICR_BITS 0x000ccfffu    /* but for delivery status, which is never seen set */
 
 #define ESR_SEND_ILLEGAL_VECTOR (1u << 5)
 #define ESR_RECEIVE_ILLEGAL_VECTOR (1u << 6)
@@ -202,6 +202,7 @@ int lapic_set_base(struct lapic *l, uint64_t value)
         } else if (after == BASE_MODE) {
             set_identity(l);
             l->reg[LAPIC_ICR2] = 0;
+            l->reg[LAPIC_DFR] = UINT32_MAX; /* not there in this mode, and gone when it is left */
         }
     }
     pthread_mutex_unlock(&l->lock);
@@ -501,7 +502,7 @@ void lapic_mmio_write(struct lapic *l, unsigned offset, uint64_t wide, unsigned 
     pthread_mutex_lock(&l->lock);
     switch (index) {
     case LAPIC_ICR:
-        l->reg[index] = value & ~ICR_DELIVERY_STATUS;
+        l->reg[index] = value & ICR_BITS;
         dest = l->reg[LAPIC_ICR2] >> 24;
         pthread_mutex_unlock(&l->lock);
         send_ipi(l, value, dest, dest == 0xff);
@@ -559,7 +560,7 @@ int lapic_msr_write(struct lapic *l, uint32_t msr, uint64_t value)
     uint32_t low = (uint32_t)value, dest = (uint32_t)(value >> 32);
     if (index == LAPIC_ICR) {
         low &= ~ICR_DELIVERY_STATUS;
-        if (low & ICR_X2APIC_RESERVED)
+        if (low & ~ICR_BITS)
             return -EINVAL;
         pthread_mutex_lock(&l->lock);
         l->reg[LAPIC_ICR] = low;
@@ -646,12 +647,10 @@ int lapic_load(struct lapic *l, const struct state_reader *r)
         l->reg[LAPIC_ISR + 8 * i] &= 0xffff0000;
     l->reg[LAPIC_ESR] = page[4 * LAPIC_ESR] & 0xff;
     l->errors = (uint32_t)errors & 0xff;
-    if (x2apic(base)) {
-        l->reg[LAPIC_ICR] = page[4 * LAPIC_ICR] & ~(ICR_X2APIC_RESERVED | ICR_DELIVERY_STATUS);
-        l->reg[LAPIC_ICR2] = page[4 * LAPIC_ICR2];
-    } else {
-        l->reg[LAPIC_ICR] = page[4 * LAPIC_ICR] & ~ICR_DELIVERY_STATUS;
-        l->reg[LAPIC_ICR2] = page[4 * LAPIC_ICR2] & 0xff000000;
+    l->reg[LAPIC_ICR] = page[4 * LAPIC_ICR] & ICR_BITS;
+    l->reg[LAPIC_ICR2] = page[4 * LAPIC_ICR2];
+    if (!x2apic(base)) {
+        l->reg[LAPIC_ICR2] &= 0xff000000;
         l->reg[LAPIC_LDR] = page[4 * LAPIC_LDR] & 0xff000000;
         l->reg[LAPIC_DFR] = page[4 * LAPIC_DFR] | 0x0fffffff;
     }
