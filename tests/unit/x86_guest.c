@@ -99,7 +99,7 @@ void guest_paging(struct guest *g, enum paging mode)
     g->next_table = GUEST_TABLES;
     s->efer = mode == PAGING_32 ? 0 : mode == PAGING_PAE ? EFER_NXE : EFER_NXE | EFER_LME | EFER_LMA;
     s->cr4 = (mode == PAGING_32 ? CR4_PSE : CR4_PAE) | CR4_OSFXSR;
-    s->cr0 |= CR0_PG;
+    s->cr0 |= CR0_PG | CR0_PE;
     s->cr3 = GUEST_ROOT;
     if (mode == PAGING_PAE) {
         for (unsigned i = 0; i < 4; i++) {

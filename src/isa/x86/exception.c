@@ -75,17 +75,17 @@ static uint32_t idt_error(const struct event *e)
     return e->vector * 8u + 2 + ext_bit(e);
 }
 
-/* RFLAGS as pushed: faults set RF, so that the instruction is not stopped by its breakpoint again. */
+/*
+ * RFLAGS as pushed: faults set RF, so that the instruction is not stopped by its breakpoint again. Otherwise the
+ * instruction before has cleared it, which engines do not do at each instruction.
+ */
 static uint64_t pushed_flags(const struct x86_cpu *cpu, const struct event *e)
 {
-    uint64_t flags = x86_rflags(cpu);
+    uint64_t flags = x86_rflags(cpu) & ~(uint64_t)RFLAGS_RF;
+    bool fault = e->kind == EVENT_EXCEPTION && e->vector != X86_DB && e->vector != X86_BP && e->vector != X86_OF &&
+                 e->vector != X86_DF && e->vector != X86_MC;
 
-    if (e->kind == EVENT_SOFTWARE || e->kind == EVENT_ICEBP)
-        return flags & ~(uint64_t)RFLAGS_RF;
-    if (e->kind == EVENT_EXCEPTION && e->vector != X86_DB && e->vector != X86_BP && e->vector != X86_OF &&
-        e->vector != X86_DF && e->vector != X86_MC)
-        return flags | RFLAGS_RF;
-    return flags;
+    return fault ? flags | RFLAGS_RF : flags;
 }
 
 /* The last step of each kind of delivery. */
