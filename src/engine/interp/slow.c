@@ -2,6 +2,7 @@
  * The ways out of the fast handlers: memory accesses that miss, addresses with segment checks, and
  * instructions whose meaning is a function of src/isa/x86 or that run natively.
  */
+#include "device/machine.h"
 #include "engine/interp/interp.h"
 
 gva_t ea_slow(struct x86_cpu *cpu, const struct op *op, unsigned size, bool write)
@@ -71,6 +72,8 @@ const struct op *op_semantics_end(struct x86_cpu *cpu, const struct op *op)
     slow->semantics(cpu, &slow->insn);
     cpu->s.rip = cpu->next_rip;
     cpu->insns += op->n + 1u;
+    if (unlikely(cpu->cpl == 3 && !cpu->first_user_ns))
+        cpu->first_user_ns = clock_now(cpu->machine->clock);
     if (unlikely(atomic_load_explicit(&cpu->request, memory_order_relaxed)) || cpu->s.interrupt_shadow ||
         cpu->s.activity != X86_RUNNING || (cpu->s.rflags & RFLAGS_TF))
         return NULL;
