@@ -53,7 +53,6 @@ struct bzimage {
     const uint8_t *payload; /* inside code */
     uint64_t payload_len;
     uint64_t pref_address, init_size;
-    bool has_entry64;
 };
 
 static unsigned long long mib_up(uint64_t bytes)
@@ -208,7 +207,6 @@ static int parse_bzimage(const struct source *src, const uint8_t *data, uint64_t
         return source_error(src, "has a corrupt setup header (size)");
     b->code = data + setup_len;
     b->code_len = MIN(code_len, size - setup_len);
-    b->has_entry64 = true;
     uint64_t offset = load_le32(data + HDR_PAYLOAD_OFFSET),
              len = load_le32(data + HDR_PAYLOAD_LENGTH);
     if (offset > b->code_len || len > b->code_len - offset || len < 8)
