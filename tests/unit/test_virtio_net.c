@@ -158,6 +158,14 @@ static void test_configuration(void **state)
     assert_int_equal(bus_read(&g.m.mmio, d.device + 6, 2), VIRTIO_NET_S_LINK_UP);
     bus_write(&g.m.mmio, d.device, 0, 1);
     assert_int_equal(bus_read(&g.m.mmio, d.device, 1), mac[0]);
+    assert_false(offered & BIT(VIRTIO_NET_F_MTU));
+    wire.net.mtu = 9000;
+    guest_destroy(&g);
+    guest_init(&g);
+    assert_non_null(virtio_net_create(&g.m, g.host, &wire.net, mac));
+    driver_find(&d, &g, 0x1041);
+    assert_true(driver_features(&d) & BIT(VIRTIO_NET_F_MTU));
+    assert_int_equal(bus_read(&g.m.mmio, d.device + 10, 2), 9000);
 }
 
 static void test_features(void **state)

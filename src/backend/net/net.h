@@ -1,8 +1,8 @@
 /*
  * What stands behind a network device on the host.
  *
- * Frames cross with a virtio_net_hdr (12 bytes, with num_buffers) in front when the backend offers offloads; the
- * device converts otherwise. All calls and callbacks: machine lock held; receive runs in the event loop's thread.
+ * Frames cross with a virtio_net_hdr (12 bytes, with num_buffers) in front, whatever offloads the backend has. A
+ * backend with HOST_TSO4/6 but without CSUM gets long TCP frames whose checksum is complete. All calls and callbacks: machine lock held; receive runs in the event loop's thread.
  */
 #ifndef RINGFORT_BACKEND_NET_H
 #define RINGFORT_BACKEND_NET_H
@@ -39,6 +39,8 @@ struct net_ops {
 
 struct net {
     const struct net_ops *ops;
+    /* Set by the backend: the longest IP packet it likes, for the guest to use; 0: as Ethernet, 1500. */
+    uint16_t mtu;
     /*
      * Set by the device. Delivers one frame (header first) to the guest. true: taken; false: no room, the backend
      * keeps it and delivers it again after set_receive(true).

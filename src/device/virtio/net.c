@@ -333,6 +333,7 @@ static void config_read(struct virtio_device *v, unsigned offset, void *buf, uns
         .max_virtqueue_pairs = 1,
     };
     memcpy(config.mac, n->mac, sizeof(config.mac));
+    config.mtu = n->backend ? n->backend->mtu : 0;
     memcpy(buf, (const uint8_t *)&config + offset, len);
 }
 
@@ -383,10 +384,12 @@ struct virtio_device *virtio_net_create(struct machine *m, struct pci_host *host
     memcpy(n->mac, mac, sizeof(n->mac));
     n->backend_features = backend ? backend->ops->features(backend) : 0;
     n->v.ops = &ops;
-    n->v.config_size = offsetof(struct virtio_net_config, mtu);
+    n->v.config_size = offsetof(struct virtio_net_config, speed);
     n->v.offered = VIRTIO_BIT(VIRTIO_NET_F_MAC) | VIRTIO_BIT(VIRTIO_NET_F_STATUS) |
                    VIRTIO_BIT(VIRTIO_NET_F_MRG_RXBUF) | VIRTIO_BIT(VIRTIO_NET_F_GUEST_CSUM) |
                    SOFTWARE_HOST | (n->backend_features & BACKEND_ONLY);
+    if (backend && backend->mtu)
+        n->v.offered |= VIRTIO_BIT(VIRTIO_NET_F_MTU);
     if (virtio_init(&n->v, m, host, QUEUES, QUEUE_SIZE)) {
         destroy(&n->v);
         return NULL;
