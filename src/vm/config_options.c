@@ -12,9 +12,10 @@
 
 #include "base/util.h"
 #include "device/testdev.h"
+#include "engine/engine.h"
+#include "isa/x86/cpuid.h"
 
-static const char *const engine_names[] = {"auto", "interp", NULL};
-static const char *const cpu_model_names[] = {"host", "x86-64-v2", "x86-64-v3", "x86-64-v4", NULL};
+#define MAX_NAMES 16
 static const char *const cache_names[] = {
     [BLOCK_CACHE_WRITEBACK] = "writeback", [BLOCK_CACHE_NONE] = "none", [BLOCK_CACHE_UNSAFE] = "unsafe", NULL};
 static const char *const device_names[] = {
@@ -25,16 +26,29 @@ static const char *const crash_names[] = {[VM_ON_CRASH_RESET] = "reset", [VM_ON_
 static const char *const level_names[] = {
     [LOG_ERROR] = "error", [LOG_WARN] = "warn", [LOG_INFO] = "info", [LOG_DEBUG] = "debug", NULL};
 
+static const char *const *engine_names(void)
+{
+    static _Thread_local const char *names[MAX_NAMES] = {"auto"};
+    for (unsigned i = 0; i < MAX_NAMES - 2 && engine_at(i); i++)
+        names[i + 1] = engine_at(i)->name;
+    return names;
+}
+
+static const char *const *cpu_model_names(void)
+{
+    static _Thread_local const char *names[MAX_NAMES];
+    for (unsigned i = 0; i < MAX_NAMES - 1 && x86_cpu_model_at(i); i++)
+        names[i] = x86_cpu_model_at(i)->name;
+    return names;
+}
+
 const char *const *vm_config_names(const char *kind)
 {
-    static const struct {
-        const char *kind;
-        const char *const *names;
-    } list[] = {{"engine", engine_names}, {"cpu-model", cpu_model_names}, {"device", device_names}};
-    for (unsigned i = 0; i < ARRAY_SIZE(list); i++)
-        if (strcmp(kind, list[i].kind) == 0)
-            return list[i].names;
-    return NULL;
+    if (strcmp(kind, "engine") == 0)
+        return engine_names();
+    if (strcmp(kind, "cpu-model") == 0)
+        return cpu_model_names();
+    return strcmp(kind, "device") == 0 ? device_names : NULL;
 }
 
 /*
@@ -161,7 +175,7 @@ static int set_named(const struct config_origin *o, const json_t *v, const char 
 
 static int set_cpu_model(struct vm_config *c, const struct config_origin *o, const json_t *v)
 {
-    return set_named(o, v, "a CPU model", cpu_model_names, &c->cpu_model);
+    return set_named(o, v, "a CPU model", cpu_model_names(), &c->cpu_model);
 }
 
 static json_t *get_cpu_model(const struct vm_config *c)
@@ -171,7 +185,7 @@ static json_t *get_cpu_model(const struct vm_config *c)
 
 static int set_engine(struct vm_config *c, const struct config_origin *o, const json_t *v)
 {
-    return set_named(o, v, "an engine", engine_names, &c->engine);
+    return set_named(o, v, "an engine", engine_names(), &c->engine);
 }
 
 static json_t *get_engine(const struct vm_config *c)

@@ -202,7 +202,6 @@ static void settle(void *opaque)
         return;
     }
     machine_reset_devices(&vm->machine);
-    vm->button_pressed = false;
     err = prepare_guest(vm);
     if (err) {
         end_now(vm, vm_status_of(err));
