@@ -6,6 +6,7 @@
  */
 #include "engine/interp/interp.h"
 #include "isa/x86/cpuid.h"
+#include "isa/x86/legacy.h"
 
 struct lowering {
     struct interp *it;
@@ -550,6 +551,11 @@ bool lower(struct interp *it, struct op *op, const struct x86_insn *insn)
 
         op->fn = plain ? op_semantics : op_semantics_end;
         return !plain;
+    }
+    slow->semantics = x86_legacy_semantics(insn);
+    if (slow->semantics) {
+        op->fn = op_semantics;
+        return false;
     }
     slow->native = native_prepare(insn);
     if (slow->native) {
