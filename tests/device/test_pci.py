@@ -99,6 +99,10 @@ class Config(Case):
         d = Device(self.m, 1)
         self.assertLessEqual({COMMON, NOTIFY, ISR}, set(d.where))
         self.assertEqual(d.type, 4)
+        express, = d.caps[0x10]
+        self.assertEqual(self.m.config_read(1, express + 2, 2), 0x92)   # integrated endpoint, version 2
+        self.m.config_write(1, express + 4, 0xFFFFFFFF)                 # capabilities are read-only
+        self.assertEqual(self.m.config_read(1, express + 4), 0x8000)
 
 
 class Bars(Case):

@@ -401,6 +401,7 @@ int virtio_pci_attach(struct virtio_device *v, struct pci_host *host)
     pci->config_read = config_read;
     pci->config_write = config_write;
     pci_add_msix(pci, v->queue_count + 1, BAR, MSIX_OFFSET, PBA_OFFSET);
+    pci_add_pcie_capability(pci);
     return pci_add_device(host, pci);
 }
 
