@@ -547,7 +547,8 @@ const struct config_option config_options[] = {
       "pc-testdev", true}, set_device, get_device, clear_device},
     {{"console", "CONSOLE", "the serial port's other end: stdio, pty, file:PATH,\n"
       "unix:PATH or none (default stdio)", false}, set_console, get_console, NULL},
-    {{"on-crash", "ACTION", "after a triple fault: reset or exit (default reset)", false}, set_on_crash, get_on_crash,
+    {{"on-crash", "ACTION", "after a triple fault: reset or exit (default reset);\n"
+      "the fifth in a row soon after the start ends the run, too", false}, set_on_crash, get_on_crash,
      NULL},
     {{"stats", "FILE", "write figures of the run there as JSON at exit", false}, set_stats, get_stats, NULL},
     {{"log-level", "LEVEL", "error, warn, info or debug (default warn)", false}, set_log_level, get_log_level, NULL},

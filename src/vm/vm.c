@@ -29,6 +29,10 @@
 #include "vm/stats.h"
 #include "vm/status.h"
 
+/* A guest that crashes so often, each time so soon after its start, is beyond help by a reset. */
+#define MAX_QUICK_CRASHES 5
+#define QUICK_CRASH_NS 10000000000u
+
 struct vm_vcpu {
     struct vcpu vcpu;
     struct vm *vm;
@@ -63,6 +67,8 @@ struct vm {
     struct loop_call settle;
     bool ended, reset_wanted;
     int status;
+    uint64_t started_ns;        /* guest clock at the last (re)start of the guest */
+    unsigned quick_crashes;     /* in a row */
 };
 
 /* ---- vCPU threads ---- */
@@ -145,15 +151,32 @@ static int prepare_guest(struct vm *vm)
 
 /* ---- events ---- */
 
+/* Whether a crash resets the guest or ends the run. Gate held. */
+static bool survives_crash(struct vm *vm)
+{
+    bool quick = clock_now(vm->machine.clock) - vm->started_ns < QUICK_CRASH_NS;
+
+    vm->quick_crashes = quick ? vm->quick_crashes + 1 : 1;
+    if (vm->config->on_crash == VM_ON_CRASH_EXIT) {
+        log_warn("the guest crashed (triple fault); leaving");
+        return false;
+    }
+    if (vm->quick_crashes >= MAX_QUICK_CRASHES) {
+        log_warn("the guest crashed (triple fault) %u times in a row soon after its start; leaving", vm->quick_crashes);
+        return false;
+    }
+    log_warn("the guest crashed (triple fault); resetting it");
+    return true;
+}
+
 /* Any thread, machine lock held or not. */
 static void vm_event(void *opaque, enum machine_event event, int status)
 {
     struct vm *vm = opaque;
-    bool reset = event == MACHINE_RESET || (event == MACHINE_CRASH && vm->config->on_crash == VM_ON_CRASH_RESET);
+    bool reset;
 
-    if (event == MACHINE_CRASH)
-        log_warn("the guest crashed (triple fault); %s", reset ? "resetting it" : "leaving");
     pthread_mutex_lock(&vm->gate);
+    reset = event == MACHINE_RESET || (event == MACHINE_CRASH && survives_crash(vm));
     if (reset) {
         vm->reset_wanted = true;
     } else if (!vm->ended) {
@@ -207,6 +230,9 @@ static void settle(void *opaque)
         end_now(vm, vm_status_of(err));
         return;
     }
+    pthread_mutex_lock(&vm->gate);
+    vm->started_ns = clock_now(vm->machine.clock);
+    pthread_mutex_unlock(&vm->gate);
     start_vcpus(vm);
 }
 

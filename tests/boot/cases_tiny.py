@@ -79,6 +79,14 @@ def tiny_kernels(report, folder):
 
     report.part("tiny-triple-fault", crash)
 
+    def crash_loop():
+        """Resets do not help this guest, so they come to an end."""
+        status, errors = status_of(folder, TRIPLE_FAULT, "--on-crash", "reset")
+        check(status == 4, f"exit status {status} instead of 4 after five triple faults: {errors}")
+        check(errors.count("resetting it") == 4, f"not four resets: {errors!r}")
+
+    report.part("tiny-crash-loop", crash_loop)
+
     def no_progress():
         """A guest that halts for ever is ended by the second signal, not before, and not by itself."""
         with Machine(folder, "--kernel", kernel(folder, b"\xfa\xf4\xeb\xfd"), memory="64M") as m:
