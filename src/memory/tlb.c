@@ -13,7 +13,7 @@ static const struct tlb_entry first_empty = {
     .tag = {-(1ull << GUEST_PAGE_SHIFT), -(1ull << GUEST_PAGE_SHIFT), -(1ull << GUEST_PAGE_SHIFT)},
 };
 
-static void clear_entry(struct tlb_set *set, unsigned index)
+void tlb_flush_index(struct tlb_set *set, unsigned index)
 {
     uint64_t never = tlb_never(index);
     set->entry[index] = (struct tlb_entry){.tag = {never, never, never}};
@@ -40,7 +40,7 @@ void tlb_flush_page(struct tlb_set *set, gva_t va)
 {
     unsigned index = tlb_index(va);
     if (holds(&set->entry[index], -(va & GUEST_PAGE_MASK)))
-        clear_entry(set, index);
+        tlb_flush_index(set, index);
 }
 
 void tlb_flush_range(struct tlb_set *set, gva_t start, uint64_t size)
@@ -50,7 +50,7 @@ void tlb_flush_range(struct tlb_set *set, gva_t start, uint64_t size)
         for (unsigned kind = TLB_READ; kind <= TLB_EXEC; kind++) {
             gva_t page = -e->tag[kind];
             if (tlb_index(page) == i && page - start < size) {
-                clear_entry(set, i);
+                tlb_flush_index(set, i);
                 break;
             }
         }
@@ -65,7 +65,7 @@ void tlb_fill(struct tlb_set *set, gva_t va, const void *host_page, enum tlb_kin
     uint64_t addend = (uint64_t)(uintptr_t)host_page - page;
 
     if (e->addend != addend || !holds(e, -page)) {
-        clear_entry(set, index);
+        tlb_flush_index(set, index);
         e->addend = addend;
     }
     e->tag[kind] = -page;

@@ -56,6 +56,7 @@ static inline void *tlb_lookup(const struct tlb_set *set, gva_t va, unsigned siz
 void tlb_init(struct tlb_set *set);
 void tlb_flush(struct tlb_set *set);
 void tlb_flush_page(struct tlb_set *set, gva_t va);
+void tlb_flush_index(struct tlb_set *set, unsigned index);
 /* Drops the pages in [start, start+size). Walks the set. */
 void tlb_flush_range(struct tlb_set *set, gva_t start, uint64_t size);
 /* Fills one kind of the entry for va's page; other kinds stay if they are of the same page and host page. */

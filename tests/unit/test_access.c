@@ -237,9 +237,9 @@ static void code_pages(void **state)
     guest_set_cpl(g, 3);
     x86_write32(cpu, VA, 9);
     x86_tlb_drop_writes_to(cpu, guest_ram(g, PA0));
-    assert_null(tlb_lookup(&cpu->space->view[VIEW_USER], VA, 4, TLB_WRITE));
-    assert_null(tlb_lookup(&cpu->space->view[VIEW_KERNEL_AC], VA, 4, TLB_WRITE));
-    assert_non_null(tlb_lookup(&cpu->space->view[VIEW_KERNEL_AC], VA + 0x1000, 4, TLB_WRITE));
+    assert_null(tlb_lookup(&cpu->space->data.set, VA, 4, TLB_WRITE));
+    assert_null(tlb_lookup(&cpu->tlbs->kernel_ac.set, VA, 4, TLB_WRITE));
+    assert_non_null(tlb_lookup(&cpu->tlbs->kernel_ac.set, VA + 0x1000, 4, TLB_WRITE));
 
     /* The processor's own writes to page tables count as well. */
     uint64_t *leaf = guest_map(g, VA + 0x5000, PA0, KIB(4), PTE_W | PTE_U, PTE_W | PTE_U);

@@ -386,7 +386,8 @@ static void address_spaces(void **state)
     g->cpu.s.cr4 |= CR4_PCIDE | CR4_PGE;
     x86_tlb_flush_all(&g->cpu);
     for (unsigned i = 1; i <= 3; i++)
-        guest_map(g, i * 0x1000, 0x200000 + i * 0x1000, KIB(4), PTE_W | (i == 3 ? PTE_G : 0), PTE_W);
+        guest_map(g, i * 0x1000, 0x200000 + i * 0x1000, KIB(4), PTE_U | (i == 3 ? PTE_G : 0), PTE_U);
+    guest_set_cpl(g, 3);
 
     /* Entries of a PCID survive loads of others, and loads of it that keep them. */
     for (unsigned pcid = 1; pcid <= 3; pcid++) {
@@ -439,6 +440,87 @@ static void address_spaces(void **state)
     assert_false(read_misses(g, 0x1000));
 }
 
+/* The supervisor's entries: global ones stay across loads of CR3, others never outlive their address space. */
+static void supervisor_spaces(void **state)
+{
+    struct guest *g = *state;
+    const gva_t kernel = 0xffff800000000000;
+
+    guest_paging(g, PAGING_4LEVEL);
+    g->cpu.s.cr4 |= CR4_PGE;
+    for (unsigned pcide = 0; pcide < 2; pcide++) {
+        g->cpu.s.cr3 = GUEST_ROOT;
+        g->cpu.s.cr4 = (g->cpu.s.cr4 & ~CR4_PCIDE) | (pcide ? CR4_PCIDE : 0);
+        x86_tlb_flush_all(&g->cpu);
+        /* From few to many pages that are not global. */
+        for (unsigned n = 1; n <= 128; n *= 2) {
+            for (unsigned i = 0; i <= n; i++) {
+                guest_map(g, kernel + i * 0x1000, 0x200000 + i * 0x1000, KIB(4), i == n ? PTE_G : 0, 0);
+                x86_tlb_flush_page(&g->cpu, kernel + i * 0x1000);
+            }
+            for (unsigned how = 0; how < (pcide ? 4 : 1); how++) {
+                for (unsigned i = 0; i <= n; i++)
+                    x86_read8(&g->cpu, kernel + i * 0x1000);
+                assert_false(read_misses(g, kernel));
+                if (how == 0)
+                    pcid_load(g, 0, false);
+                else if (how == 1)
+                    pcid_load(g, 1, true);
+                else if (how == 2)
+                    x86_tlb_invpcid(&g->cpu, 1, 1, 0);
+                else
+                    x86_tlb_invpcid(&g->cpu, 3, 0, 0);
+                for (unsigned i = 0; i < n; i++)
+                    assert_true(read_misses(g, kernel + i * 0x1000));
+                /* With many of them it may go along. */
+                if (n < 32)
+                    assert_false(read_misses(g, kernel + n * 0x1000));
+            }
+            if (pcide) {
+                x86_tlb_invpcid(&g->cpu, 0, 1, kernel);
+                assert_true(read_misses(g, kernel));
+                x86_tlb_invpcid(&g->cpu, 1, 7, 0);
+                assert_false(read_misses(g, kernel));
+                pcid_load(g, 0, true);
+            }
+            x86_read8(&g->cpu, kernel + n * 0x1000);
+            x86_tlb_flush_page(&g->cpu, kernel + n * 0x1000);
+            assert_true(read_misses(g, kernel + n * 0x1000));
+            x86_tlb_flush_all(&g->cpu);
+            assert_true(read_misses(g, kernel + n * 0x1000));
+        }
+    }
+    /* Without CR4.PGE the bit means nothing. */
+    g->cpu.s.cr4 &= ~(CR4_PGE | CR4_PCIDE);
+    x86_tlb_flush_all(&g->cpu);
+    guest_map(g, kernel, 0x200000, KIB(4), PTE_G, 0);
+    x86_read8(&g->cpu, kernel);
+    pcid_load(g, 0, false);
+    assert_true(read_misses(g, kernel));
+}
+
+/* A read fills the write tag as well where nobody has to be told of writes. */
+static void reads_prepare_writes(void **state)
+{
+    struct guest *g = *state;
+    const gva_t va = 0x40000000;
+    _Atomic uint8_t *flags;
+
+    for (unsigned i = 0; i < 32; i++) {
+        bool dirty = i & 1, writable = i & 2, seen = i & 4, code = i & 8, logging = i & 16;
+        guest_paging(g, PAGING_4LEVEL);
+        uint64_t *leaf = guest_map(g, va, 0x200000, KIB(4), (writable ? PTE_W : 0) | (dirty ? PTE_D : 0), PTE_W);
+        uint64_t before = *leaf | PTE_A;
+        flags = guest_flags(g, 0x200000);
+        atomic_store(flags, (seen ? PAGE_WRITABLE : 0) | (code ? PAGE_CODE : 0));
+        atomic_store(&g->machine.memory.dirty_logging, logging);
+        x86_read8(&g->cpu, va);
+        assert_int_equal(tlb_lookup(g->cpu.tlb, va, 1, TLB_WRITE) != NULL, dirty && writable && seen && !code && !logging);
+        assert_int_equal(*leaf, before);
+        assert_false(atomic_load(flags) & PAGE_DIRTY);
+    }
+}
+
 static void more_pcids_than_spaces(void **state)
 {
     struct guest *g = *state;
@@ -446,12 +528,13 @@ static void more_pcids_than_spaces(void **state)
     guest_paging(g, PAGING_4LEVEL);
     g->cpu.s.cr4 |= CR4_PCIDE;
     x86_tlb_flush_all(&g->cpu);
-    uint64_t *leaf = guest_map(g, 0x1000, 0, KIB(4), PTE_W, PTE_W);
+    uint64_t *leaf = guest_map(g, 0x1000, 0, KIB(4), PTE_U, PTE_U);
+    guest_set_cpl(g, 3);
     /* Each PCID sees what was mapped when it filled its entry, or something newer: never another's older one. */
     unsigned seen[40] = {0};
     for (unsigned round = 1; round <= 400; round++) {
         unsigned pcid = (round * round * 7 + round) % 40;
-        *leaf = (0x200000 + (round % 32) * 0x1000ull) | PTE_P | PTE_W;
+        *leaf = (0x200000 + (round % 32) * 0x1000ull) | PTE_P | PTE_U;
         guest_put(g, 0x200000 + (round % 32) * 0x1000ull, round, 4);
         bool flush = round % 3 == 0;
         pcid_load(g, pcid, !flush);
@@ -471,21 +554,21 @@ static void modes_derive_views(void **state)
     guest_paging(g, PAGING_4LEVEL);
     assert_int_equal(cpu->cpl, 0);
     assert_int_equal(cpu->code_size, 8);
-    assert_ptr_equal(cpu->tlb, &cpu->space->view[VIEW_KERNEL_AC]);
+    assert_ptr_equal(cpu->tlb, &cpu->tlbs->kernel_ac.set);
     cpu->s.cr4 |= CR4_SMAP;
     x86_update_mode(cpu);
-    assert_ptr_equal(cpu->tlb, &cpu->space->view[VIEW_KERNEL]);
+    assert_ptr_equal(cpu->tlb, &cpu->tlbs->kernel.set);
     x86_set_rflags(cpu, RFLAGS_AC);
-    assert_ptr_equal(cpu->tlb, &cpu->space->view[VIEW_KERNEL_AC]);
-    assert_ptr_equal(cpu->tlb_fetch, &cpu->space->view[VIEW_KERNEL]);
+    assert_ptr_equal(cpu->tlb, &cpu->tlbs->kernel_ac.set);
+    assert_ptr_equal(cpu->tlb_fetch, &cpu->tlbs->kernel_fetch.set);
     /* Implicit accesses never have AC's licence. */
-    assert_ptr_equal(x86_system_set(cpu), &cpu->space->view[VIEW_KERNEL]);
+    assert_ptr_equal(x86_system_set(cpu), &cpu->tlbs->kernel.set);
     guest_set_cpl(g, 3);
-    assert_ptr_equal(cpu->tlb, &cpu->space->view[VIEW_USER]);
+    assert_ptr_equal(cpu->tlb, &cpu->space->data.set);
     cpu->s.cr0 |= CR0_AM;
     x86_update_mode(cpu);
     assert_ptr_equal(cpu->tlb, &x86_checking_set);
-    assert_ptr_equal(cpu->tlb_fetch, &cpu->space->view[VIEW_USER]);
+    assert_ptr_equal(cpu->tlb_fetch, &cpu->space->fetch.set);
 
     /* Compatibility mode, 16-bit code, real mode. */
     cpu->s.seg[SEG_CS].attr = 0xc0fb;
@@ -525,6 +608,8 @@ int main(void)
         TEST(flush_by_page),
         TEST(flush_of_large_pages),
         TEST(address_spaces),
+        TEST(supervisor_spaces),
+        TEST(reads_prepare_writes),
         TEST(more_pcids_than_spaces),
         TEST(modes_derive_views),
     };

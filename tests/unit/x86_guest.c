@@ -64,7 +64,7 @@ int guest_setup(void **state)
     g->next_table = GUEST_TABLES;
     x86_set_arith(&g->cpu, s->rflags);
     guest_set_cpl(g, 0);
-    x86_tlb_reset(&g->cpu);
+    x86_tlb_flush_all(&g->cpu);
     *state = g;
     return 0;
 }
@@ -108,7 +108,7 @@ void guest_paging(struct guest *g, enum paging mode)
         }
     }
     guest_set_cpl(g, 0);
-    x86_tlb_reset(&g->cpu);
+    x86_tlb_flush_all(&g->cpu);
 }
 
 static unsigned entry_size(const struct guest *g)
@@ -241,7 +241,7 @@ void guest_system(struct guest *g, enum guest_mode mode)
         s->seg[SEG_CS].attr = 0x9b;
         s->gpr[RSP] = 0x1000;
         s->rip = 0x345;
-        x86_tlb_reset(&g->cpu);
+        x86_tlb_flush_all(&g->cpu);
         x86_set_rflags(&g->cpu, RFLAGS_IF);
         return;
     }
@@ -286,7 +286,7 @@ void guest_system(struct guest *g, enum guest_mode mode)
     s->seg[SEG_ES] = s->seg[SEG_DS];
     s->gpr[RSP] = KERNEL_STACK;
     s->rip = 0x150000;
-    x86_tlb_reset(&g->cpu);
+    x86_tlb_flush_all(&g->cpu);
     x86_set_rflags(&g->cpu, RFLAGS_IF);
 }
 

@@ -380,6 +380,19 @@ void x86_split_unlock(struct x86_cpu *cpu)
 
 /* ---- fetch ---- */
 
+const uint8_t *x86_fetch_pointer(struct x86_cpu *cpu, gva_t va)
+{
+    struct x86_place p;
+
+    if (cpu->code_size != 8) {
+        if ((uint32_t)(va - cpu->s.seg[SEG_CS].base) > cpu->s.seg[SEG_CS].limit)
+            x86_raise_error(cpu, X86_GP, 0);
+        va = (uint32_t)va;
+    }
+    x86_translate(cpu, cpu->tlb_fetch, va, ACCESS_EXEC, &p);
+    return p.host;
+}
+
 unsigned x86_fetch(struct x86_cpu *cpu, gva_t va, uint8_t bytes[X86_MAX_INSN])
 {
     struct x86_place p;

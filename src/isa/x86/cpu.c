@@ -6,15 +6,12 @@
 
 #include <errno.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "base/clock.h"
 #include "device/irqchip/irqchip.h"
 #include "device/machine.h"
 #include "isa/x86/cpuid.h"
 #include "isa/x86/mmu.h"
-
-#define SPACES_SIZE (X86_TLB_SPACES * sizeof(struct x86_tlb_space))
 
 static void read_model(struct x86_cpu *cpu)
 {
@@ -42,17 +39,6 @@ int x86_cpu_init(struct x86_cpu *cpu, struct machine *m, struct lapic *lapic, co
                  unsigned index)
 {
     memset(cpu, 0, sizeof(*cpu));
-    /* Fresh zero pages: spaces that are never used cost one page a view. */
-    void *spaces = mmap(NULL, SPACES_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                        -1, 0);
-    if (spaces == MAP_FAILED)
-        return -ENOMEM;
-    cpu->spaces = spaces;
-    for (unsigned i = 0; i < X86_TLB_SPACES; i++)
-        for (unsigned v = 0; v < VIEWS; v++)
-            tlb_init(&cpu->spaces[i].view[v]);
-    x86_checking_set_init();
-
     cpu->machine = m;
     cpu->mem = m ? &m->memory : NULL;
     cpu->lapic = lapic;
@@ -68,16 +54,12 @@ int x86_cpu_init(struct x86_cpu *cpu, struct machine *m, struct lapic *lapic, co
     x86_state_reset(&cpu->s, index == 0);
     read_model(cpu);
     x86_set_arith(cpu, cpu->s.rflags);
-    x86_tlb_reset(cpu);
-    return 0;
+    return x86_tlb_create(cpu);
 }
 
 void x86_cpu_destroy(struct x86_cpu *cpu)
 {
-    if (cpu->spaces)
-        munmap(cpu->spaces, SPACES_SIZE);
-    cpu->spaces = NULL;
-    cpu->space = NULL;
+    x86_tlb_destroy(cpu);
 }
 
 void x86_cpu_import(struct x86_cpu *cpu, const struct x86_state *s)
@@ -86,7 +68,7 @@ void x86_cpu_import(struct x86_cpu *cpu, const struct x86_state *s)
         cpu->s = *s;
     x86_set_arith(cpu, cpu->s.rflags);
     cpu->next_rip = cpu->s.rip;
-    x86_tlb_reset(cpu);
+    x86_tlb_flush_all(cpu);
     x86_request(cpu, REQUEST_INTR | (cpu->s.nmi_pending ? REQUEST_NMI : 0));
 }
 
@@ -126,15 +108,12 @@ void x86_update_mode(struct x86_cpu *cpu)
                     && flat_data(ss) && flat_data(&s->seg[SEG_DS]) && flat_data(&s->seg[SEG_ES]);
     }
 
-    struct tlb_set *view = cpu->space->view;
     if (cpu->cpl == 3) {
-        cpu->tlb_fetch = &view[VIEW_USER];
-        cpu->tlb = (s->rflags & RFLAGS_AC) && (s->cr0 & CR0_AM) ? &x86_checking_set : cpu->tlb_fetch;
-    } else if (s->cr4 & CR4_SMAP) {
-        cpu->tlb_fetch = &view[VIEW_KERNEL];
-        cpu->tlb = &view[s->rflags & RFLAGS_AC ? VIEW_KERNEL_AC : VIEW_KERNEL];
+        cpu->tlb_fetch = &cpu->space->fetch.set;
+        cpu->tlb = (s->rflags & RFLAGS_AC) && (s->cr0 & CR0_AM) ? &x86_checking_set : &cpu->space->data.set;
     } else {
-        cpu->tlb = cpu->tlb_fetch = &view[VIEW_KERNEL_AC];
+        cpu->tlb_fetch = &cpu->tlbs->kernel_fetch.set;
+        cpu->tlb = x86_kernel_set(cpu, s->rflags & RFLAGS_AC);
     }
 
     unsigned trap = 0;

@@ -41,19 +41,34 @@ enum { X86_DE, X86_DB, X86_NMI, X86_BP, X86_OF, X86_BR, X86_UD, X86_NM, X86_DF, 
 #define REQUEST_SYNC 0x40u      /* another thread waits for this vCPU to drop TLB entries */
 #define REQUEST_DEBUG 0x80u     /* single step trap pending after this instruction */
 
-/* Privilege views of the TLB. */
+/* Whose permissions an access has. */
 enum { VIEW_USER, VIEW_KERNEL, VIEW_KERNEL_AC, VIEWS };   /* KERNEL: SMAP bites; KERNEL_AC: it does not */
 
 #define X86_TLB_SPACES 8
+#define X86_TLB_LOCALS 62
 
-struct x86_tlb_space {
-    struct tlb_set view[VIEWS];
-    uint64_t cr3_key;           /* PCID and validity; see mmu.c */
-    /* Which 2 MiB and 1 GiB ranges were filled from large pages (hashed): INVLPG there drops all of the large page. */
-    uint64_t large[16];
-    uint64_t used;              /* for replacement */
-    uint8_t dirty;              /* bit n: view[n] may hold entries; a clear one needs no flush */
+/* One set of the soft TLB and what flushing it needs to know; all but the set itself is space.c's. */
+struct x86_tlb {
+    struct tlb_set set;
+    uint64_t large[16];         /* which ranges were filled from large pages (hashed): INVLPG there drops all of the page */
+    uint16_t local[X86_TLB_LOCALS]; /* supervisor's sets: entries that are not global… */
+    uint16_t locals;            /* …and how many; more than fit: all may be */
+    uint8_t view;
+    bool dirty;                 /* may hold entries; a clean one needs no flush */
 } __attribute__((aligned(64)));
+
+/* User mode has sets of its own for each of several address spaces (PCID), and for fetches apart from data. */
+struct x86_tlb_space {
+    struct x86_tlb data, fetch;
+    uint64_t cr3_key;           /* PCID and validity */
+    uint64_t used;              /* for replacement */
+};
+
+/* The supervisor's sets are shared by all address spaces: a change of CR3 drops only what is not global. */
+struct x86_tlbs {
+    struct x86_tlb kernel, kernel_ac, kernel_fetch;
+    struct x86_tlb_space space[X86_TLB_SPACES];
+};
 
 /* What the engine above wants to know. */
 struct x86_cpu;
@@ -78,8 +93,8 @@ struct x86_cpu {
     uint64_t zero;              /* always 0: stands for an absent register in an address */
 
     /* Derived from s by x86_update_mode(): */
-    struct tlb_set *tlb;        /* view in force for data accesses at CPL */
-    struct tlb_set *tlb_fetch;  /* view for instruction fetch (user or kernel; AC does not matter) */
+    struct tlb_set *tlb;        /* for data accesses at CPL */
+    struct tlb_set *tlb_fetch;  /* for instruction fetch at CPL */
     struct x86_tlb_space *space;    /* address space in force */
     uint64_t code_base;         /* linear address of an instruction minus s.rip: CS base outside 64-bit mode, else 0 */
     uint8_t cpl;
@@ -117,7 +132,7 @@ struct x86_cpu {
     uint32_t native_mxcsr_in, native_mxcsr_out, native_mxcsr_host;
     uint8_t native_fx[512] __attribute__((aligned(64)));
 
-    struct x86_tlb_space *spaces;   /* X86_TLB_SPACES of them */
+    struct x86_tlbs *tlbs;
 
     /* Of mmu.c. */
     uint64_t pdpte[4];          /* PAE paging: loaded with CR3 */

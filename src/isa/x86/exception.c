@@ -365,7 +365,7 @@ static void handle_init(struct x86_cpu *cpu)
     cpu->next_rip = cpu->s.rip;
     if (cpu->lapic)
         lapic_reset(cpu->lapic, true);
-    x86_tlb_reset(cpu);
+    x86_tlb_flush_all(cpu);
 }
 
 static void handle_sipi(struct x86_cpu *cpu)

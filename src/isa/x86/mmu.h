@@ -21,29 +21,32 @@ static inline bool x86_canonical(const struct x86_cpu *cpu, uint64_t va)
     return (uint64_t)((int64_t)(va << unused) >> unused) == va;
 }
 
+/* The set for data accesses of the supervisor; ac: user pages may be touched under SMAP. */
+static inline struct tlb_set *x86_kernel_set(const struct x86_cpu *cpu, bool ac)
+{
+    return cpu->s.cr4 & CR4_SMAP && !ac ? &cpu->tlbs->kernel.set : &cpu->tlbs->kernel_ac.set;
+}
+
 /*
  * The TLB set for implicit supervisor accesses (GDT, LDT, IDT, TSS): those never may touch user pages under
  * SMAP, whatever AC says (SDM vol. 3A 4.6.1).
  */
-static inline struct tlb_set *x86_system_set(struct x86_cpu *cpu)
+static inline struct tlb_set *x86_system_set(const struct x86_cpu *cpu)
 {
-    return &cpu->space->view[cpu->s.cr4 & CR4_SMAP ? VIEW_KERNEL : VIEW_KERNEL_AC];
+    return x86_kernel_set(cpu, false);
 }
 
 /* The set for explicit accesses at a privilege level that a transfer is about to enter. */
-static inline struct tlb_set *x86_set_for_cpl(struct x86_cpu *cpu, unsigned cpl)
+static inline struct tlb_set *x86_set_for_cpl(const struct x86_cpu *cpu, unsigned cpl)
 {
-    if (cpl == 3)
-        return &cpu->space->view[VIEW_USER];
-    return &cpu->space->view[cpu->s.cr4 & CR4_SMAP && !(cpu->s.rflags & RFLAGS_AC) ? VIEW_KERNEL : VIEW_KERNEL_AC];
+    return cpl == 3 ? &cpu->space->data.set : x86_kernel_set(cpu, cpu->s.rflags & RFLAGS_AC);
 }
 
 /*
  * A set that misses always: cpu->tlb while alignment is checked (CPL 3, CR0.AM, RFLAGS.AC), so that every access comes
- * to the slow path, which stands for the user view then. Read only.
+ * to the slow path, which uses the user's set then. Read only.
  */
 extern struct tlb_set x86_checking_set;
-void x86_checking_set_init(void);   /* idempotent, any thread */
 
 /*
  * PAE paging keeps four page directory pointers in the processor. To be called before CR0, CR3 or CR4 are committed, with
@@ -55,8 +58,9 @@ int x86_load_pdptes(struct x86_cpu *cpu, uint64_t cr0, uint64_t cr3, uint64_t cr
 /* INVPCID types 0…3 (operands already checked): 0 address in pcid, 1 pcid, 2 all, 3 all but global. */
 void x86_tlb_invpcid(struct x86_cpu *cpu, unsigned type, unsigned pcid, gva_t va);
 
-/* Makes cpu->space fit CR3, CR4.PCIDE after a reset or import. All spaces are empty afterwards. */
-void x86_tlb_reset(struct x86_cpu *cpu);
+/* The TLB's memory, empty and for the current CR3. 0 or -ENOMEM. */
+int x86_tlb_create(struct x86_cpu *cpu);
+void x86_tlb_destroy(struct x86_cpu *cpu);
 
 /* Where an access goes, page by page. */
 struct x86_place {
@@ -71,8 +75,24 @@ void x86_translate(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, enum x86_
 /* Raises #GP(0) or #SS(0) for a non-canonical data address, by whether the current instruction reached it through SS. */
 _Noreturn void x86_raise_non_canonical(struct x86_cpu *cpu, gva_t va);
 
+/* A walk that succeeded, for filling the TLB. */
+struct x86_walk_result {
+    gpa_t gpa;
+    uint64_t page_size;
+    bool global;                /* stays when CR3 is loaded */
+    bool write_ready;           /* the same view may write, and the dirty bit is set already */
+};
+int x86_walk_for_fill(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view, struct x86_walk_result *w,
+                      uint32_t *error);
+
 /* What a store to guest memory by the processor itself (page tables) must tell. len bytes at gpa were written. */
 void x86_phys_written(struct x86_cpu *cpu, gpa_t gpa, unsigned len, _Atomic uint8_t *flags);
+
+/*
+ * The host page to execute at va, which it makes known to cpu->tlb_fetch. NULL when the code is not in RAM: x86_fetch gets
+ * its bytes. Raises what a fetch of the byte at va raises.
+ */
+const uint8_t *x86_fetch_pointer(struct x86_cpu *cpu, gva_t va);
 
 /* Blocks in a given set; as x86_read_bytes() and x86_write_bytes(). */
 void x86_read_bytes_in(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, void *buf, unsigned len);
