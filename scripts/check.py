@@ -3,7 +3,7 @@
 Kinds of tests, by the beginning of their names:
   build            the release build has no errors
   unit/ device/ cpu/ cli/ ...   programs that Meson knows, by their suites
-  sanitize/...     the unit and device tests again, built with ASan and UBSan
+  sanitize/...     the unit, device and fuzz tests again, built with ASan and UBSan
   boot/ENGINE/...  real kernels and the Debian server (tests/boot/run)
 Each test's output is build/logs/NAME.log. The last line is "N passed, N failed", with ", N skipped" where
 a host lacks what a test needs. Exit status: 0 when nothing failed.
@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build/logs"
 ENGINES = ["interp"]
-SANITIZED_SUITES = {"unit", "device"}
+SANITIZED_SUITES = {"unit", "device", "fuzz"}
 SANITIZER_ENV = {
     "ASAN_OPTIONS": "strict_string_checks=1:detect_stack_use_after_return=1",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
