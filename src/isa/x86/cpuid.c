@@ -287,6 +287,7 @@ static void build(struct model *m)
         l = get_leaf(m, 0xd, i);
         l->eax = x86_xsave_size(i);
         l->ebx = x86_xsave_offset(i);
+        l->ecx = (uint32_t)x86_xsave_aligned(i) << 1;
     }
     for (unsigned i = 0; i < m->public.leaf_count; i++)
         if (m->leaf[i].leaf == 7 && m->leaf[i].subleaf > 0)

@@ -244,6 +244,14 @@ int x86_decode(struct x86_insn *insn, const uint8_t *bytes, unsigned len, unsign
         *gp = status == ZYDIS_STATUS_NO_MORE_DATA || status == ZYDIS_STATUS_INSTRUCTION_TOO_LONG;
         return -EINVAL;
     }
+    /* 0F 0D is PREFETCH; with a register Intel processors let it pass. */
+    if (amd_branches && z.opcode_map == ZYDIS_OPCODE_MAP_0F && z.opcode == 0x0d && z.raw.modrm.mod == 3)
+        return -EINVAL;
+    /* CLZERO has no meaning with these, which Zydis overlooks. */
+    if (z.mnemonic == ZYDIS_MNEMONIC_CLZERO)
+        for (unsigned i = 0; i < z.raw.prefix_count; i++)
+            if (z.raw.prefixes[i].value == 0xf2 || z.raw.prefixes[i].value == 0xf3)
+                return -EINVAL;
     count = z.operand_count;
     if (!ZYAN_SUCCESS(ZydisDecoderDecodeOperands(d, &context, &z, operand, (ZyanU8)count)))
         return -EINVAL;

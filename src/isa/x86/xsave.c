@@ -71,6 +71,12 @@ uint32_t x86_xsave_offset(unsigned i)
     return component[i].offset;
 }
 
+bool x86_xsave_aligned(unsigned i)
+{
+    pthread_once(&once, find_layout);
+    return component[i].aligned;
+}
+
 uint64_t x86_xsave_host_components(void)
 {
     pthread_once(&once, find_layout);

@@ -23,6 +23,8 @@ enum { XSTATE_X87, XSTATE_SSE, XSTATE_AVX, XSTATE_OPMASK = 5, XSTATE_ZMM_HI256, 
 /* Of extended components (AVX on): bytes, and offset in the standard format. Sizes are 0 for what there is not. */
 uint32_t x86_xsave_size(unsigned component);
 uint32_t x86_xsave_offset(unsigned component);
+/* Whether it begins at a multiple of 64 bytes in the compacted format. */
+bool x86_xsave_aligned(unsigned component);
 /* Components that this host can run for guest code: XCR0 here, without what Ringfort does not know. */
 uint64_t x86_xsave_host_components(void);
 /* Bytes of an image with these components. */
