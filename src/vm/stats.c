@@ -18,6 +18,7 @@
 
 #include "base/log.h"
 #include "base/loop.h"
+#include "base/resident.h"
 #include "base/util.h"
 #include "engine/engine.h"
 
@@ -27,11 +28,10 @@ struct vm_stats {
     const char *file;
     bool direct;                /* a pipe, terminal or device: written in place */
     json_t *root;
-    int status_fd, timer_fd;
+    int timer_fd;
     struct loop_fd *timer;
     uint64_t start_ns, start_cpu_ns;
     uint64_t vcpu_ns, instructions, first_user_ns;
-    uint64_t peak_beyond, peak_shmem;
 };
 
 static uint64_t monotonic_ns(void)
@@ -48,34 +48,11 @@ static uint64_t process_cpu_ns(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* A line "Name:   123 kB" of /proc/self/status, in bytes. */
-static uint64_t status_field(const char *text, const char *name)
-{
-    const char *p = strstr(text, name);
-    return p ? strtoull(p + strlen(name), NULL, 10) * 1024 : 0;
-}
-
-void vm_stats_sample(struct vm_stats *s)
-{
-    char text[4096];
-    ssize_t n = pread(s->status_fd, text, sizeof(text) - 1, 0);
-    if (n <= 0)
-        return;
-    text[n] = 0;
-    uint64_t shmem = status_field(text, "\nRssShmem:");
-    uint64_t now = status_field(text, "\nRssAnon:") + status_field(text, "\nRssFile:");
-    uint64_t mark = status_field(text, "\nVmHWM:");
-    s->peak_shmem = MAX(s->peak_shmem, shmem);
-    if (mark > s->peak_shmem)
-        now = MAX(now, mark - s->peak_shmem);
-    s->peak_beyond = MAX(s->peak_beyond, now);
-}
-
 static void on_timer(void *opaque, int fd, short revents)
 {
     uint64_t expirations;
     if (read(fd, &expirations, sizeof(expirations)) == sizeof(expirations))
-        vm_stats_sample(opaque);
+        resident_note();
 }
 
 /* That the file can be written at the end: found out before the guest has run for a day. */
@@ -108,7 +85,7 @@ int vm_stats_create(struct loop *loop, const char *file, struct vm_stats **out)
     int r;
     if (!s)
         return -ENOMEM;
-    s->status_fd = s->timer_fd = -1;
+    s->timer_fd = -1;
     s->file = file;
     s->root = json_object();
     s->start_ns = monotonic_ns();
@@ -116,9 +93,8 @@ int vm_stats_create(struct loop *loop, const char *file, struct vm_stats **out)
     r = s->root ? check_file(s) : -ENOMEM;
     if (r < 0)
         goto out;
-    s->status_fd = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
-    if (s->status_fd < 0)
-        log_warn("--stats: no memory figures: /proc/self/status: %s", strerror(errno));
+    if (!resident_note())
+        log_warn("--stats: no memory figures: cannot read /proc/self/status");
     if (loop) {
         const struct itimerspec every = {.it_interval.tv_nsec = SAMPLE_NS, .it_value.tv_nsec = SAMPLE_NS};
         s->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
@@ -147,8 +123,6 @@ void vm_stats_destroy(struct vm_stats *s)
     loop_fd_remove(s->timer);
     if (s->timer_fd >= 0)
         close(s->timer_fd);
-    if (s->status_fd >= 0)
-        close(s->status_fd);
     json_decref(s->root);
     free(s);
 }
@@ -241,7 +215,7 @@ static int write_file(const struct vm_stats *s, const char *text)
 int vm_stats_write(struct vm_stats *s)
 {
     uint64_t wall = monotonic_ns() - s->start_ns, cpu = process_cpu_ns() - s->start_cpu_ns;
-    vm_stats_sample(s);
+    bool memory_known = resident_note();
     json_object_set_new(s->root, "guest_instructions", json_integer((json_int_t)s->instructions));
     set_seconds(s, "wall_seconds", wall);
     set_seconds(s, "cpu_seconds", cpu);
@@ -251,7 +225,7 @@ int vm_stats_write(struct vm_stats *s)
     json_object_set_new(s->root, "seconds_to_first_user_instruction",
                         s->first_user_ns ? json_real((double)s->first_user_ns / 1e9) : json_null());
     json_object_set_new(s->root, "peak_rss_beyond_ram_bytes",
-                        s->status_fd >= 0 ? json_integer((json_int_t)s->peak_beyond) : json_null());
+                        memory_known ? json_integer((json_int_t)resident_peak()) : json_null());
 
     char *text = json_dumps(s->root, JSON_INDENT(4) | JSON_REAL_PRECISION(9)), *line = NULL;
     int r = text && asprintf(&line, "%s\n", text) >= 0 ? 0 : -ENOMEM;

@@ -10,13 +10,8 @@
  *   exits                               {cause: count}
  *   engine_counters                     {name: count}
  *   devices                             {id: {name: count}}
- *   peak_rss_beyond_ram_bytes           see below
- *
- * Resident memory beyond guest RAM. Guest RAM is memfd, which Linux counts as RssShmem; nothing else here is.
- * So RssAnon + RssFile of /proc/self/status is what the VMM itself takes, and it is sampled every 100 ms and at
- * the end. What comes and goes between two samples (a kernel being unpacked) is caught by the process's high-water mark:
- * VmHWM minus the RssShmem of the sample can only be less than what there was beyond RAM at that mark, as long as
- * guest RAM does not shrink; so the greatest RssShmem seen is subtracted. The peak is the greater of both.
+ *   peak_rss_beyond_ram_bytes           base/resident.h says how; sampled every 100 ms, at the end, and wherever
+ *                                       much memory is given back. null: the host does not tell
  *
  * Event loop's thread, or before and after it runs.
  */
@@ -37,7 +32,6 @@ int vm_stats_create(struct loop *loop, const char *file, struct vm_stats **out);
 /* NULL is allowed. Before the loop ends. */
 void vm_stats_destroy(struct vm_stats *s);
 
-void vm_stats_sample(struct vm_stats *s);
 void vm_stats_set_engine(struct vm_stats *s, const char *name);
 /* Adds what one vCPU did; cpu_ns: CPU time of its thread. */
 void vm_stats_add_vcpu(struct vm_stats *s, const struct engine_counters *c, uint64_t cpu_ns);

@@ -15,6 +15,7 @@
 #include <jansson.h>
 
 #include "base/log.h"
+#include "base/resident.h"
 #include "base/util.h"
 #include "engine/engine.h"
 #include "vm/stats.h"
@@ -109,34 +110,56 @@ static void *touched(size_t size, int flags, int fd)
     return p;
 }
 
+static json_int_t peak(struct vm_stats *s)
+{
+    assert_int_equal(vm_stats_write(s), 0);
+    json_t *root = read_back();
+    json_int_t bytes = integer(root, "peak_rss_beyond_ram_bytes", NULL);
+    json_decref(root);
+    return bytes;
+}
+
 static void test_memory(void **state)
 {
     struct vm_stats *s;
     const size_t big = MIB(48);
     assert_int_equal(vm_stats_create(NULL, path, &s), 0);
-    vm_stats_sample(s);
 
-    /* Guest RAM does not count. */
+    /* Guest RAM does not count, */
     int fd = memfd_create("ram", MFD_CLOEXEC);
-    assert_int_equal(ftruncate(fd, (off_t)(2 * big)), 0);
-    void *ram = touched(2 * big, MAP_SHARED, fd);
-    vm_stats_sample(s);
-    assert_int_equal(vm_stats_write(s), 0);
-    json_t *root = read_back();
-    json_int_t before = integer(root, "peak_rss_beyond_ram_bytes", NULL);
-    json_decref(root);
+    assert_int_equal(ftruncate(fd, (off_t)(3 * big)), 0);
+    uint8_t *ram = touched(3 * big, MAP_SHARED, fd);
+    json_int_t before = peak(s);
     assert_true(before < (json_int_t)big);
 
-    /* What came and went between two samples does. */
+    /* not even when it was more once. */
+    assert_int_equal(madvise(ram, 2 * big, MADV_REMOVE), 0);
+    assert_true(peak(s) < (json_int_t)big);
+
+    /* Shared memory of the process's own does, in each mapping, and other memory too, which guest RAM does not hide. */
+    int own_fd = memfd_create("own", MFD_CLOEXEC);
+    assert_int_equal(ftruncate(own_fd, MIB(8)), 0);
+    void *own[2] = {touched(MIB(8), MAP_SHARED, own_fd), touched(MIB(8), MAP_SHARED, own_fd)};
+    void *other = touched(MIB(16), MAP_PRIVATE | MAP_ANONYMOUS, -1);
+    resident_add_shared(MIB(16));
+    json_int_t more = peak(s);
+    assert_true(more >= before + (json_int_t)MIB(31));
+    assert_true(more <= before + (json_int_t)MIB(33));
+    munmap(own[0], MIB(8));
+    munmap(own[1], MIB(8));
+    munmap(other, MIB(16));
+    close(own_fd);
+    resident_remove_shared(MIB(16));
+    assert_true(peak(s) <= more + (json_int_t)MIB(1));
+
+    /* What came and went between two samples is seen by the high-water mark. */
+    memset(ram, 1, 2 * big);
     munmap(touched(big, MAP_PRIVATE | MAP_ANONYMOUS, -1), big);
-    assert_int_equal(vm_stats_write(s), 0);
-    root = read_back();
-    json_int_t after = integer(root, "peak_rss_beyond_ram_bytes", NULL);
-    json_decref(root);
+    json_int_t after = peak(s);
     assert_true(after >= (json_int_t)(big - MIB(1)));
     assert_true(after < (json_int_t)(big + MIB(1)) + before);
     vm_stats_destroy(s);
-    munmap(ram, 2 * big);
+    munmap(ram, 3 * big);
     close(fd);
 }
 

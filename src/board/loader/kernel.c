@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 
 #include "base/log.h"
+#include "base/resident.h"
 #include "base/util.h"
 #include "board/loader/elf.h"
 #include "board/loader/multiboot.h"
@@ -65,6 +66,7 @@ void guest_memory_clear(struct memory *mem, uint64_t gpa, uint64_t len)
     uint8_t *host = memory_map(mem, gpa, len);
     if (!host || !len)
         return;
+    resident_note();
     uint64_t first = align_up(gpa, GUEST_PAGE_SIZE), last = align_down(gpa + len, GUEST_PAGE_SIZE);
     if (first >= last || madvise(host + (first - gpa), last - first, MADV_REMOVE) < 0) {
         memset(host, 0, len);
@@ -251,6 +253,7 @@ static int load_payload(const struct source *src, uint8_t *scratch, uint64_t scr
 out:
     if (!copy)
         guest_memory_clear(mem, scratch_gpa, size);
+    resident_note();
     free(copy);
     return err;
 }
@@ -418,6 +421,7 @@ int kernel_load_file(const char *path, struct memory *mem, uint64_t ram_end,
         goto out;
     err = kernel_load(&src, data, src.size, mem, ram_end, want, k);
 out:
+    resident_note();
     free(data);
     source_close(&src);
     return err;

@@ -17,6 +17,7 @@
 #include <zstd.h>
 #include <zstd_errors.h>
 
+#include "base/resident.h"
 #include "base/util.h"
 
 #define LZ4_LEGACY_MAGIC  0x184c2102u
@@ -130,6 +131,7 @@ static int unpack_lzma(struct stream *s, bool alone)
     else
         err = fail(s, -EINVAL, ret == LZMA_BUF_ERROR ? truncated : corrupt);
 out:
+    resident_note();            /* the dictionary is as big as the format allows */
     lzma_end(&z);
     return err;
 }
@@ -206,6 +208,7 @@ static int check_zstd(struct stream *s)
         }
     } while (ret != 0);
     s->in_pos = in.pos;
+    resident_note();
     ZSTD_freeDStream(z);
     return err;
 }
@@ -289,6 +292,8 @@ int unpack(enum unpack_format f, const uint8_t *in, size_t in_len, uint8_t *out,
         break;
     }
 out:
+    if (s.scratch)
+        resident_note();
     free(s.scratch);
     *r = (struct unpack_result){
         .consumed = s.in_pos, .produced = s.out_pos, .error = err ? s.error : NULL};

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "base/resident.h"
 #include "base/util.h"
 #include "isa/x86/native_internal.h"
 
@@ -59,9 +60,13 @@ static bool code_ready(void)
     return true;
 }
 
+/* Both views of the pages in use, for the figures of resident memory. */
+static size_t resident_bytes(void) { return 2 * align_up(code.used, GUEST_PAGE_SIZE); }
+
 void native_code_free(void)
 {
     if (code.exec) {
+        resident_remove_shared(resident_bytes());
         munmap(code.write, CODE_SIZE);
         munmap(code.exec, CODE_SIZE);
     }
@@ -249,6 +254,7 @@ native_stub *native_emit(const struct x86_insn *insn, const struct native_insn *
     struct emitter e;
     unsigned m = NONE, t = NONE;
     uint8_t *start;
+    size_t resident;
 
     if (!code_ready())
         return NULL;
@@ -356,6 +362,9 @@ native_stub *native_emit(const struct x86_insn *insn, const struct native_insn *
     byte(&e, 0xc3);
     if (e.at == e.end)
         return NULL;
+    resident = resident_bytes();
     code.used += align_up((size_t)(e.at - start), 16);
+    if (resident_bytes() != resident)
+        resident_add_shared(resident_bytes() - resident);
     return (native_stub *)(void *)(code.exec + (start - code.write));
 }
