@@ -28,6 +28,7 @@
 static struct block {
     uint8_t data[SECTORS * 512];
     bool readonly, no_discard;
+    uint64_t size;              /* 0: that of data; what lies beyond is never reached */
     struct block_request *first, **last;
     unsigned ops[5];            /* finished, by kind */
     bool may_unmap;             /* of the last write zeroes */
@@ -35,7 +36,7 @@ static struct block {
     bool closed;
 } disk;
 
-uint64_t block_size(const struct block *b) { return sizeof(b->data); }
+uint64_t block_size(const struct block *b) { return b->size ? b->size : sizeof(b->data); }
 bool block_readonly(const struct block *b) { return b->readonly; }
 bool block_can_discard(const struct block *b) { return !b->no_discard; }
 bool block_writeback(const struct block *b) { return true; }
@@ -360,6 +361,28 @@ static void test_discard_and_zeroes(void **state)
                      VIRTIO_BLK_S_UNSUPP);
 }
 
+/* A disk so large that only the limits of one request count. */
+static void test_range_limits(void **state)
+{
+    guest_destroy(&g);
+    disk.size = UINT64_C(1) << 50;
+    make();
+    start(ALL_FEATURES);
+    struct virtio_blk_config c;
+    for (unsigned i = 0; i < 60; i++)
+        ((uint8_t *)&c)[i] = (uint8_t)bus_read(&g.m.mmio, d.device + i, 1);
+    assert_int_equal(range(VIRTIO_BLK_T_DISCARD, 0, c.max_discard_sectors + 1, 0), VIRTIO_BLK_S_IOERR);
+    assert_int_equal(range(VIRTIO_BLK_T_WRITE_ZEROES, 0, c.max_write_zeroes_sectors + 1, 0),
+                     VIRTIO_BLK_S_IOERR);
+    assert_int_equal(disk.ops[BLOCK_DISCARD] + disk.ops[BLOCK_WRITE_ZEROES], 0);
+    /* The most that is allowed gets as far as the disk. */
+    disk.fail = -EIO;
+    range(VIRTIO_BLK_T_DISCARD, 1, c.max_discard_sectors, 0);
+    disk.fail = -EIO;
+    range(VIRTIO_BLK_T_WRITE_ZEROES, 1, c.max_write_zeroes_sectors, 0);
+    assert_int_equal(disk.ops[BLOCK_DISCARD] + disk.ops[BLOCK_WRITE_ZEROES], 2);
+}
+
 static void test_not_negotiated(void **state)
 {
     start(0);
@@ -545,6 +568,7 @@ int main(void)
         TEST(test_serial),
         TEST(test_host_errors),
         TEST(test_discard_and_zeroes),
+        TEST(test_range_limits),
         TEST(test_not_negotiated),
         TEST(test_write_cache_switch),
         TEST(test_readonly),

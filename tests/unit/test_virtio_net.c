@@ -31,6 +31,7 @@ static struct wire {
     struct net net;
     uint64_t offers, chosen;
     bool full, receiving, closed;
+    struct ring *feed;          /* each frame that is sent makes the guest send another one */
     unsigned sent;
     size_t len;                 /* of the last frame, header included */
     uint8_t frame[HEADER + NET_MAX_FRAME];
@@ -49,6 +50,8 @@ static int wire_send(struct net *n, const struct iovec *iov, unsigned count)
         wire.len += iov[i].iov_len;
     }
     wire.lens[wire.sent++ % 64] = wire.len;
+    if (wire.feed)
+        ring_add_head(wire.feed, 0);
     return 0;
 }
 
@@ -253,6 +256,11 @@ static void test_bad_frames_are_lost(void **state)
         transmit(&worse[i], frame, sizeof(frame));
     assert_int_equal(wire.sent, 0);
     assert_int_equal(driver_status(&d) & VIRTIO_CONFIG_S_NEEDS_RESET, 0);
+    /* The backend could, but the guest has not negotiated it. */
+    restart(BIT(VIRTIO_NET_F_CSUM) | BIT(VIRTIO_NET_F_HOST_TSO6), BIT(VIRTIO_NET_F_CSUM));
+    transmit(&(struct net_header){.flags = 1, .gso_type = VIRTIO_NET_HDR_GSO_TCPV6, .gso_size = 10,
+                                  .csum_start = 54, .csum_offset = 16}, frame, sizeof(frame));
+    assert_int_equal(wire.sent, 0);
     /* Larger than any frame; with a writable part; less than a header. */
     uint32_t head, used;
     ring_add(&tx, &(struct buffer){0, HEADER + NET_MAX_FRAME + 1, false}, 1);
@@ -285,6 +293,21 @@ static void test_backend_is_full(void **state)
     assert_int_equal(wire.sent, 5);
     for (unsigned i = 0; i < 5; i++)
         assert_true(ring_used(&tx, &head, &used));
+}
+
+/* A guest that never stops does not keep the event loop from others. */
+static void test_endless_guest(void **state)
+{
+    wire.feed = &tx;
+    guest_put(&g, out, &(struct net_header){0}, HEADER);
+    ring_add(&tx, &(struct buffer){out, 100, false}, 1);
+    ring_notify(&tx);
+    guest_run(&g);
+    assert_true(wire.sent >= 200);
+    unsigned before = wire.sent;
+    guest_run(&g);
+    assert_true(wire.sent > before);
+    wire.feed = NULL;
 }
 
 /* Ethernet, IPv4, TCP. */
@@ -541,6 +564,7 @@ int main(void)
         TEST(test_transmit_any_layout),
         TEST(test_bad_frames_are_lost),
         TEST(test_backend_is_full),
+        TEST(test_endless_guest),
         TEST(test_software_offloads),
         TEST(test_receive),
         TEST(test_receive_merges),

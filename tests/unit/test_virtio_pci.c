@@ -359,6 +359,12 @@ static void test_pci_cfg_access(void **state)
     driver_config_write(&d, cap + 16, VIRTIO_CONFIG_S_ACKNOWLEDGE, 1);
     assert_int_equal(driver_status(&d), VIRTIO_CONFIG_S_ACKNOWLEDGE);
     assert_int_equal(driver_config_read(&d, cap + 16, 1), VIRTIO_CONFIG_S_ACKNOWLEDGE);
+    /* Not aligned: the data stay what they were. */
+    driver_config_write(&d, cap + 12, 0, 4);
+    driver_config_write(&d, cap + 16, 0xaabbccdd, 4);
+    driver_config_write(&d, cap + 8, VIRTIO_PCI_COMMON_NUMQ + 1, 4);
+    driver_config_write(&d, cap + 12, 2, 4);
+    assert_int_equal(driver_config_read(&d, cap + 16, 4), 0xaabbccdd);
     /* Lengths, places and BARs that there are not: no effect. */
     const struct {
         uint32_t bar, offset, length;
@@ -382,6 +388,11 @@ static void test_pause(void **state)
     pthread_mutex_lock(&g.m.lock);
     assert_int_equal(machine_pause_devices(&g.m), 0);
     pthread_mutex_unlock(&g.m.lock);
+    assert_false(ask());
+    /* Not even what makes it look anew wakes it. */
+    uint32_t command = driver_config_read(&d, PCI_COMMAND, 2);
+    driver_config_write(&d, PCI_COMMAND, command & ~PCI_COMMAND_MASTER, 2);
+    driver_config_write(&d, PCI_COMMAND, command, 2);
     assert_false(ask());
     pthread_mutex_lock(&g.m.lock);
     assert_int_equal(machine_resume_devices(&g.m), 0);
