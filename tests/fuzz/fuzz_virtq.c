@@ -1,10 +1,10 @@
 /*
  * Fuzz target: the split ring code, against a guest that writes anything anywhere in its rings.
  *
- * The input is a program of characters that count as digits of base 64 (0-9, a-z, A-Z, + and /); others are
- * left out. An operation is a digit and its operands, see run(). Each chain that the device code
- * accepts or refuses is judged a second time by reference(), which knows the rules only; whatever it
- * hands out must lie inside of RAM, and a refusal must leave the queue as it was.
+ * The input is a program of characters that count as digits of base 64 (0-9, a-z, A-Z, + and /);
+ * others are left out. An operation is a digit and its operands, see run(). Each chain that the
+ * device code accepts or refuses is judged a second time by reference(), which knows the rules
+ * only; whatever it hands out must lie inside of RAM, and a refusal must leave the queue as it was.
  */
 #include <errno.h>
 #include <stdint.h>
@@ -20,13 +20,13 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-#define SIZE 16u
-#define SPLIT 0x8000u           /* two regions meet here */
-#define END 0x10000u
-#define DESC 0x1000u
+#define SIZE  16u
+#define SPLIT 0x8000u /* two regions meet here */
+#define END   0x10000u
+#define DESC  0x1000u
 #define AVAIL 0x2000u
-#define USED 0x3000u
-#define TABLE 0x4000u           /* for indirect tables */
+#define USED  0x3000u
+#define TABLE 0x4000u /* for indirect tables */
 
 static struct memory memory;
 static uint8_t *ram[2];
@@ -51,8 +51,9 @@ static unsigned digit(void)
 
 static gpa_t address(void)
 {
-    static const gpa_t base[] = {0x5000, TABLE, DESC, AVAIL, USED, SPLIT - 32, END - 32, END,
-                                 UINT64_MAX - 31, UINT64_MAX - 0xffff, 0x80000000, 0};
+    static const gpa_t base[] = {0x5000,     TABLE,    DESC, AVAIL,           USED,
+                                 SPLIT - 32, END - 32, END,  UINT64_MAX - 31, UINT64_MAX - 0xffff,
+                                 0x80000000, 0};
     unsigned which = digit();
     return base[which % ARRAY_SIZE(base)] + digit();
 }
@@ -163,7 +164,8 @@ static int pop(struct virtq *q, struct virtq_chain *c)
         v = reference(q, head);
 
     int ret = virtq_pop(q, c);
-    /* A ring may be fine for taking chains and not for giving them back: only then the two differ. */
+    /* A ring may be fine for taking chains and not for giving them back: only then the two differ.
+     */
     if (rings && (ret == 1) != v.ok)
         abort();
     if (rings && ret == 0 && waiting)
@@ -171,7 +173,8 @@ static int pop(struct virtq *q, struct virtq_chain *c)
     if (ret == 1) {
         if (rings)
             check_chain(c, &v);
-        if (q->last_avail != (uint16_t)(before.last_avail + 1) || q->in_flight != before.in_flight + 1)
+        if (q->last_avail != (uint16_t)(before.last_avail + 1) ||
+            q->in_flight != before.in_flight + 1)
             abort();
     } else if (memcmp(&before, q, sizeof(before))) {
         abort();
@@ -215,7 +218,7 @@ static void run(void)
         uint16_t v;
         switch (digit() % 12) {
         case 0:
-        case 1: {               /* a descriptor: where, number, address, length, flags, next */
+        case 1: { /* a descriptor: where, number, address, length, flags, next */
             gpa_t table = digit() % 2 ? TABLE : DESC;
             unsigned i = digit();
             struct vring_desc d = {.addr = address(), .len = length()};
@@ -224,7 +227,7 @@ static void run(void)
             memory_write(&memory, table + 16 * i, &d, sizeof(d));
             break;
         }
-        case 2:                 /* make head available */
+        case 2: /* make head available */
         case 3: {
             uint16_t idx = 0;
             v = (uint16_t)digit();
@@ -235,11 +238,11 @@ static void run(void)
             break;
         }
         case 4:
-        case 5:                 /* take */
+        case 5: /* take */
             if (taken <= SIZE && pop(&q, &chain[taken]) == 1)
                 taken++;
             break;
-        case 6:                 /* give back, with a length that may be more than there is */
+        case 6: /* give back, with a length that may be more than there is */
             if (taken) {
                 uint64_t len = length();
                 if (virtq_put(&q, &chain[--taken], len) == 0 && digit() % 2)
@@ -254,24 +257,25 @@ static void run(void)
             q.event_idx = digit() % 2;
             q.indirect = digit() % 4;
             break;
-        case 8:                 /* the last few were not taken */
+        case 8: /* the last few were not taken */
             v = (uint16_t)(digit() % 4);
             if (v <= taken && !q.staged) {
                 virtq_unpop(&q, v);
                 taken -= v;
             }
             break;
-        case 9: {               /* 16 bits anywhere */
+        case 9: { /* 16 bits anywhere */
             gpa_t at = address();
             v = (uint16_t)(digit() << 10 | digit());
             memory_write(&memory, at, &v, 2);
             break;
         }
-        case 10: {              /* another place for a ring, another size */
+        case 10: { /* another place for a ring, another size */
             gpa_t *ring[] = {&q.desc, &q.avail, &q.used};
             *ring[digit() % 3] = address();
             q.size = (uint16_t)(1u << digit() % 5);
-            /* A device takes such a queue into service only after this; one that was loaded may have any. */
+            /* A device takes such a queue into service only after this; one that was loaded may
+             * have any. */
             if (virtq_check(&q)) {
                 q.desc = DESC;
                 q.avail = AVAIL;

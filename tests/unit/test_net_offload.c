@@ -68,13 +68,14 @@ static size_t make_frame(uint8_t *f, struct net_header *h, bool v6, unsigned tag
     put(f + tcp + 4, 4, 0xfffff000);
     f[tcp + 12] = (uint8_t)((20 + options) / 4 << 4);
     f[tcp + 13] = 0x80 | 0x10 | 0x08 | 0x01; /* CWR ACK PSH FIN */
-    *h = (struct net_header){.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM,
-                             .gso_type = (v6 ? VIRTIO_NET_HDR_GSO_TCPV6 : VIRTIO_NET_HDR_GSO_TCPV4) |
-                                         VIRTIO_NET_HDR_GSO_ECN,
-                             .hdr_len = (uint16_t)data,
-                             .gso_size = mss,
-                             .csum_start = (uint16_t)tcp,
-                             .csum_offset = 16};
+    *h =
+        (struct net_header){.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM,
+                            .gso_type = (v6 ? VIRTIO_NET_HDR_GSO_TCPV6 : VIRTIO_NET_HDR_GSO_TCPV4) |
+                                        VIRTIO_NET_HDR_GSO_ECN,
+                            .hdr_len = (uint16_t)data,
+                            .gso_size = mss,
+                            .csum_start = (uint16_t)tcp,
+                            .csum_offset = 16};
     return data + payload;
 }
 
@@ -86,8 +87,8 @@ struct check {
     unsigned count, stop_after;
 };
 
-static bool check_segment(void *opaque, const uint8_t *headers, size_t headers_len, const uint8_t *payload,
-                          size_t payload_len)
+static bool check_segment(void *opaque, const uint8_t *headers, size_t headers_len,
+                          const uint8_t *payload, size_t payload_len)
 {
     struct check *c = opaque;
     uint8_t f[70000];
@@ -135,9 +136,13 @@ static void test_segments(void **state)
                             continue;
                         struct net_header h;
                         size_t len = make_frame(f, &h, v6, tags, options, payloads[p], sizes[m]);
-                        struct check c = {.whole = f, .ip = ETH + 4 * tags, .tcp = h.csum_start,
-                                          .data = h.csum_start + 20 + options, .total = payloads[p],
-                                          .v6 = v6, .mss = sizes[m]};
+                        struct check c = {.whole = f,
+                                          .ip = ETH + 4 * tags,
+                                          .tcp = h.csum_start,
+                                          .data = h.csum_start + 20 + options,
+                                          .total = payloads[p],
+                                          .v6 = v6,
+                                          .mss = sizes[m]};
                         assert_int_equal(net_offload_segment(&h, f, len, check_segment, &c), 0);
                         assert_int_equal(c.done, payloads[p]);
                         assert_int_equal(c.count, MAX(1, (payloads[p] + sizes[m] - 1) / sizes[m]));
@@ -149,8 +154,8 @@ static void test_stops_when_full(void **state)
     static uint8_t f[70000];
     struct net_header h;
     size_t len = make_frame(f, &h, false, 0, 0, 5000, 1000);
-    struct check c = {.whole = f, .ip = ETH, .tcp = 34, .data = 54, .total = 5000, .mss = 1000,
-                      .stop_after = 2};
+    struct check c = {
+        .whole = f, .ip = ETH, .tcp = 34, .data = 54, .total = 5000, .mss = 1000, .stop_after = 2};
     assert_int_equal(net_offload_segment(&h, f, len, check_segment, &c), 0);
     assert_int_equal(c.count, 2);
 }
@@ -215,7 +220,8 @@ static bool touch(void *opaque, const uint8_t *headers, size_t headers_len, cons
     return true;
 }
 
-/* Whatever a guest sends: nothing outside of the frame is touched (with ASan: each is an object of its own). */
+/* Whatever a guest sends: nothing outside of the frame is touched (with ASan: each is an object of
+ * its own). */
 static void test_random_frames(void **state)
 {
     static uint8_t f[3000];
@@ -224,8 +230,9 @@ static void test_random_frames(void **state)
     srand(1);
     for (unsigned i = 0; i < 100000; i++) {
         struct net_header h;
-        size_t len = make_frame(f, &h, rand() & 1, (unsigned)rand() % 3, 4u * ((unsigned)rand() % 11),
-                                (size_t)rand() % 1000, (uint16_t)(1 + rand() % 500));
+        size_t len =
+            make_frame(f, &h, rand() & 1, (unsigned)rand() % 3, 4u * ((unsigned)rand() % 11),
+                       (size_t)rand() % 1000, (uint16_t)(1 + rand() % 500));
         for (unsigned n = (unsigned)rand() % 4; n; n--)
             f[(size_t)rand() % 80] = (uint8_t)rand();
         if (rand() % 4 == 0)
@@ -270,8 +277,8 @@ static void test_checksum(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_segments),      cmocka_unit_test(test_stops_when_full),
-        cmocka_unit_test(test_bad_frames),    cmocka_unit_test(test_random_frames),
+        cmocka_unit_test(test_segments),   cmocka_unit_test(test_stops_when_full),
+        cmocka_unit_test(test_bad_frames), cmocka_unit_test(test_random_frames),
         cmocka_unit_test(test_checksum),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -28,18 +28,30 @@
 static struct block {
     uint8_t data[SECTORS * 512];
     bool readonly, no_discard;
-    uint64_t size;              /* 0: that of data; what lies beyond is never reached */
+    uint64_t size; /* 0: that of data; what lies beyond is never reached */
     struct block_request *first, **last;
-    unsigned ops[5];            /* finished, by kind */
-    bool may_unmap;             /* of the last write zeroes */
-    int fail;                   /* what the next request ends with */
+    unsigned ops[5]; /* finished, by kind */
+    bool may_unmap;  /* of the last write zeroes */
+    int fail;        /* what the next request ends with */
     bool closed;
 } disk;
 
-uint64_t block_size(const struct block *b) { return b->size ? b->size : sizeof(b->data); }
-bool block_readonly(const struct block *b) { return b->readonly; }
-bool block_can_discard(const struct block *b) { return !b->no_discard; }
-bool block_writeback(const struct block *b) { return true; }
+uint64_t block_size(const struct block *b)
+{
+    return b->size ? b->size : sizeof(b->data);
+}
+bool block_readonly(const struct block *b)
+{
+    return b->readonly;
+}
+bool block_can_discard(const struct block *b)
+{
+    return !b->no_discard;
+}
+bool block_writeback(const struct block *b)
+{
+    return true;
+}
 
 void block_submit(struct block *b, struct block_request *r)
 {
@@ -112,8 +124,8 @@ static void make(void)
     for (size_t i = 0; i < sizeof(disk.data); i++)
         disk.data[i] = (uint8_t)(i / 512 + i);
     guest_init(&g);
-    assert_non_null(virtio_blk_create(&g.m, g.host, &disk,
-                                      &(struct virtio_blk_options){.serial = "abcdefghijklmnopqrstuvwxyz"}));
+    assert_non_null(virtio_blk_create(
+        &g.m, g.host, &disk, &(struct virtio_blk_options){.serial = "abcdefghijklmnopqrstuvwxyz"}));
     driver_find(&d, &g, 0x1042);
     driver_msix(&d);
     header = guest_alloc(&g, 16, 16);
@@ -128,8 +140,8 @@ static void start(uint64_t features)
     driver_start(&d);
 }
 
-#define ALL_FEATURES                                                                               \
-    (VIRTIO_BIT(VIRTIO_BLK_F_FLUSH) | VIRTIO_BIT(VIRTIO_BLK_F_DISCARD) |                           \
+#define ALL_FEATURES                                                     \
+    (VIRTIO_BIT(VIRTIO_BLK_F_FLUSH) | VIRTIO_BIT(VIRTIO_BLK_F_DISCARD) | \
      VIRTIO_BIT(VIRTIO_BLK_F_WRITE_ZEROES))
 
 static int setup(void **state)
@@ -234,8 +246,8 @@ static void test_read_and_write(void **state)
 static void test_any_layout(void **state)
 {
     put_header(VIRTIO_BLK_T_IN, 1);
-    struct buffer b[] = {{header, 5, false},     {header + 5, 11, false}, {data, 1, true},
-                         {data + 1, 100, true},  {data + 101, 411, true}, {data + 512, 513, true}};
+    struct buffer b[] = {{header, 5, false},    {header + 5, 11, false}, {data, 1, true},
+                         {data + 1, 100, true}, {data + 101, 411, true}, {data + 512, 513, true}};
     ring_add(&r, b, 6);
     ring_notify(&r);
     guest_run(&g);
@@ -264,11 +276,19 @@ static void test_bad_transfers(void **state)
     const struct {
         uint64_t sector;
         uint32_t len;
-    } bad[] = {{SECTORS, 512}, {SECTORS - 1, 1024}, {UINT64_MAX, 512}, {UINT64_MAX / 512 + 1, 512},
-               {UINT64_MAX - 1, 4096}, {0, 511}, {0, 513}, {0, 0}};
+    } bad[] = {{SECTORS, 512},
+               {SECTORS - 1, 1024},
+               {UINT64_MAX, 512},
+               {UINT64_MAX / 512 + 1, 512},
+               {UINT64_MAX - 1, 4096},
+               {0, 511},
+               {0, 513},
+               {0, 0}};
     for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
-        assert_int_equal(request(VIRTIO_BLK_T_IN, bad[i].sector, bad[i].len, true), VIRTIO_BLK_S_IOERR);
-        assert_int_equal(request(VIRTIO_BLK_T_OUT, bad[i].sector, bad[i].len, false), VIRTIO_BLK_S_IOERR);
+        assert_int_equal(request(VIRTIO_BLK_T_IN, bad[i].sector, bad[i].len, true),
+                         VIRTIO_BLK_S_IOERR);
+        assert_int_equal(request(VIRTIO_BLK_T_OUT, bad[i].sector, bad[i].len, false),
+                         VIRTIO_BLK_S_IOERR);
     }
     /* Data in the wrong direction is no data. */
     assert_int_equal(request(VIRTIO_BLK_T_IN, 0, 512, false), VIRTIO_BLK_S_IOERR);
@@ -371,7 +391,8 @@ static void test_range_limits(void **state)
     struct virtio_blk_config c;
     for (unsigned i = 0; i < 60; i++)
         ((uint8_t *)&c)[i] = (uint8_t)bus_read(&g.m.mmio, d.device + i, 1);
-    assert_int_equal(range(VIRTIO_BLK_T_DISCARD, 0, c.max_discard_sectors + 1, 0), VIRTIO_BLK_S_IOERR);
+    assert_int_equal(range(VIRTIO_BLK_T_DISCARD, 0, c.max_discard_sectors + 1, 0),
+                     VIRTIO_BLK_S_IOERR);
     assert_int_equal(range(VIRTIO_BLK_T_WRITE_ZEROES, 0, c.max_write_zeroes_sectors + 1, 0),
                      VIRTIO_BLK_S_IOERR);
     assert_int_equal(disk.ops[BLOCK_DISCARD] + disk.ops[BLOCK_WRITE_ZEROES], 0);
@@ -430,7 +451,8 @@ static void test_readonly(void **state)
     make();
     uint64_t offered = driver_features(&d);
     assert_true(offered & VIRTIO_BIT(VIRTIO_BLK_F_RO));
-    assert_false(offered & (VIRTIO_BIT(VIRTIO_BLK_F_DISCARD) | VIRTIO_BIT(VIRTIO_BLK_F_WRITE_ZEROES)));
+    assert_false(offered &
+                 (VIRTIO_BIT(VIRTIO_BLK_F_DISCARD) | VIRTIO_BIT(VIRTIO_BLK_F_WRITE_ZEROES)));
     start(VIRTIO_BIT(VIRTIO_BLK_F_RO));
     assert_int_equal(request(VIRTIO_BLK_T_OUT, 0, 512, false), VIRTIO_BLK_S_IOERR);
     assert_int_equal(request(VIRTIO_BLK_T_IN, 0, 512, true), VIRTIO_BLK_S_OK);
@@ -496,7 +518,10 @@ static void test_many_in_flight(void **state)
     for (unsigned round = 0; round < 50; round++) {
         unsigned count = 1 + round % 21;
         for (unsigned i = 0; i < count; i++)
-            ring_add(&r, (struct buffer[]){{header, 16, false}, {data + 512 * i, 512, true}, {status, 1, true}}, 3);
+            ring_add(&r,
+                     (struct buffer[]){
+                         {header, 16, false}, {data + 512 * i, 512, true}, {status, 1, true}},
+                     3);
         ring_notify(&r);
         guest_run(&g);
         block_drain(&disk);

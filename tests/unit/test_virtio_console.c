@@ -24,7 +24,7 @@ static struct console {
     const struct console_ops *ops;
     void *opaque;
     uint8_t out[0x200000];
-    size_t out_len, room;       /* room: what it takes before it is full */
+    size_t out_len, room; /* room: what it takes before it is full */
     uint8_t in[5000];
     size_t in_len;
 } con;
@@ -37,7 +37,10 @@ void console_write(struct console *c, const void *data, size_t len)
     c->out_len += len;
 }
 
-bool console_can_write(const struct console *c) { return c->out_len < c->room; }
+bool console_can_write(const struct console *c)
+{
+    return c->out_len < c->room;
+}
 
 void console_connect(struct console *c, const struct console_ops *ops, void *opaque)
 {
@@ -266,8 +269,8 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_output),     TEST(test_output_waits),    TEST(test_long_chain),
-        TEST(test_input),      TEST(test_emergency_write), TEST(test_saved_state),
+        TEST(test_output), TEST(test_output_waits),    TEST(test_long_chain),
+        TEST(test_input),  TEST(test_emergency_write), TEST(test_saved_state),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -23,7 +23,7 @@
 #include "virtio_guest.h"
 
 #define HEADER 12u
-#define BIT VIRTIO_BIT
+#define BIT    VIRTIO_BIT
 
 /* ---- The backend. ---- */
 
@@ -31,9 +31,9 @@ static struct wire {
     struct net net;
     uint64_t offers, chosen;
     bool full, receiving, closed;
-    struct ring *feed;          /* each frame that is sent makes the guest send another one */
+    struct ring *feed; /* each frame that is sent makes the guest send another one */
     unsigned sent;
-    size_t len;                 /* of the last frame, header included */
+    size_t len; /* of the last frame, header included */
     uint8_t frame[HEADER + NET_MAX_FRAME];
     size_t lens[64];
 } wire;
@@ -55,10 +55,22 @@ static int wire_send(struct net *n, const struct iovec *iov, unsigned count)
     return 0;
 }
 
-static uint64_t wire_features(struct net *n) { return wire.offers; }
-static void wire_set_features(struct net *n, uint64_t f) { wire.chosen = f; }
-static void wire_set_receive(struct net *n, bool ready) { wire.receiving = ready; }
-static void wire_close(struct net *n) { wire.closed = true; }
+static uint64_t wire_features(struct net *n)
+{
+    return wire.offers;
+}
+static void wire_set_features(struct net *n, uint64_t f)
+{
+    wire.chosen = f;
+}
+static void wire_set_receive(struct net *n, bool ready)
+{
+    wire.receiving = ready;
+}
+static void wire_close(struct net *n)
+{
+    wire.closed = true;
+}
 
 static const struct net_ops wire_ops = {
     .name = "wire",
@@ -72,7 +84,8 @@ static const struct net_ops wire_ops = {
 /* From the wire to the guest. A refusal is for the backend as good as set_receive(false). */
 static bool deliver(const struct net_header *h, const uint8_t *frame, size_t len)
 {
-    const struct iovec iov[] = {{(void *)(uintptr_t)h, sizeof(*h)}, {(void *)(uintptr_t)frame, len}};
+    const struct iovec iov[] = {{(void *)(uintptr_t)h, sizeof(*h)},
+                                {(void *)(uintptr_t)frame, len}};
     bool taken = wire.net.receive(wire.net.opaque, iov, 2);
     if (!taken)
         wire.receiving = false;
@@ -211,7 +224,8 @@ static void test_transmit_any_layout(void **state)
     fill(frame, sizeof(frame));
     guest_put(&g, out, &(struct net_header){0}, HEADER);
     guest_put(&g, out + HEADER, frame, sizeof(frame));
-    const uint32_t cuts[][4] = {{1, 2, 9, 1514}, {12, 1, 1, 1512}, {11, 2, 1500, 13}, {600, 600, 300, 26}};
+    const uint32_t cuts[][4] = {
+        {1, 2, 9, 1514}, {12, 1, 1, 1512}, {11, 2, 1500, 13}, {600, 600, 300, 26}};
     for (unsigned i = 0; i < ARRAY_SIZE(cuts); i++) {
         struct buffer b[4];
         gpa_t at = out;
@@ -232,7 +246,9 @@ static void test_bad_frames_are_lost(void **state)
     uint8_t frame[100];
     fill(frame, sizeof(frame));
     const struct net_header bad[] = {
-        {.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_start = 34, .csum_offset = 16}, /* not negotiated */
+        {.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM,
+         .csum_start = 34,
+         .csum_offset = 16}, /* not negotiated */
         {.gso_type = VIRTIO_NET_HDR_GSO_TCPV4, .gso_size = 10},
         {.gso_type = VIRTIO_NET_HDR_GSO_UDP, .gso_size = 10},
         {.gso_type = 0x77},
@@ -248,9 +264,21 @@ static void test_bad_frames_are_lost(void **state)
         {.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_start = 99, .csum_offset = 0},
         {.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_start = 0xffff, .csum_offset = 0xffff},
         {.gso_type = VIRTIO_NET_HDR_GSO_TCPV4, .gso_size = 10, .csum_start = 34, .csum_offset = 16},
-        {.flags = 1, .gso_type = VIRTIO_NET_HDR_GSO_TCPV4, .gso_size = 0, .csum_start = 34, .csum_offset = 16},
-        {.flags = 1, .gso_type = VIRTIO_NET_HDR_GSO_TCPV6, .gso_size = 10, .csum_start = 34, .csum_offset = 16},
-        {.flags = 1, .gso_type = VIRTIO_NET_HDR_GSO_TCPV4, .gso_size = 10, .csum_start = 34, .csum_offset = 16},
+        {.flags = 1,
+         .gso_type = VIRTIO_NET_HDR_GSO_TCPV4,
+         .gso_size = 0,
+         .csum_start = 34,
+         .csum_offset = 16},
+        {.flags = 1,
+         .gso_type = VIRTIO_NET_HDR_GSO_TCPV6,
+         .gso_size = 10,
+         .csum_start = 34,
+         .csum_offset = 16},
+        {.flags = 1,
+         .gso_type = VIRTIO_NET_HDR_GSO_TCPV4,
+         .gso_size = 10,
+         .csum_start = 34,
+         .csum_offset = 16},
     };
     for (unsigned i = 0; i < ARRAY_SIZE(worse); i++)
         transmit(&worse[i], frame, sizeof(frame));
@@ -258,8 +286,12 @@ static void test_bad_frames_are_lost(void **state)
     assert_int_equal(driver_status(&d) & VIRTIO_CONFIG_S_NEEDS_RESET, 0);
     /* The backend could, but the guest has not negotiated it. */
     restart(BIT(VIRTIO_NET_F_CSUM) | BIT(VIRTIO_NET_F_HOST_TSO6), BIT(VIRTIO_NET_F_CSUM));
-    transmit(&(struct net_header){.flags = 1, .gso_type = VIRTIO_NET_HDR_GSO_TCPV6, .gso_size = 10,
-                                  .csum_start = 54, .csum_offset = 16}, frame, sizeof(frame));
+    transmit(&(struct net_header){.flags = 1,
+                                  .gso_type = VIRTIO_NET_HDR_GSO_TCPV6,
+                                  .gso_size = 10,
+                                  .csum_start = 54,
+                                  .csum_offset = 16},
+             frame, sizeof(frame));
     assert_int_equal(wire.sent, 0);
     /* Larger than any frame; with a writable part; less than a header. */
     uint32_t head, used;
@@ -321,7 +353,8 @@ static size_t tcp_frame(uint8_t *f, struct net_header *h, size_t payload)
     f[17] = (uint8_t)(40 + payload);
     f[23] = 6;
     f[46] = 0x50;
-    *h = (struct net_header){.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_start = 34, .csum_offset = 16};
+    *h = (struct net_header){
+        .flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .csum_start = 34, .csum_offset = 16};
     return 54 + payload;
 }
 
@@ -346,7 +379,8 @@ static void test_software_offloads(void **state)
     assert_int_equal(wire.len, HEADER + len);
     assert_int_equal(wire.frame[0], 0); /* no flags */
     /* The guest put the pseudo header's sum into the field; here it is whatever fill() made. */
-    assert_true(checksum_ok(wire.frame + HEADER + 34, len - 34, (uint32_t)(frame[50] << 8 | frame[51])));
+    assert_true(
+        checksum_ok(wire.frame + HEADER + 34, len - 34, (uint32_t)(frame[50] << 8 | frame[51])));
     memcpy(wire.frame + HEADER + 50, frame + 50, 2);
     assert_memory_equal(wire.frame + HEADER, frame, len);
 
@@ -364,7 +398,8 @@ static void test_software_offloads(void **state)
     assert_int_equal(wire.sent, 1);
     assert_int_equal(wire.len, HEADER + len);
     assert_int_equal(wire.frame[0], 0);
-    assert_true(checksum_ok(wire.frame + HEADER + 34, len - 34, (uint32_t)(frame[50] << 8 | frame[51])));
+    assert_true(
+        checksum_ok(wire.frame + HEADER + 34, len - 34, (uint32_t)(frame[50] << 8 | frame[51])));
 
     /* A backend that does it all gets frame and header as they are. */
     restart(BIT(VIRTIO_NET_F_CSUM) | BIT(VIRTIO_NET_F_HOST_TSO4),
@@ -504,8 +539,12 @@ static void test_receive_headers(void **state)
     const uint64_t all = BIT(VIRTIO_NET_F_GUEST_CSUM) | BIT(VIRTIO_NET_F_GUEST_TSO4);
     restart(all, all | BIT(VIRTIO_NET_F_MRG_RXBUF));
     at = give_rx(8, 256);
-    h = (struct net_header){.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .gso_type = VIRTIO_NET_HDR_GSO_TCPV4,
-                            .gso_size = 10, .hdr_len = 54, .csum_start = 34, .csum_offset = 16};
+    h = (struct net_header){.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM,
+                            .gso_type = VIRTIO_NET_HDR_GSO_TCPV4,
+                            .gso_size = 10,
+                            .hdr_len = 54,
+                            .csum_start = 34,
+                            .csum_offset = 16};
     assert_true(deliver(&h, frame, sizeof(frame)));
     assert_true(ring_used(&rx, &head, &used));
     uint8_t got[HEADER];

@@ -1,6 +1,6 @@
 /*
- * The PCI transport and the life of a virtio device, with the random number generator as the device:
- * negotiation, registers, interrupts, errors, reset, and saved state.
+ * The PCI transport and the life of a virtio device, with the random number generator as the
+ * device: negotiation, registers, interrupts, errors, reset, and saved state.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -19,7 +19,7 @@
 #include "base/util.h"
 #include "virtio_guest.h"
 
-#define RNG 0x1044
+#define RNG       0x1044
 #define VERSION_1 VIRTIO_BIT(VIRTIO_F_VERSION_1)
 
 static struct guest g;
@@ -138,7 +138,8 @@ static void test_negotiation(void **state)
 
 static void test_without_features_ok(void **state)
 {
-    driver_set_status(&d, VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_DRIVER_OK);
+    driver_set_status(&d, VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER |
+                              VIRTIO_CONFIG_S_DRIVER_OK);
     assert_true(driver_status(&d) & VIRTIO_CONFIG_S_NEEDS_RESET);
     start(0, true);
     assert_true(ask());
@@ -200,7 +201,8 @@ static void test_odd_accesses(void **state)
     uint64_t whole = driver_read(&d, 16, 8);
     for (unsigned size = 1; size <= 4; size *= 2)
         for (unsigned at = 0; at + size <= 8; at++)
-            assert_int_equal(driver_read(&d, 16 + at, size), whole >> (8 * at) & ((1ull << (8 * size)) - 1));
+            assert_int_equal(driver_read(&d, 16 + at, size),
+                             whole >> (8 * at) & ((1ull << (8 * size)) - 1));
     /* Writes of the wrong width change nothing. */
     driver_write(&d, VIRTIO_PCI_COMMON_MSIX, 1, 1);
     driver_write(&d, VIRTIO_PCI_COMMON_MSIX, 0xffff, 4);
@@ -208,7 +210,8 @@ static void test_odd_accesses(void **state)
     driver_write(&d, VIRTIO_PCI_COMMON_STATUS, 0, 2);
     driver_write(&d, VIRTIO_PCI_COMMON_DF, 0, 4);
     assert_int_equal(driver_read(&d, 16, 8), whole);
-    /* Beyond every structure there are ones, and writes go nowhere; the whole BAR, with every size. */
+    /* Beyond every structure there are ones, and writes go nowhere; the whole BAR, with every size.
+     */
     assert_int_equal(driver_read(&d, 0x200, 4), 0xffffffff);
     for (unsigned size = 1; size <= 8; size *= 2) {
         for (uint64_t at = 0; at < 0x8000; at += at % 0x1000 < 0x80 ? 1 : 0x3f) {
@@ -368,10 +371,16 @@ static void test_pci_cfg_access(void **state)
     /* Lengths, places and BARs that there are not: no effect. */
     const struct {
         uint32_t bar, offset, length;
-    } bad[] = {{0, VIRTIO_PCI_COMMON_STATUS, 0}, {0, VIRTIO_PCI_COMMON_STATUS, 3},
-               {0, VIRTIO_PCI_COMMON_STATUS, 8}, {0, VIRTIO_PCI_COMMON_STATUS, 0xffffffff},
-               {1, VIRTIO_PCI_COMMON_STATUS, 1}, {0xff, VIRTIO_PCI_COMMON_STATUS, 1},
-               {0, 0x8000, 1}, {0, 0xfffffffc, 4}, {0, 0xffffffff, 1}, {0, 0x7ffe, 4}};
+    } bad[] = {{0, VIRTIO_PCI_COMMON_STATUS, 0},
+               {0, VIRTIO_PCI_COMMON_STATUS, 3},
+               {0, VIRTIO_PCI_COMMON_STATUS, 8},
+               {0, VIRTIO_PCI_COMMON_STATUS, 0xffffffff},
+               {1, VIRTIO_PCI_COMMON_STATUS, 1},
+               {0xff, VIRTIO_PCI_COMMON_STATUS, 1},
+               {0, 0x8000, 1},
+               {0, 0xfffffffc, 4},
+               {0, 0xffffffff, 1},
+               {0, 0x7ffe, 4}};
     for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
         driver_config_write(&d, cap + 4, bad[i].bar, 1);
         driver_config_write(&d, cap + 8, bad[i].offset, 4);

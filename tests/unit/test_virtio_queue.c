@@ -17,14 +17,14 @@
 #include "base/util.h"
 #include "device/virtio/queue.h"
 
-#define SIZE 8u
-#define DESC 0x1000u
+#define SIZE  8u
+#define DESC  0x1000u
 #define AVAIL 0x2000u
-#define USED 0x3000u
-#define DATA 0x10000u
+#define USED  0x3000u
+#define DATA  0x10000u
 #define TABLE 0x20000u
-#define SPLIT 0x80000u          /* two regions meet here */
-#define END 0x100000u
+#define SPLIT 0x80000u /* two regions meet here */
+#define END   0x100000u
 
 struct fixture {
     struct memory memory;
@@ -77,14 +77,15 @@ static uint32_t get(struct fixture *f, gpa_t at, size_t len)
     return v;
 }
 
-static void desc_at(struct fixture *f, gpa_t table, unsigned i, uint64_t addr, uint32_t len, uint16_t flags,
-                    uint16_t next)
+static void desc_at(struct fixture *f, gpa_t table, unsigned i, uint64_t addr, uint32_t len,
+                    uint16_t flags, uint16_t next)
 {
     const struct vring_desc d = {.addr = addr, .len = len, .flags = flags, .next = next};
     put(f, table + 16 * i, &d, sizeof(d));
 }
 
-static void desc(struct fixture *f, unsigned i, uint64_t addr, uint32_t len, uint16_t flags, uint16_t next)
+static void desc(struct fixture *f, unsigned i, uint64_t addr, uint32_t len, uint16_t flags,
+                 uint16_t next)
 {
     desc_at(f, DESC, i, addr, len, flags, next);
 }
@@ -95,8 +96,8 @@ static void offer(struct fixture *f, uint16_t head)
     put16(f, AVAIL + 2, ++f->avail_idx);
 }
 
-#define NEXT VRING_DESC_F_NEXT
-#define WRITE VRING_DESC_F_WRITE
+#define NEXT     VRING_DESC_F_NEXT
+#define WRITE    VRING_DESC_F_WRITE
 #define INDIRECT VRING_DESC_F_INDIRECT
 
 static void test_empty(void **state)
@@ -163,7 +164,8 @@ static void test_indirect(void **state)
     desc(f, 0, DATA, 16, NEXT, 1);
     desc(f, 1, TABLE, 20 * 16, INDIRECT, 0);
     for (unsigned i = 0; i < 20; i++)
-        desc_at(f, TABLE, i, DATA + 0x100 * i, 0x100, (i < 19 ? NEXT : 0) | (i >= 5 ? WRITE : 0), (uint16_t)(i + 1));
+        desc_at(f, TABLE, i, DATA + 0x100 * i, 0x100, (i < 19 ? NEXT : 0) | (i >= 5 ? WRITE : 0),
+                (uint16_t)(i + 1));
     offer(f, 0);
     assert_int_equal(virtq_pop(&f->q, &f->c), 1);
     assert_int_equal(f->c.out_count, 6);
@@ -227,7 +229,10 @@ static const struct bad bad_chains[] = {
     {"wraps around", {{UINT64_MAX - 3, 8, WRITE, 0}}},
     {"wraps around into RAM", {{UINT64_MAX - 0xfff, 0x80000000, WRITE, 0}}},
     {"4 GiB in all", {{DATA, 0xffffffff, NEXT, 1}, {DATA, 8, 0, 0}}},
-    {"indirect not negotiated", {{TABLE, 16, INDIRECT, 0}}, {{DATA, 8, 0, 0}}, .without_indirect = true},
+    {"indirect not negotiated",
+     {{TABLE, 16, INDIRECT, 0}},
+     {{DATA, 8, 0, 0}},
+     .without_indirect = true},
     {"indirect with next", {{TABLE, 16, INDIRECT | NEXT, 1}, {DATA, 8, 0, 0}}, {{DATA, 8, 0, 0}}},
     {"indirect of length 0", {{TABLE, 0, INDIRECT, 0}}},
     {"indirect of odd length", {{TABLE, 24, INDIRECT, 0}}, {{DATA, 8, 0, 0}}},
@@ -236,10 +241,13 @@ static const struct bad bad_chains[] = {
     {"indirect table that wraps", {{UINT64_MAX - 15, 32, INDIRECT, 0}}},
     {"indirect in indirect", {{TABLE, 32, INDIRECT, 0}}, {{TABLE, 16, INDIRECT, 0}}},
     {"loop in the table", {{TABLE, 32, INDIRECT, 0}}, {{DATA, 8, NEXT, 1}, {DATA, 8, NEXT, 0}}},
-    {"next beyond the indirect table", {{TABLE, 32, INDIRECT, 0}}, {{DATA, 8, NEXT, 2}, {0}, {DATA, 8, 0, 0}}},
+    {"next beyond the indirect table",
+     {{TABLE, 32, INDIRECT, 0}},
+     {{DATA, 8, NEXT, 2}, {0}, {DATA, 8, 0, 0}}},
     {"empty buffer in the table", {{TABLE, 16, INDIRECT, 0}}, {{DATA, 0, 0, 0}}},
     {"direction across the table",
-     {{DATA, 8, NEXT | WRITE, 1}, {TABLE, 16, INDIRECT, 0}}, {{DATA, 8, 0, 0}}},
+     {{DATA, 8, NEXT | WRITE, 1}, {TABLE, 16, INDIRECT, 0}},
+     {{DATA, 8, 0, 0}}},
 };
 
 static void test_bad_chains(void **state)
@@ -298,10 +306,11 @@ static void test_bad_rings(void **state)
         gpa_t *which;
         gpa_t value;
     } bad[] = {
-        {&f->q.desc, DESC + 8},  {&f->q.avail, AVAIL + 1},     {&f->q.used, USED + 2},
-        {&f->q.desc, END},       {&f->q.avail, END - 4},       {&f->q.used, END - 4},
-        {&f->q.desc, SPLIT - 16}, {&f->q.avail, UINT64_MAX - 1}, {&f->q.used, UINT64_MAX - 3},
-        {&f->q.desc, UINT64_MAX - 15},
+        {&f->q.desc, DESC + 8},       {&f->q.avail, AVAIL + 1},
+        {&f->q.used, USED + 2},       {&f->q.desc, END},
+        {&f->q.avail, END - 4},       {&f->q.used, END - 4},
+        {&f->q.desc, SPLIT - 16},     {&f->q.avail, UINT64_MAX - 1},
+        {&f->q.used, UINT64_MAX - 3}, {&f->q.desc, UINT64_MAX - 15},
     };
     for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
         f->q = good;
@@ -417,7 +426,7 @@ static void test_saved_state(void **state)
     assert_memory_equal(&copy, &f->q, sizeof(copy));
 
     log_set_level(LOG_ERROR - 1);
-    assert_int_equal(virtq_load(&copy, &r, 1), -EINVAL);  /* the vector does not exist */
+    assert_int_equal(virtq_load(&copy, &r, 1), -EINVAL); /* the vector does not exist */
     copy.max_size = 4;
     assert_int_equal(virtq_load(&copy, &r, 2), -EINVAL);
     copy.max_size = SIZE;
@@ -430,10 +439,18 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_empty),        TEST(test_chain),           TEST(test_wraps_around),
-        TEST(test_indirect),     TEST(test_buffer_across_regions), TEST(test_unpop_and_unstage),
-        TEST(test_bad_chains),   TEST(test_too_many_segments), TEST(test_avail_index),
-        TEST(test_bad_rings),    TEST(test_flags),           TEST(test_event_index),
+        TEST(test_empty),
+        TEST(test_chain),
+        TEST(test_wraps_around),
+        TEST(test_indirect),
+        TEST(test_buffer_across_regions),
+        TEST(test_unpop_and_unstage),
+        TEST(test_bad_chains),
+        TEST(test_too_many_segments),
+        TEST(test_avail_index),
+        TEST(test_bad_rings),
+        TEST(test_flags),
+        TEST(test_event_index),
         TEST(test_saved_state),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -36,13 +36,17 @@ void guest_init(struct guest *g)
     assert_int_equal(machine_init(&g->m, true), 0);
     g->m.irq = (struct irq_router){.set_gsi = set_gsi, .send_msi = send_msi, .opaque = g};
     assert_int_equal(memory_add_ram(&g->m.memory, 0, GUEST_RAM_SPLIT), 0);
-    assert_int_equal(memory_add_ram(&g->m.memory, GUEST_RAM_SPLIT, GUEST_RAM_END - GUEST_RAM_SPLIT), 0);
-    g->host = pci_host_create(&g->m, &(struct pci_host_config){
-                                         .ecam_base = GUEST_ECAM, .ecam_size = 0x100000,
-                                         .mem32_base = 0xc0000000, .mem32_size = 0x1000000,
-                                         .mem64_base = 0x4000000000, .mem64_size = 0x100000000,
-                                         .io_base = 0x6000, .io_size = 0x1000,
-                                         .intx_gsi = {16, 17, 18, 19}});
+    assert_int_equal(memory_add_ram(&g->m.memory, GUEST_RAM_SPLIT, GUEST_RAM_END - GUEST_RAM_SPLIT),
+                     0);
+    g->host = pci_host_create(&g->m, &(struct pci_host_config){.ecam_base = GUEST_ECAM,
+                                                               .ecam_size = 0x100000,
+                                                               .mem32_base = 0xc0000000,
+                                                               .mem32_size = 0x1000000,
+                                                               .mem64_base = 0x4000000000,
+                                                               .mem64_size = 0x100000000,
+                                                               .io_base = 0x6000,
+                                                               .io_size = 0x1000,
+                                                               .intx_gsi = {16, 17, 18, 19}});
     assert_non_null(g->host);
     g->next_free = 0x10000;
 }
@@ -233,7 +237,8 @@ void driver_negotiate(struct driver *d, uint64_t features)
     driver_set_status(d, VIRTIO_CONFIG_S_ACKNOWLEDGE);
     driver_set_status(d, VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER);
     driver_accept(d, features | VIRTIO_BIT(VIRTIO_F_VERSION_1));
-    driver_set_status(d, VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK);
+    driver_set_status(d, VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER |
+                             VIRTIO_CONFIG_S_FEATURES_OK);
     assert_true(driver_status(d) & VIRTIO_CONFIG_S_FEATURES_OK);
     driver_write(d, VIRTIO_PCI_COMMON_MSIX, 0, 2);
 }

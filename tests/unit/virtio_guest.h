@@ -1,8 +1,10 @@
 /*
- * A guest without a processor, for tests of virtio devices: a machine with RAM and a PCI bus, a driver that
- * finds and starts a device through its registers as a guest does, and rings in guest memory.
+ * A guest without a processor, for tests of virtio devices: a machine with RAM and a PCI bus, a
+ * driver that finds and starts a device through its registers as a guest does, and rings in guest
+ * memory.
  *
- * Accesses go through the machine's buses, with the lock taken as for a vCPU. Everything asserts by cmocka.
+ * Accesses go through the machine's buses, with the lock taken as for a vCPU. Everything asserts by
+ * cmocka.
  */
 #ifndef RINGFORT_TESTS_VIRTIO_GUEST_H
 #define RINGFORT_TESTS_VIRTIO_GUEST_H
@@ -13,15 +15,15 @@
 
 /* RAM: two regions that touch, so that a buffer can lie across both. Nothing above. */
 #define GUEST_RAM_SPLIT 0x400000u
-#define GUEST_RAM_END 0x800000u
-#define GUEST_ECAM 0xe0000000u
+#define GUEST_RAM_END   0x800000u
+#define GUEST_ECAM      0xe0000000u
 
 struct guest {
     struct machine m;
     struct pci_host *host;
-    gpa_t next_free;            /* of guest_alloc() */
-    unsigned msi_count;         /* sent in all */
-    unsigned msi_seen[256];     /* by data */
+    gpa_t next_free;        /* of guest_alloc() */
+    unsigned msi_count;     /* sent in all */
+    unsigned msi_seen[256]; /* by data */
     bool gsi[32];
 };
 
@@ -42,7 +44,7 @@ struct driver {
     struct guest *g;
     unsigned slot;
     uint64_t bar;
-    uint64_t common, isr, device, notify;   /* bus addresses */
+    uint64_t common, isr, device, notify; /* bus addresses */
     unsigned notify_multiplier, cfg_cap, msix_cap;
     uint64_t msix_table;
 };
@@ -71,10 +73,11 @@ struct ring {
 struct buffer {
     gpa_t at;
     uint32_t len;
-    bool in;                    /* the device writes it */
+    bool in; /* the device writes it */
 };
 
-/* Sets the queue up in guest memory, vector index + 1 (0 is the configuration's), and enables it. */
+/* Sets the queue up in guest memory, vector index + 1 (0 is the configuration's), and enables it.
+ */
 void ring_setup(struct ring *r, struct driver *d, unsigned index, unsigned size);
 void ring_desc(struct ring *r, unsigned i, gpa_t at, uint32_t len, uint16_t flags, uint16_t next);
 /* Writes descriptors for the chain and makes it available; returns its head. */

@@ -2,12 +2,14 @@
  * virtio-blk: a disk (virtio 1.2 §5.2).
  *
  * Requests are taken from the one queue in the event loop's thread, checked, and given to the block
- * backend with the guest's own buffers; its done() gives the chain back. A request object lives from the
- * pop to the push; as many exist as were ever in flight at once, and they are kept for the next. One
- * exists from the start, so that even without memory there is always one to use or to wait for.
+ * backend with the guest's own buffers; its done() gives the chain back. A request object lives
+ * from the pop to the push; as many exist as were ever in flight at once, and they are kept for the
+ * next. One exists from the start, so that even without memory there is always one to use or to
+ * wait for.
  *
  * The disk's size does not change while the machine runs. Errors of the disk are the guest's to
- * handle: they end as VIRTIO_BLK_S_IOERR. Only a chain without room for header or status is a guest error.
+ * handle: they end as VIRTIO_BLK_S_IOERR. Only a chain without room for header or status is a guest
+ * error.
  */
 #include "device/virtio/virtio.h"
 
@@ -24,13 +26,13 @@
 #include "device/virtio/iov.h"
 
 #define SECTOR_SHIFT 9
-#define SECTOR_SIZE (1u << SECTOR_SHIFT)
-#define QUEUE_SIZE 256
-#define MAX_RANGES 32           /* of one discard or write zeroes request */
-#define PAGE_SECTORS 8          /* 4 KiB, what file systems and host files like */
+#define SECTOR_SIZE  (1u << SECTOR_SHIFT)
+#define QUEUE_SIZE   256
+#define MAX_RANGES   32 /* of one discard or write zeroes request */
+#define PAGE_SECTORS 8  /* 4 KiB, what file systems and host files like */
 /* Bounds of one range: a hole costs nothing, zeroes may have to be written. In sectors. */
 #define MAX_DISCARD_SECTORS (UINT32_C(1) << 22)
-#define MAX_ZEROES_SECTORS (UINT32_C(1) << 18)
+#define MAX_ZEROES_SECTORS  (UINT32_C(1) << 18)
 
 _Static_assert(QUEUE_SIZE <= VIRTQ_MAX_SEGMENTS, "a chain may be as long as the queue");
 
@@ -38,9 +40,9 @@ struct blk;
 
 struct request {
     struct blk *blk;
-    struct request *next;       /* in the free list */
+    struct request *next; /* in the free list */
     struct block_request io;
-    unsigned ranges, range;     /* discard, write zeroes: how many, and which one is under way */
+    unsigned ranges, range; /* discard, write zeroes: how many, and which one is under way */
     struct virtio_blk_discard_write_zeroes list[MAX_RANGES];
     struct virtq_chain chain;
 };
@@ -49,9 +51,9 @@ struct blk {
     struct virtio_device v;
     struct block *backend;
     char serial[VIRTIO_BLK_ID_BYTES];
-    bool writeback;             /* the driver's choice through the configuration space */
-    bool batch;                 /* process() runs: one interrupt at its end */
-    bool starved;               /* process() stopped for want of memory; a completion lets it go on */
+    bool writeback; /* the driver's choice through the configuration space */
+    bool batch;     /* process() runs: one interrupt at its end */
+    bool starved;   /* process() stopped for want of memory; a completion lets it go on */
     struct request *free;
 };
 
@@ -183,7 +185,8 @@ static void start_ranges(struct request *r, bool discard)
         complete(r, VIRTIO_BLK_S_UNSUPP);
         return;
     }
-    if (len == 0 || len % sizeof(r->list[0]) || len > sizeof(r->list) || block_readonly(b->backend)) {
+    if (len == 0 || len % sizeof(r->list[0]) || len > sizeof(r->list) ||
+        block_readonly(b->backend)) {
         complete(r, VIRTIO_BLK_S_IOERR);
         return;
     }
@@ -195,7 +198,8 @@ static void start_ranges(struct request *r, bool discard)
             complete(r, VIRTIO_BLK_S_UNSUPP);
             return;
         }
-        if (r->list[i].num_sectors > limit || !inside(b, r->list[i].sector, r->list[i].num_sectors)) {
+        if (r->list[i].num_sectors > limit ||
+            !inside(b, r->list[i].sector, r->list[i].num_sectors)) {
             complete(r, VIRTIO_BLK_S_IOERR);
             return;
         }
@@ -326,8 +330,8 @@ static int load(struct virtio_device *v, const struct state_reader *r)
         return -EINVAL;
     }
     if (capacity != block_size(b->backend) >> SECTOR_SHIFT) {
-        log_error("%s: the disk has %llu sectors, but the saved machine knows it with %llu", v->dev.id,
-                  (unsigned long long)(block_size(b->backend) >> SECTOR_SHIFT),
+        log_error("%s: the disk has %llu sectors, but the saved machine knows it with %llu",
+                  v->dev.id, (unsigned long long)(block_size(b->backend) >> SECTOR_SHIFT),
                   (unsigned long long)capacity);
         return -EINVAL;
     }
@@ -361,8 +365,8 @@ static const struct virtio_ops ops = {
     .destroy = destroy,
 };
 
-struct virtio_device *virtio_blk_create(struct machine *m, struct pci_host *host, struct block *backend,
-                                        const struct virtio_blk_options *opt)
+struct virtio_device *virtio_blk_create(struct machine *m, struct pci_host *host,
+                                        struct block *backend, const struct virtio_blk_options *opt)
 {
     struct blk *b = calloc(1, sizeof(*b));
     if (!b) {
@@ -381,7 +385,8 @@ struct virtio_device *virtio_blk_create(struct machine *m, struct pci_host *host
     if (block_readonly(backend))
         b->v.offered |= VIRTIO_BIT(VIRTIO_BLK_F_RO);
     else
-        b->v.offered |= VIRTIO_BIT(VIRTIO_BLK_F_CONFIG_WCE) | VIRTIO_BIT(VIRTIO_BLK_F_WRITE_ZEROES) |
+        b->v.offered |= VIRTIO_BIT(VIRTIO_BLK_F_CONFIG_WCE) |
+                        VIRTIO_BIT(VIRTIO_BLK_F_WRITE_ZEROES) |
                         (block_can_discard(backend) ? VIRTIO_BIT(VIRTIO_BLK_F_DISCARD) : 0);
     struct request *first = get_request(b);
     if (first)

@@ -1,8 +1,9 @@
 /*
  * virtio-console: one port (virtio 1.2 §5.3), without the multiport feature.
  *
- * Output that the host does not take now stays in the ring: the guest waits. Input that the guest has no
- * buffers for stays with the console. Loop thread, but for the emergency write (§5.3.4), which a vCPU does.
+ * Output that the host does not take now stays in the ring: the guest waits. Input that the guest
+ * has no buffers for stays with the console. Loop thread, but for the emergency write (§5.3.4),
+ * which a vCPU does.
  */
 #include "device/virtio/virtio.h"
 
@@ -18,15 +19,15 @@
 #include "device/virtio/iov.h"
 
 #define QUEUE_SIZE 128
-#define PIECE 4096u             /* written at once; far less than what a console that takes output has room for */
-#define MAX_PIECES 64           /* of one chain before others get their turn */
+#define PIECE      4096u /* written at once; a console that takes output has far more room */
+#define MAX_PIECES 64    /* of one chain before others get their turn */
 
 enum { RECEIVE, TRANSMIT, QUEUES };
 
 struct virtio_console {
     struct virtio_device v;
     struct console *console;
-    uint64_t sent;              /* bytes of the next chain to transmit that are written already */
+    uint64_t sent; /* bytes of the next chain to transmit that are written already */
     struct virtq_chain chain;
 };
 
@@ -35,7 +36,8 @@ static struct virtio_console *from_virtio(struct virtio_device *v)
     return container_of(v, struct virtio_console, v);
 }
 
-/* Writes the chain from p->sent on. false: there is more for later, and p->sent says how far it came. */
+/* Writes the chain from p->sent on. false: there is more for later, and p->sent says how far it
+ * came. */
 static bool write_chain(struct virtio_console *p, struct virtq *q, const struct virtq_chain *c)
 {
     uint8_t piece[PIECE];
@@ -95,7 +97,8 @@ static size_t receive(void *opaque, const uint8_t *data, size_t len)
     while (taken < len && again) {
         int ret = virtio_pop(&p->v, q, &p->chain);
         if (ret > 0) {
-            size_t part = iov_write(virtq_in(&p->chain), p->chain.in_count, 0, data + taken, len - taken);
+            size_t part =
+                iov_write(virtq_in(&p->chain), p->chain.in_count, 0, data + taken, len - taken);
             virtio_push(&p->v, q, &p->chain, part);
             taken += part;
         } else {

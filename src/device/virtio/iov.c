@@ -32,7 +32,8 @@ size_t iov_read(const struct iovec *iov, unsigned count, size_t offset, void *bu
     return iov_copy(&(struct iovec){buf, len}, 1, 0, iov, count, offset, len);
 }
 
-size_t iov_write(const struct iovec *iov, unsigned count, size_t offset, const void *buf, size_t len)
+size_t iov_write(const struct iovec *iov, unsigned count, size_t offset, const void *buf,
+                 size_t len)
 {
     return iov_copy(iov, count, offset, &(struct iovec){(void *)(uintptr_t)buf, len}, 1, 0, len);
 }

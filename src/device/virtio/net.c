@@ -1,10 +1,11 @@
 /*
  * virtio-net: a network card with one pair of queues (virtio 1.2 §5.1).
  *
- * Frames pass between the guest's buffers and the backend without a copy of our own, except where an
- * offload that the backend lacks is done here (net_offload.c). Chains are never kept: a frame that the
- * backend cannot take now goes back to the ring until writable(); one that the guest has no room for stays with the
- * backend until it has. Queue 2 is kept free for the control queue. Loop thread.
+ * Frames pass between the guest's buffers and the backend without a copy of our own, except where
+ * an offload that the backend lacks is done here (net_offload.c). Chains are never kept: a frame
+ * that the backend cannot take now goes back to the ring until writable(); one that the guest has
+ * no room for stays with the backend until it has. Queue 2 is kept free for the control queue. Loop
+ * thread.
  */
 #include "device/virtio/virtio.h"
 
@@ -28,25 +29,26 @@ enum { RECEIVE, TRANSMIT, QUEUES };
 _Static_assert(sizeof(struct net_header) == sizeof(struct virtio_net_hdr_v1), "§5.1.6");
 
 /* Offloads of the guest's frames that are done here where the backend does not. */
-#define SOFTWARE_HOST                                                                              \
-    (VIRTIO_BIT(VIRTIO_NET_F_CSUM) | VIRTIO_BIT(VIRTIO_NET_F_HOST_TSO4) |                          \
+#define SOFTWARE_HOST                                                     \
+    (VIRTIO_BIT(VIRTIO_NET_F_CSUM) | VIRTIO_BIT(VIRTIO_NET_F_HOST_TSO4) | \
      VIRTIO_BIT(VIRTIO_NET_F_HOST_TSO6) | VIRTIO_BIT(VIRTIO_NET_F_HOST_ECN))
-/* Offered if the backend has them. GUEST_CSUM only allows flags in headers: it is offered always. */
-#define BACKEND_ONLY                                                                               \
-    (VIRTIO_BIT(VIRTIO_NET_F_HOST_UFO) | VIRTIO_BIT(VIRTIO_NET_F_GUEST_TSO4) |                     \
-     VIRTIO_BIT(VIRTIO_NET_F_GUEST_TSO6) | VIRTIO_BIT(VIRTIO_NET_F_GUEST_ECN) |                    \
+/* Offered if the backend has them. GUEST_CSUM only allows flags in headers: it is offered always.
+ */
+#define BACKEND_ONLY                                                            \
+    (VIRTIO_BIT(VIRTIO_NET_F_HOST_UFO) | VIRTIO_BIT(VIRTIO_NET_F_GUEST_TSO4) |  \
+     VIRTIO_BIT(VIRTIO_NET_F_GUEST_TSO6) | VIRTIO_BIT(VIRTIO_NET_F_GUEST_ECN) | \
      VIRTIO_BIT(VIRTIO_NET_F_GUEST_UFO))
 
 struct nic {
     struct virtio_device v;
-    struct net *backend;        /* NULL: no link */
+    struct net *backend; /* NULL: no link */
     uint64_t backend_features;
     uint8_t mac[ETH_ALEN];
-    bool receiving;             /* what the backend was told last */
-    struct virtq_chain chain;   /* the chain in hand */
-    struct virtq_chain first;   /* the one that begins the frame under way, for its num_buffers */
+    bool receiving;           /* what the backend was told last */
+    struct virtq_chain chain; /* the chain in hand */
+    struct virtq_chain first; /* the one that begins the frame under way, for its num_buffers */
     struct iovec iov[VIRTQ_MAX_SEGMENTS + 1];
-    uint8_t frame[NET_MAX_FRAME];       /* for software offloads */
+    uint8_t frame[NET_MAX_FRAME]; /* for software offloads */
 };
 
 static struct nic *from_virtio(struct virtio_device *v)
@@ -107,9 +109,10 @@ static bool send_segment(void *opaque, const uint8_t *headers, size_t headers_le
 static int send_in_software(struct nic *n, struct net_header *h, const struct iovec *frame,
                             unsigned count, size_t len)
 {
-    bool segment = h->gso_type && (!backend_has(n, (unsigned)gso_feature(h->gso_type, true)) ||
-                                   (h->gso_type & VIRTIO_NET_HDR_GSO_ECN &&
-                                    !backend_has(n, VIRTIO_NET_F_HOST_ECN)));
+    bool segment =
+        h->gso_type &&
+        (!backend_has(n, (unsigned)gso_feature(h->gso_type, true)) ||
+         (h->gso_type & VIRTIO_NET_HDR_GSO_ECN && !backend_has(n, VIRTIO_NET_F_HOST_ECN)));
     iov_read(frame, count, 0, n->frame, len);
     if (segment) {
         if (net_offload_segment(h, n->frame, len, send_segment, n))
@@ -138,15 +141,16 @@ static int send_frame(struct nic *n)
     iov_read(frame, count, 0, &h, sizeof(h));
     iov_drop_front(&frame, &count, sizeof(h));
     if (!header_ok(n, &h, len, true)) {
-        log_guest_error("%s: lost a frame with a bad header (flags 0x%x, gso type 0x%x)", n->v.dev.id,
-                        h.flags, h.gso_type);
+        log_guest_error("%s: lost a frame with a bad header (flags 0x%x, gso type 0x%x)",
+                        n->v.dev.id, h.flags, h.gso_type);
         return 0;
     }
     h.flags &= VIRTIO_NET_HDR_F_NEEDS_CSUM;
     h.num_buffers = 0;
 
     int gso = h.gso_type ? gso_feature(h.gso_type, true) : -1;
-    if ((h.flags && !backend_has(n, VIRTIO_NET_F_CSUM)) || (gso >= 0 && !backend_has(n, (unsigned)gso)) ||
+    if ((h.flags && !backend_has(n, VIRTIO_NET_F_CSUM)) ||
+        (gso >= 0 && !backend_has(n, (unsigned)gso)) ||
         (h.gso_type & VIRTIO_NET_HDR_GSO_ECN && !backend_has(n, VIRTIO_NET_F_HOST_ECN)))
         return send_in_software(n, &h, frame, count, len);
     n->iov[0] = (struct iovec){&h, sizeof(h)};
@@ -206,8 +210,8 @@ static int fill_chains(struct nic *n, struct virtq *q, const struct iovec *iov, 
         done += part;
         buffers++;
     }
-    iov_write(virtq_in(&n->first), n->first.in_count, offsetof(struct net_header, num_buffers), &buffers,
-              sizeof(buffers));
+    iov_write(virtq_in(&n->first), n->first.in_count, offsetof(struct net_header, num_buffers),
+              &buffers, sizeof(buffers));
     return 1;
 }
 
@@ -226,12 +230,14 @@ static bool deliver(struct nic *n, const struct iovec *iov, unsigned iovcnt, siz
         virtq_unstage(q);
         virtq_unpop(q, staged);
         if (ret == -ENOSPC) {
-            log_guest_error("%s: lost a frame that the guest's buffers are too small for", n->v.dev.id);
+            log_guest_error("%s: lost a frame that the guest's buffers are too small for",
+                            n->v.dev.id);
             return true;
         }
         if (ret < 0 || !virtq_notify_on(q))
             return false;
-        /* More buffers came just now; but a frame for which they will not do must not be tried for ever. */
+        /* More buffers came just now; but a frame for which they will not do must not be tried for
+         * ever. */
         if (q->budget == 0)
             return false;
     }
@@ -371,8 +377,8 @@ static const struct virtio_ops ops = {
     .destroy = destroy,
 };
 
-struct virtio_device *virtio_net_create(struct machine *m, struct pci_host *host, struct net *backend,
-                                        const uint8_t mac[6])
+struct virtio_device *virtio_net_create(struct machine *m, struct pci_host *host,
+                                        struct net *backend, const uint8_t mac[6])
 {
     struct nic *n = calloc(1, sizeof(*n));
     if (!n) {

@@ -13,18 +13,36 @@
 
 /* Offsets in headers. */
 enum {
-    IP4_TOTAL_LEN = 2, IP4_ID = 4, IP4_PROTOCOL = 9, IP4_CHECKSUM = 10, IP4_ADDRESSES = 12, IP4_MIN = 20,
-    IP6_PAYLOAD_LEN = 4, IP6_ADDRESSES = 8, IP6_MIN = 40,
-    TCP_SEQ = 4, TCP_OFFSET = 12, TCP_FLAGS = 13, TCP_CHECKSUM = 16, TCP_MIN = 20,
+    IP4_TOTAL_LEN = 2,
+    IP4_ID = 4,
+    IP4_PROTOCOL = 9,
+    IP4_CHECKSUM = 10,
+    IP4_ADDRESSES = 12,
+    IP4_MIN = 20,
+    IP6_PAYLOAD_LEN = 4,
+    IP6_ADDRESSES = 8,
+    IP6_MIN = 40,
+    TCP_SEQ = 4,
+    TCP_OFFSET = 12,
+    TCP_FLAGS = 13,
+    TCP_CHECKSUM = 16,
+    TCP_MIN = 20,
 };
 #define TCP_FIN 0x01
 #define TCP_PSH 0x08
 #define TCP_CWR 0x80
 
-static uint16_t load_be16(const uint8_t *p) { return ntohs(load_le16(p)); }
-static void store_be16(uint8_t *p, size_t v) { store_le16(p, htons((uint16_t)v)); }
+static uint16_t load_be16(const uint8_t *p)
+{
+    return ntohs(load_le16(p));
+}
+static void store_be16(uint8_t *p, size_t v)
+{
+    store_le16(p, htons((uint16_t)v));
+}
 
-/* Adds len bytes to a ones' complement sum, in host order: swapping bytes commutes with it (RFC 1071). */
+/* Adds len bytes to a ones' complement sum, in host order: swapping bytes commutes with it (RFC
+ * 1071). */
 static uint64_t sum(const uint8_t *p, size_t len, uint64_t s)
 {
     /* 32-bit words into 64 bits: 64 KiB cannot overflow. */
@@ -96,7 +114,8 @@ static bool parse(const struct net_header *hdr, const uint8_t *frame, size_t len
     return tcp_len >= TCP_MIN && l->payload <= len && l->payload <= NET_OFFLOAD_MAX_HEADERS;
 }
 
-/* Lengths, numbers and checksums of the segment with payload_len bytes at offset done of the whole. */
+/* Lengths, numbers and checksums of the segment with payload_len bytes at offset done of the whole.
+ */
 static void finish_headers(uint8_t *headers, const struct layout *l, unsigned number, size_t done,
                            const uint8_t *payload, size_t payload_len)
 {
@@ -133,7 +152,7 @@ int net_offload_segment(const struct net_header *hdr, const uint8_t *frame, size
         memcpy(headers, frame, l.payload);
         /* FIN and PSH belong to the last segment, CWR to the first (RFC 3168 6.1.2). */
         if (done + part < total)
-            headers[l.tcp + TCP_FLAGS] &= (uint8_t)~(TCP_FIN | TCP_PSH);
+            headers[l.tcp + TCP_FLAGS] &= (uint8_t) ~(TCP_FIN | TCP_PSH);
         if (done)
             headers[l.tcp + TCP_FLAGS] &= (uint8_t)~TCP_CWR;
         finish_headers(headers, &l, number++, done, frame + l.payload + done, part);

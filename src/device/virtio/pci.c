@@ -1,12 +1,13 @@
 /*
  * The virtio-pci transport, modern only: virtio 1.2 §4.1.
  *
- * One 64-bit memory BAR holds all structures, each on a page of its own (a page can later be given to
- * an engine's fast path). Interrupts: MSI-X with one vector per queue and one for the configuration, or INTx
- * with the ISR status byte.
+ * One 64-bit memory BAR holds all structures, each on a page of its own (a page can later be given
+ * to an engine's fast path). Interrupts: MSI-X with one vector per queue and one for the
+ * configuration, or INTx with the ISR status byte.
  *
- * Odd accesses: reads of any size and alignment see the bytes of the structure and all ones beyond it;
- * writes must match a register exactly (or a 64-bit address as a whole) and are dropped otherwise.
+ * Odd accesses: reads of any size and alignment see the bytes of the structure and all ones beyond
+ * it; writes must match a register exactly (or a 64-bit address as a whole) and are dropped
+ * otherwise.
  */
 #include "device/virtio/virtio.h"
 
@@ -21,7 +22,7 @@
 #include "base/util.h"
 #include "device/machine.h"
 
-#define VIRTIO_VENDOR 0x1af4
+#define VIRTIO_VENDOR      0x1af4
 #define VIRTIO_DEVICE_BASE 0x1040
 
 /* The BAR. */
@@ -37,13 +38,14 @@ enum {
 
     PAGE = 0x1000,
     NOTIFY_MULTIPLIER = 4,
-    COMMON_BYTES = 60,          /* up to queue_reset, §4.1.4.3 */
+    COMMON_BYTES = 60, /* up to queue_reset, §4.1.4.3 */
 };
 
 _Static_assert(PCI_MAX_MSIX * 16 <= PAGE, "the MSI-X table needs more than its page");
-_Static_assert(VIRTIO_MAX_QUEUES < PCI_MAX_MSIX, "one vector per queue and one for the configuration");
+_Static_assert(VIRTIO_MAX_QUEUES < PCI_MAX_MSIX,
+               "one vector per queue and one for the configuration");
 
-#define ISR_QUEUE 1
+#define ISR_QUEUE  1
 #define ISR_CONFIG 2
 
 static struct virtio_device *from_pci(struct pci_device *pci)
@@ -210,8 +212,9 @@ static unsigned common_width(uint64_t offset)
 static void write_common(struct virtio_device *v, uint64_t offset, uint64_t value, unsigned size)
 {
     struct virtio_pci *t = &v->pci;
-    if (size == 8 && (offset == VIRTIO_PCI_COMMON_Q_DESCLO || offset == VIRTIO_PCI_COMMON_Q_AVAILLO ||
-                      offset == VIRTIO_PCI_COMMON_Q_USEDLO)) {
+    if (size == 8 &&
+        (offset == VIRTIO_PCI_COMMON_Q_DESCLO || offset == VIRTIO_PCI_COMMON_Q_AVAILLO ||
+         offset == VIRTIO_PCI_COMMON_Q_USEDLO)) {
         write_queue(v, offset, (uint32_t)value);
         write_queue(v, offset + 4, (uint32_t)(value >> 32));
         return;
@@ -310,13 +313,14 @@ static void bar_write(void *opaque, uint64_t offset, uint64_t value, unsigned si
 static const struct bus_ops bar_ops = {.read = bar_read, .write = bar_write};
 
 /*
- * ---- Configuration space: the PCI configuration access capability, §4.1.4.9, and the command register:
- * a function that is no bus master must not touch memory. ----
+ * ---- Configuration space: the PCI configuration access capability, §4.1.4.9, and the command
+ * register: a function that is no bus master must not touch memory. ----
  */
 
 enum { CAP_BAR = 4, CAP_OFFSET = 8, CAP_LENGTH = 12, CAP_DATA = 16, CAP_BYTES = 20 };
 
-/* What the driver's choice of bar, offset and length selects; false: nothing that can be accessed. */
+/* What the driver's choice of bar, offset and length selects; false: nothing that can be accessed.
+ */
 static bool window(const struct virtio_device *v, uint32_t *offset, uint32_t *length)
 {
     const uint8_t *cap = v->pci.pci.config + v->pci.cfg_cap;
@@ -382,11 +386,12 @@ int virtio_pci_attach(struct virtio_device *v, struct pci_host *host)
     t->config_vector = VIRTQ_NO_VECTOR;
 
     pci->name = v->ops->device.name;
-    pci_set_ids(pci, VIRTIO_VENDOR, VIRTIO_DEVICE_BASE + v->ops->id, 1, v->ops->pci_class, VIRTIO_VENDOR,
-                VIRTIO_DEVICE_BASE + v->ops->id);
-    pci_set_bar(pci, BAR,
-                &(struct pci_bar){
-                    .size = BAR_SIZE, .is_64 = true, .prefetchable = true, .ops = &bar_ops, .opaque = v});
+    pci_set_ids(pci, VIRTIO_VENDOR, VIRTIO_DEVICE_BASE + v->ops->id, 1, v->ops->pci_class,
+                VIRTIO_VENDOR, VIRTIO_DEVICE_BASE + v->ops->id);
+    pci_set_bar(
+        pci, BAR,
+        &(struct pci_bar){
+            .size = BAR_SIZE, .is_64 = true, .prefetchable = true, .ops = &bar_ops, .opaque = v});
 
     add_capability(pci, VIRTIO_PCI_CAP_COMMON_CFG, cap, COMMON_OFFSET, COMMON_BYTES);
     unsigned at = add_capability(pci, VIRTIO_PCI_CAP_NOTIFY_CFG, cap + 4, NOTIFY_OFFSET,
@@ -443,9 +448,10 @@ int virtio_pci_load(struct virtio_device *v, const struct state_reader *r)
         return ret;
     if (state_get_u64(r, "device_feature_select", &device_select) ||
         state_get_u64(r, "driver_feature_select", &driver_select) ||
-        state_get_u64(r, "queue_select", &queue_select) || state_get_u64(r, "config_vector", &vector) ||
-        state_get_u64(r, "isr", &isr) || device_select > UINT32_MAX || driver_select > UINT32_MAX ||
-        queue_select > UINT16_MAX || isr > (ISR_QUEUE | ISR_CONFIG) ||
+        state_get_u64(r, "queue_select", &queue_select) ||
+        state_get_u64(r, "config_vector", &vector) || state_get_u64(r, "isr", &isr) ||
+        device_select > UINT32_MAX || driver_select > UINT32_MAX || queue_select > UINT16_MAX ||
+        isr > (ISR_QUEUE | ISR_CONFIG) ||
         (vector >= t->pci.msix_vectors && vector != VIRTQ_NO_VECTOR)) {
         log_error("%s: saved state: bad or missing field of the PCI transport", v->dev.id);
         return -EINVAL;

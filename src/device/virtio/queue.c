@@ -1,10 +1,11 @@
 /*
  * Split virtqueues: see queue.h.
  *
- * The rings are shared with vCPUs that run at the same time. What the driver writes is loaded once into
- * a local variable and then checked. Order (virtio 1.2 §2.7.13): the available index is loaded before the
- * entries that it covers (acquire); used entries are stored before the used index (release); and
- * between storing an index and loading the other side's event field there is a full barrier.
+ * The rings are shared with vCPUs that run at the same time. What the driver writes is loaded once
+ * into a local variable and then checked. Order (virtio 1.2 §2.7.13): the available index is loaded
+ * before the entries that it covers (acquire); used entries are stored before the used index
+ * (release); and between storing an index and loading the other side's event field there is a full
+ * barrier.
  */
 #include "device/virtio/queue.h"
 
@@ -18,20 +19,50 @@
 
 #define DESC_BYTES 16
 
-static size_t desc_bytes(const struct virtq *q) { return (size_t)q->size * DESC_BYTES; }
-static size_t avail_bytes(const struct virtq *q) { return 6 + 2 * (size_t)q->size; }
-static size_t used_bytes(const struct virtq *q) { return 6 + 8 * (size_t)q->size; }
+static size_t desc_bytes(const struct virtq *q)
+{
+    return (size_t)q->size * DESC_BYTES;
+}
+
+static size_t avail_bytes(const struct virtq *q)
+{
+    return 6 + 2 * (size_t)q->size;
+}
+
+static size_t used_bytes(const struct virtq *q)
+{
+    return 6 + 8 * (size_t)q->size;
+}
 
 /* Offsets in the rings. */
-static size_t avail_entry(const struct virtq *q, uint16_t i) { return 4 + 2 * (size_t)(i & (q->size - 1)); }
-static size_t avail_used_event(const struct virtq *q) { return 4 + 2 * (size_t)q->size; }
-static size_t used_entry(const struct virtq *q, uint16_t i) { return 4 + 8 * (size_t)(i & (q->size - 1)); }
-static size_t used_avail_event(const struct virtq *q) { return 4 + 8 * (size_t)q->size; }
-
-static uint16_t load16(const uint8_t *p, int order)
+static size_t avail_entry(const struct virtq *q, uint16_t i)
 {
-    return order == __ATOMIC_ACQUIRE ? __atomic_load_n((const uint16_t *)(const void *)p, __ATOMIC_ACQUIRE)
-                                     : __atomic_load_n((const uint16_t *)(const void *)p, __ATOMIC_RELAXED);
+    return 4 + 2 * (size_t)(i & (q->size - 1));
+}
+
+static size_t avail_used_event(const struct virtq *q)
+{
+    return 4 + 2 * (size_t)q->size;
+}
+
+static size_t used_entry(const struct virtq *q, uint16_t i)
+{
+    return 4 + 8 * (size_t)(i & (q->size - 1));
+}
+
+static size_t used_avail_event(const struct virtq *q)
+{
+    return 4 + 8 * (size_t)q->size;
+}
+
+static uint16_t load16(const uint8_t *p)
+{
+    return __atomic_load_n((const uint16_t *)(const void *)p, __ATOMIC_RELAXED);
+}
+
+static uint16_t load16_acquire(const uint8_t *p)
+{
+    return __atomic_load_n((const uint16_t *)(const void *)p, __ATOMIC_ACQUIRE);
 }
 
 static void store16(uint8_t *p, uint16_t v)
@@ -86,7 +117,7 @@ int virtq_check(const struct virtq *q)
 bool virtq_has_work(const struct virtq *q)
 {
     const uint8_t *avail = map_avail(q);
-    return avail && load16(avail + 2, __ATOMIC_ACQUIRE) != q->last_avail;
+    return avail && load16_acquire(avail + 2) != q->last_avail;
 }
 
 /* Adds the buffer of one descriptor to the chain, split where RAM regions meet. */
@@ -121,8 +152,8 @@ static int add_buffer(struct virtq *q, struct virtq_chain *c, gpa_t gpa, uint32_
 }
 
 /*
- * Follows descriptors from index on in a table of count entries. indirect NULL: this is an indirect table;
- * else *indirect gets the descriptor of a table with which the chain goes on (len 0: none).
+ * Follows descriptors from index on in a table of count entries. indirect NULL: this is an indirect
+ * table; else *indirect gets the descriptor of a table with which the chain goes on (len 0: none).
  */
 static int walk(struct virtq *q, struct virtq_chain *c, const uint8_t *table, uint32_t count,
                 uint32_t index, struct vring_desc *indirect)
@@ -164,7 +195,7 @@ int virtq_pop(struct virtq *q, struct virtq_chain *c)
     if (!avail || !desc)
         return guest_error(q, "a ring outside of RAM");
 
-    uint16_t waiting = load16(avail + 2, __ATOMIC_ACQUIRE) - q->last_avail;
+    uint16_t waiting = load16_acquire(avail + 2) - q->last_avail;
     if (!waiting)
         return 0;
     if (waiting > q->size)
@@ -172,13 +203,14 @@ int virtq_pop(struct virtq *q, struct virtq_chain *c)
     if (q->in_flight >= q->size)
         return guest_error(q, "more chains than the queue has descriptors");
 
-    c->head = load16(avail + avail_entry(q, q->last_avail), __ATOMIC_RELAXED);
+    c->head = load16(avail + avail_entry(q, q->last_avail));
     c->out_count = c->in_count = 0;
     c->out_len = c->in_len = 0;
     struct vring_desc indirect = {.len = 0};
     int ret = walk(q, c, desc, q->size, c->head, &indirect);
     if (ret == 0 && indirect.len) {
-        /* Tables may be far longer than any chain: what counts is how many of their entries are used. */
+        /* Tables may be far longer than any chain: what counts is how many of their entries are
+         * used. */
         const uint8_t *table = memory_map(q->memory, indirect.addr, indirect.len);
         ret = table ? walk(q, c, table, indirect.len / DESC_BYTES, 0, NULL)
                     : guest_error(q, "an indirect table outside of RAM");
@@ -250,14 +282,14 @@ bool virtq_wants_interrupt(struct virtq *q)
     if (now == before)
         return false; /* nothing came back: devices ask after each look into the ring */
     if (!q->event_idx)
-        return !(load16(avail, __ATOMIC_RELAXED) & VRING_AVAIL_F_NO_INTERRUPT);
-    return !valid || vring_need_event(load16(avail + avail_used_event(q), __ATOMIC_RELAXED), now, before);
+        return !(load16(avail) & VRING_AVAIL_F_NO_INTERRUPT);
+    return !valid || vring_need_event(load16(avail + avail_used_event(q)), now, before);
 }
 
 static void set_used_flags(struct virtq *q, uint16_t flags)
 {
     uint8_t *used = map_used(q);
-    if (!used || load16(used, __ATOMIC_RELAXED) == flags)
+    if (!used || load16(used) == flags)
         return;
     store16(used, flags);
     memory_mark_written(q->memory, q->used, 2);

@@ -1,8 +1,8 @@
 /*
  * virtio-rng: random bytes from the host's kernel (virtio 1.2 §5.4).
  *
- * A chain is filled at once, with at most MAX_BYTES however large its buffers are, so that a guest cannot
- * keep the event loop busy with one request.
+ * A chain is filled at once, with at most MAX_BYTES however large its buffers are, so that a guest
+ * cannot keep the event loop busy with one request.
  */
 #include "device/virtio/virtio.h"
 
@@ -14,7 +14,7 @@
 #include "base/util.h"
 
 #define QUEUE_SIZE 64
-#define MAX_BYTES 4096
+#define MAX_BYTES  4096
 
 struct rng {
     struct virtio_device v;

@@ -1,9 +1,10 @@
 /*
  * What virtio devices have in common: see virtio.h.
  *
- * Life of a device: reset → features → FEATURES_OK → queues → DRIVER_OK, and from there it processes its
- * queues. Four things keep it from doing so: a guest error (DEVICE_NEEDS_RESET), a transport without
- * access to memory, a pause, and a drain that somebody waits for. refresh_running() is the one place that decides.
+ * Life of a device: reset → features → FEATURES_OK → queues → DRIVER_OK, and from there it
+ * processes its queues. Four things keep it from doing so: a guest error (DEVICE_NEEDS_RESET), a
+ * transport without access to memory, a pause, and a drain that somebody waits for.
+ * refresh_running() is the one place that decides.
  */
 #include "device/virtio/virtio.h"
 
@@ -17,16 +18,17 @@
 #include "base/util.h"
 #include "device/machine.h"
 
-#define ALL_STATUS                                                                                 \
-    (VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK |          \
+#define ALL_STATUS                                                                        \
+    (VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK | \
      VIRTIO_CONFIG_S_DRIVER_OK | VIRTIO_CONFIG_S_FAILED | VIRTIO_CONFIG_S_NEEDS_RESET)
 
 /* Offered by every device. */
-#define COMMON_FEATURES                                                                            \
-    (VIRTIO_BIT(VIRTIO_F_VERSION_1) | VIRTIO_BIT(VIRTIO_RING_F_INDIRECT_DESC) |                    \
+#define COMMON_FEATURES                                                         \
+    (VIRTIO_BIT(VIRTIO_F_VERSION_1) | VIRTIO_BIT(VIRTIO_RING_F_INDIRECT_DESC) | \
      VIRTIO_BIT(VIRTIO_RING_F_EVENT_IDX) | VIRTIO_BIT(VIRTIO_F_RING_RESET))
 
-/* Chains that one call of process() may take before other devices get their turn, in queue sizes. */
+/* Chains that one call of process() may take before other devices get their turn, in queue sizes.
+ */
 #define ROUND_IN_QUEUE_SIZES 2
 
 static bool in_service(const struct virtio_device *v)
@@ -39,7 +41,8 @@ bool virtio_queue_ready(const struct virtio_device *v, const struct virtq *q)
     return v->running && q->enabled;
 }
 
-/* Tells the device when its queues begin or cease to work; whatever came meanwhile is looked at then. */
+/* Tells the device when its queues begin or cease to work; whatever came meanwhile is looked at
+ * then. */
 static void refresh_running(struct virtio_device *v)
 {
     bool on = in_service(v) && v->dma && !v->paused && !v->draining;
@@ -58,7 +61,8 @@ void virtio_kick(struct virtio_device *v, struct virtq *q)
     if (!virtio_queue_ready(v, q))
         return;
     v->kicked |= UINT32_C(1) << q->index;
-    /* The one place that says where queues are processed: in the event loop, not in the vCPU's thread. */
+    /* The one place that says where queues are processed: in the event loop, not in the vCPU's
+     * thread. */
     loop_schedule(v->machine->loop, &v->call);
 }
 
@@ -95,7 +99,8 @@ int virtio_pop(struct virtio_device *v, struct virtq *q, struct virtq_chain *c)
     return ret;
 }
 
-void virtio_push(struct virtio_device *v, struct virtq *q, const struct virtq_chain *c, uint64_t len)
+void virtio_push(struct virtio_device *v, struct virtq *q, const struct virtq_chain *c,
+                 uint64_t len)
 {
     if (virtq_put(q, c, len) || virtq_publish(q))
         virtio_guest_error(v, "bad virtqueue");
@@ -206,7 +211,8 @@ void virtio_set_status(struct virtio_device *v, uint8_t status)
     /* Bits are only ever added (§2.1.1); DEVICE_NEEDS_RESET is the device's own. */
     uint8_t added = status & ALL_STATUS & ~VIRTIO_CONFIG_S_NEEDS_RESET & ~v->status;
     if (added & VIRTIO_CONFIG_S_FEATURES_OK) {
-        if (features_acceptable(v) && (!v->ops->features_ok || v->ops->features_ok(v, v->features))) {
+        if (features_acceptable(v) &&
+            (!v->ops->features_ok || v->ops->features_ok(v, v->features))) {
             v->status |= VIRTIO_CONFIG_S_FEATURES_OK;
             apply_features(v);
         } else {
@@ -333,7 +339,8 @@ int virtio_device_load(struct device *dev, const struct state_reader *r)
         log_error("%s: saved state: bad or missing status", dev->id);
         return -EINVAL;
     }
-    /* Before FEATURES_OK the driver may have written anything; it is judged when it asks for that. */
+    /* Before FEATURES_OK the driver may have written anything; it is judged when it asks for that.
+     */
     if ((status & VIRTIO_CONFIG_S_FEATURES_OK) && (features & ~v->offered)) {
         log_error("%s: saved state: the guest uses features that this host does not offer: 0x%llx; "
                   "give the device the backend that it had",

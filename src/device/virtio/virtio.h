@@ -1,11 +1,12 @@
 /*
  * Virtio devices: what they have in common, apart from how the guest reaches them.
  *
- * A device (blk.c, net.c, console.c, rng.c) is a struct virtio_device with a struct virtio_ops. virtio.c
- * keeps status, features, queues, reset, pause and saved state; pci.c is the transport.
+ * A device (blk.c, net.c, console.c, rng.c) is a struct virtio_device with a struct virtio_ops.
+ * virtio.c keeps status, features, queues, reset, pause and saved state; pci.c is the transport.
  *
- * Threads: register accesses come from vCPU threads; queues are processed in the event loop's thread,
- * so that a vCPU that notifies goes on at once. All functions: machine lock held. Virtio 1.2.
+ * Threads: register accesses come from vCPU threads; queues are processed in the event loop's
+ * thread, so that a vCPU that notifies goes on at once. All functions: machine lock held.
+ * Virtio 1.2.
  */
 #ifndef RINGFORT_DEVICE_VIRTIO_VIRTIO_H
 #define RINGFORT_DEVICE_VIRTIO_VIRTIO_H
@@ -26,17 +27,18 @@ struct machine;
 struct net;
 struct virtio_device;
 
-/* ---- Making devices. They belong to the machine, which destroys them. NULL: an error, logged. ---- */
+/* ---- Making devices. The machine owns and destroys them. NULL: an error, logged. ---- */
 
 struct virtio_blk_options {
-    const char *serial;         /* at most 20 bytes are shown to the guest; NULL: none. Copied */
+    const char *serial; /* at most 20 bytes are shown to the guest; NULL: none. Copied */
 };
 /* backend is owned by the device from the call on, also when it fails. opt may be NULL. */
-struct virtio_device *virtio_blk_create(struct machine *m, struct pci_host *host, struct block *backend,
+struct virtio_device *virtio_blk_create(struct machine *m, struct pci_host *host,
+                                        struct block *backend,
                                         const struct virtio_blk_options *opt);
 /* backend: as above; NULL: a network card without link. */
-struct virtio_device *virtio_net_create(struct machine *m, struct pci_host *host, struct net *backend,
-                                        const uint8_t mac[6]);
+struct virtio_device *virtio_net_create(struct machine *m, struct pci_host *host,
+                                        struct net *backend, const uint8_t mac[6]);
 /* console is borrowed and outlives the device (the serial port or the VM may own it). */
 struct virtio_device *virtio_console_create(struct machine *m, struct pci_host *host,
                                             struct console *console);
@@ -45,29 +47,33 @@ struct virtio_device *virtio_rng_create(struct machine *m, struct pci_host *host
 /* ---- For the device files. ---- */
 
 #define VIRTIO_MAX_QUEUES 16
-#define VIRTIO_BIT(n) (UINT64_C(1) << (n))
+#define VIRTIO_BIT(n)     (UINT64_C(1) << (n))
 
 struct virtio_ops {
     /* For the machine's list; fill it in with VIRTIO_DEVICE_OPS. */
     struct device_ops device;
-    uint16_t id;                /* virtio device type, §5 */
+    uint16_t id; /* virtio device type, §5 */
     uint32_t pci_class;
     /* Is a driver's choice, already a subset of what is offered, fit to work with? NULL: always. */
     bool (*features_ok)(struct virtio_device *, uint64_t features);
-    /* The driver's choice is final (v->features), or was taken back by a reset (0). NULL: nothing to do. */
+    /* The driver's choice is final (v->features), or was taken back by a reset (0). NULL: nothing
+     * to do. */
     void (*set_features)(struct virtio_device *);
     /*
-     * Chains may have become available in q, which is enabled: take them with virtio_pop(). Loop thread.
-     * Also called for each enabled queue after DRIVER_OK and after a resume.
+     * Chains may have become available in q, which is enabled: take them with virtio_pop(). Loop
+     * thread. Also called for each enabled queue after DRIVER_OK and after a resume.
      */
     void (*process)(struct virtio_device *, struct virtq *q);
-    /* Wait until all chains that were taken are given back. NULL: none is ever kept beyond process(). */
+    /* Wait until all chains that were taken are given back. NULL: none is ever kept beyond
+     * process(). */
     void (*drain)(struct virtio_device *);
-    /* The queues stop or go on working: reset, guest error, pause, DRIVER_OK, resume. NULL: no matter. */
+    /* The queues stop or go on working: reset, guest error, pause, DRIVER_OK, resume. NULL: no
+     * matter. */
     void (*running)(struct virtio_device *, bool on);
     /* Own state back to power-on. NULL: none. */
     void (*reset)(struct virtio_device *);
-    /* Device configuration space; [offset, offset + len) is inside config_size. NULL write: read-only. */
+    /* Device configuration space; [offset, offset + len) is inside config_size. NULL write:
+     * read-only. */
     void (*config_read)(struct virtio_device *, unsigned offset, void *buf, unsigned len);
     void (*config_write)(struct virtio_device *, unsigned offset, const void *buf, unsigned len);
     void (*save)(struct virtio_device *, struct state_writer *);
@@ -83,20 +89,20 @@ struct virtio_device {
     struct device dev;
     const struct virtio_ops *ops;
     struct machine *machine;
-    unsigned config_size;       /* bytes of device configuration space */
-    uint64_t offered;           /* feature bits */
-    uint64_t features;          /* the driver's; final with FEATURES_OK */
+    unsigned config_size; /* bytes of device configuration space */
+    uint64_t offered;     /* feature bits */
+    uint64_t features;    /* the driver's; final with FEATURES_OK */
     uint8_t status;
     uint8_t config_generation;
     unsigned queue_count;
     struct virtq queue[VIRTIO_MAX_QUEUES];
 
-    bool paused;                /* between pause and resume */
-    bool dma;                   /* the transport lets it use memory (PCI: bus master) */
-    bool draining;              /* somebody waits for chains in flight; nothing new is begun */
-    bool running;               /* what ops->running() was told last */
-    uint32_t kicked;            /* queues to process */
-    struct loop_call call;      /* processes them */
+    bool paused;           /* between pause and resume */
+    bool dma;              /* the transport lets it use memory (PCI: bus master) */
+    bool draining;         /* somebody waits for chains in flight; nothing new is begun */
+    bool running;          /* what ops->running() was told last */
+    uint32_t kicked;       /* queues to process */
+    struct loop_call call; /* processes them */
 
     /* The PCI transport: pci.c only. */
     struct virtio_pci {
@@ -105,14 +111,15 @@ struct virtio_device {
         uint16_t queue_select;
         uint16_t config_vector;
         uint8_t isr;
-        unsigned cfg_cap;       /* config offset of the PCI configuration access capability */
+        unsigned cfg_cap; /* config offset of the PCI configuration access capability */
     } pci;
     virtio_interrupt_fn *interrupt;
 };
 
 /*
- * Makes a device out of v (zeroed, and then filled in with ops, config_size and offered: the device's own
- * features; those of rings and transport are added) and puts it on the PCI bus. 0 or a negative errno (logged).
+ * Makes a device out of v (zeroed, and then filled in with ops, config_size and offered: the
+ * device's own features; those of rings and transport are added) and puts it on the PCI bus. 0 or a
+ * negative errno (logged).
  */
 int virtio_init(struct virtio_device *v, struct machine *m, struct pci_host *host, unsigned queues,
                 unsigned queue_size);
@@ -125,19 +132,21 @@ static inline bool virtio_has(const struct virtio_device *v, unsigned n)
 /* May chains be taken from the queue now? */
 bool virtio_queue_ready(const struct virtio_device *v, const struct virtq *q);
 /*
- * virtq_pop() with the device's view: guest errors take it out of service. -EAGAIN: leave the queue for now,
- * process() is called again when there is reason to (not ready, or others' turn).
+ * virtq_pop() with the device's view: guest errors take it out of service. -EAGAIN: leave the queue
+ * for now, process() is called again when there is reason to (not ready, or others' turn).
  */
 int virtio_pop(struct virtio_device *v, struct virtq *q, struct virtq_chain *c);
 /* Gives back one chain and publishes it. The interrupt is virtio_signal()'s. */
-void virtio_push(struct virtio_device *v, struct virtq *q, const struct virtq_chain *c, uint64_t len);
+void virtio_push(struct virtio_device *v, struct virtq *q, const struct virtq_chain *c,
+                 uint64_t len);
 /* After one or more chains were published: interrupt the driver if it wants that. */
 void virtio_signal(struct virtio_device *v, struct virtq *q);
 /* Process q from the event loop soon. Any number of calls are one. */
 void virtio_kick(struct virtio_device *v, struct virtq *q);
 /* The device's configuration space changed: new generation, interrupt. */
 void virtio_config_changed(struct virtio_device *v);
-/* The driver did what it must not: log, DEVICE_NEEDS_RESET (§2.1.2), no more work until it resets. */
+/* The driver did what it must not: log, DEVICE_NEEDS_RESET (§2.1.2), no more work until it resets.
+ */
 void virtio_guest_error(struct virtio_device *v, const char *what);
 
 /* ---- For the transport. ---- */
@@ -167,11 +176,11 @@ void virtio_device_save(struct device *dev, struct state_writer *w);
 int virtio_device_load(struct device *dev, const struct state_reader *r);
 void virtio_device_destroy(struct device *dev);
 
-#define VIRTIO_DEVICE_OPS(type)                                                                    \
-    {                                                                                              \
-        .name = (type), .version = 1, .reset = virtio_device_reset, .pause = virtio_device_pause,  \
-        .resume = virtio_device_resume, .save = virtio_device_save, .load = virtio_device_load,    \
-        .destroy = virtio_device_destroy                                                           \
+#define VIRTIO_DEVICE_OPS(type)                                                                   \
+    {                                                                                             \
+        .name = (type), .version = 1, .reset = virtio_device_reset, .pause = virtio_device_pause, \
+        .resume = virtio_device_resume, .save = virtio_device_save, .load = virtio_device_load,   \
+        .destroy = virtio_device_destroy                                                          \
     }
 
 #endif
