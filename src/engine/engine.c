@@ -6,8 +6,8 @@
 
 #include "base/util.h"
 
-/* Fastest first. */
-static const struct engine *const engines[] = { &interp_engine };
+/* In the order in which "auto" tries them. */
+static const struct engine *const engines[] = { &interp_engine, &translate_engine };
 
 const struct engine *engine_at(unsigned i) { return i < ARRAY_SIZE(engines) ? engines[i] : NULL; }
 

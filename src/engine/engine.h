@@ -74,7 +74,7 @@ struct engine {
     void (*counters)(const struct vcpu *, struct engine_counters *);
 };
 
-extern const struct engine interp_engine;
+extern const struct engine interp_engine, translate_engine;
 
 /* NULL: no such engine. "auto" is not an engine: see engine_choose(). */
 const struct engine *engine_find(const char *name);

@@ -39,8 +39,14 @@ struct tlb_set {
 
 static inline unsigned tlb_index(gva_t va) { return (va >> GUEST_PAGE_SHIFT) & (TLB_ENTRIES - 1); }
 
-/* A tag that misses for every address with this index: minus a page with another index. */
-static inline uint64_t tlb_never(unsigned index) { return -((uint64_t)(index ^ 1) << GUEST_PAGE_SHIFT); }
+/*
+ * A tag that misses for every address with this index: minus a page with another index, far enough away that the
+ * sum of an address and the tag is never a little below 0 either.
+ */
+static inline uint64_t tlb_never(unsigned index)
+{
+    return -((uint64_t)(index ^ TLB_ENTRIES / 2) << GUEST_PAGE_SHIFT);
+}
 
 /* The host pointer for [va, va+size) when the set has it, else NULL. size ≤ 4096. */
 static inline void *tlb_lookup(const struct tlb_set *set, gva_t va, unsigned size, enum tlb_kind kind)

@@ -160,6 +160,9 @@ static void unlink_from_page(struct interp *it, struct block *b, gpa_t gpa)
         for (unsigned i = 0; i < 2; i++)
             if (o->link[i] == b->op)
                 o->link[i] = NULL;
+    if (it->block_hooks)
+        for (struct block *o = page->blocks; o; o = *next_in(page, o))
+            it->block_hooks->unlink(o, b);
     if (!page->blocks)
         code_page_drop(it, page);
 }
@@ -178,6 +181,8 @@ void block_kill(struct interp *it, struct block *b)
     if (e->op == b->op)
         *e = (struct jump_entry){ 0 };
     b->link[0] = b->link[1] = NULL;
+    if (it->block_hooks)
+        it->block_hooks->killed(it, b);
     for (unsigned i = 0; i < b->ops; i++)
         b->op[i].fn = op_leave;
     unlink_from_page(it, b, b->gpa & GUEST_PAGE_MASK);
@@ -236,6 +241,8 @@ void block_flush_all(struct interp *it)
     it->arena_used = 0;
     it->flush_wanted = false;
     it->block_flushes++;
+    if (it->block_hooks)
+        it->block_hooks->flushed(it);
 }
 
 /* ---- building ---- */
@@ -294,16 +301,20 @@ static struct op end_op(const struct x86_cpu *cpu, uint64_t rip, unsigned insns)
 static const struct op *finish(struct interp *it, uint64_t rip, const uint8_t *host, const uint8_t *host2,
                                const struct op *ops, unsigned count, unsigned bytes)
 {
-    struct block *b = block_alloc(it, sizeof(*b) + count * sizeof(struct op));
+    unsigned prologue = it->block_hooks && !host2;
+    struct block *b = block_alloc(it, sizeof(*b) + (count + prologue) * sizeof(struct op));
     struct block **head = &it->hash[block_hash(rip, host)];
     _Atomic uint8_t *flags;
     unsigned first = GUEST_PAGE_SIZE - (unsigned)((uintptr_t)host & (GUEST_PAGE_SIZE - 1));
 
-    *b = (struct block){ .rip = rip, .host = host, .host2 = host2, .bytes = (uint16_t)bytes, .ops = (uint16_t)count,
+    *b = (struct block){ .rip = rip, .host = host, .host2 = host2, .bytes = (uint16_t)bytes,
+                         .ops = (uint16_t)(count + prologue),
                          .mode = (uint8_t)interp_mode(&it->cpu), .next_hash = *head };
     b->gpa = host_to_gpa(it->cpu.mem, host, &flags);
-    memcpy(b->op, ops, count * sizeof(*ops));
-    for (unsigned i = 0; i < count; i++)
+    if (prologue)
+        b->op[0] = (struct op){ .fn = it->block_hooks->prologue, .rip = rip, .aux = b };
+    memcpy(b->op + prologue, ops, count * sizeof(*ops));
+    for (unsigned i = prologue; i < b->ops; i++)
         if (b->op[i].aux == BLOCK_SELF)
             b->op[i].aux = b;
     *head = b;

@@ -55,6 +55,11 @@ struct block {
     struct block *next_hash;
     struct block *next_page, *next_page2;   /* lists of the code pages */
     const struct op *link[2];   /* successors in the same page: fall-through, taken */
+    /* The translator's (NULL or 0 without): host code, its entry and way out in the writable view, ways to others. */
+    const void *code;
+    uint8_t *entry, *leave;
+    struct chain *chains;
+    uint32_t heat;              /* how often it ran before it was translated */
     struct op op[];
 };
 
@@ -67,11 +72,22 @@ struct jump_entry {
 };
 
 struct code_page;
+struct chain;
+struct interp;
+
+/* What an engine on top of the block cache adds. */
+struct block_hooks {
+    op_fn *prologue;            /* put in front of each block that may be translated, with the block as aux */
+    void (*killed)(struct interp *it, struct block *b);
+    void (*unlink)(struct block *from, const struct block *to);     /* from is not to jump to to any more */
+    void (*flushed)(struct interp *it);
+};
 
 struct interp {
     struct x86_cpu cpu;         /* first: handlers get a struct x86_cpu* */
     struct jump_entry jump[1 << JUMP_CACHE_BITS];
     struct soft_vcpu soft;
+    const struct block_hooks *block_hooks;      /* NULL: none */
     /* Block cache. */
     struct block **hash;
     struct code_page **page_hash;
@@ -270,6 +286,19 @@ static inline const struct op *block_find(struct x86_cpu *cpu, uint64_t rip)
         const struct op *found_ = block_find(cpu, to_); \
         GO(found_); \
     } while (0)
+
+/* ---- the engine (run.c), for the translator to build on ---- */
+int interp_setup(struct interp *it, struct vcpu *vcpu, const struct x86_engine_hooks *hooks);
+void interp_teardown(struct interp *it);
+/* The hook for stores into code pages. */
+void interp_code_stored(struct x86_cpu *cpu, gpa_t gpa, unsigned len);
+enum vm_exit interp_run(struct vcpu *vcpu);
+void interp_kick(struct vcpu *vcpu);
+void interp_signal(struct vcpu *vcpu, enum lapic_signal signal, unsigned value);
+void interp_export(struct vcpu *vcpu, struct x86_state *s);
+void interp_import(struct vcpu *vcpu, const struct x86_state *s);
+void interp_code_written(struct vcpu *vcpu, gpa_t page);
+void interp_counters(const struct vcpu *vcpu, struct engine_counters *c);
 
 /* ---- lowering (lower.c) ---- */
 /* Fills op->fn and operands for insn (op->rip, len and n are there). Returns true when the block ends with it. */

@@ -17,7 +17,7 @@ static void drop_code(struct x86_cpu *cpu, gpa_t gpa, unsigned len) { block_inva
 /* Called at block boundaries of the run loop only. */
 static void drop_all(struct x86_cpu *cpu) { block_flush_all(interp_of(cpu)); }
 
-static void hook_code_written(struct x86_cpu *cpu, gpa_t gpa, unsigned len)
+void interp_code_stored(struct x86_cpu *cpu, gpa_t gpa, unsigned len)
 {
     soft_code_written(&interp_of(cpu)->soft, gpa, len);
 }
@@ -26,20 +26,38 @@ static void hook_code_written(struct x86_cpu *cpu, gpa_t gpa, unsigned len)
 static void hook_mapping_changed(struct x86_cpu *cpu) {}
 
 static const struct x86_engine_hooks hooks = {
-    .code_written = hook_code_written,
+    .code_written = interp_code_stored,
     .mapping_changed = hook_mapping_changed,
 };
 
-static void interp_destroy(struct vcpu *vcpu)
+void interp_teardown(struct interp *it)
 {
-    struct interp *it = vcpu->data;
-
-    if (!it)
-        return;
     soft_leave(&it->soft);
     block_cache_destroy(it);
     x86_cpu_destroy(&it->cpu);
-    free(it);
+}
+
+int interp_setup(struct interp *it, struct vcpu *vcpu, const struct x86_engine_hooks *engine_hooks)
+{
+    int err = x86_cpu_init(&it->cpu, vcpu->machine, vcpu->lapic, vcpu->model, vcpu->index);
+
+    if (err)
+        return err;
+    it->cpu.tsc_hz = vcpu->tsc_hz;
+    it->cpu.cpus = vcpu->count;
+    it->cpu.hooks = engine_hooks;
+    it->cpu.engine = it;
+    it->soft.drop_code = drop_code;
+    it->soft.drop_all = drop_all;
+    err = block_cache_init(it, ARENA_SIZE);
+    return err ? err : soft_join(vcpu->group, &it->soft, &it->cpu);
+}
+
+static void interp_destroy(struct vcpu *vcpu)
+{
+    if (vcpu->data)
+        interp_teardown(vcpu->data);
+    free(vcpu->data);
     vcpu->data = NULL;
 }
 
@@ -54,18 +72,7 @@ static int interp_create(struct vcpu *vcpu)
     }
     memset(it, 0, sizeof(*it));
     vcpu->data = it;
-    err = x86_cpu_init(&it->cpu, vcpu->machine, vcpu->lapic, vcpu->model, vcpu->index);
-    if (!err) {
-        it->cpu.tsc_hz = vcpu->tsc_hz;
-        it->cpu.cpus = vcpu->count;
-        it->cpu.hooks = &hooks;
-        it->cpu.engine = it;
-        it->soft.drop_code = drop_code;
-        it->soft.drop_all = drop_all;
-        err = block_cache_init(it, ARENA_SIZE);
-    }
-    if (!err)
-        err = soft_join(vcpu->group, &it->soft, &it->cpu);
+    err = interp_setup(it, vcpu, &hooks);
     if (err)
         interp_destroy(vcpu);
     return err;
@@ -100,7 +107,7 @@ static void step(struct x86_cpu *cpu)
     }
 }
 
-static enum vm_exit interp_run(struct vcpu *vcpu)
+enum vm_exit interp_run(struct vcpu *vcpu)
 {
     struct interp *it = vcpu->data;
     struct x86_cpu *cpu = &it->cpu;
@@ -152,9 +159,9 @@ static enum vm_exit interp_run(struct vcpu *vcpu)
     return exit;
 }
 
-static void interp_kick(struct vcpu *vcpu) { soft_request(&((struct interp *)vcpu->data)->cpu, REQUEST_EXIT); }
+void interp_kick(struct vcpu *vcpu) { soft_request(&((struct interp *)vcpu->data)->cpu, REQUEST_EXIT); }
 
-static void interp_signal(struct vcpu *vcpu, enum lapic_signal signal, unsigned value)
+void interp_signal(struct vcpu *vcpu, enum lapic_signal signal, unsigned value)
 {
     struct x86_cpu *cpu = &((struct interp *)vcpu->data)->cpu;
 
@@ -171,12 +178,12 @@ static void interp_signal(struct vcpu *vcpu, enum lapic_signal signal, unsigned 
     }
 }
 
-static void interp_export(struct vcpu *vcpu, struct x86_state *s)
+void interp_export(struct vcpu *vcpu, struct x86_state *s)
 {
     x86_cpu_export(&((struct interp *)vcpu->data)->cpu, s);
 }
 
-static void interp_import(struct vcpu *vcpu, const struct x86_state *s)
+void interp_import(struct vcpu *vcpu, const struct x86_state *s)
 {
     struct x86_cpu *cpu = &((struct interp *)vcpu->data)->cpu;
 
@@ -184,12 +191,12 @@ static void interp_import(struct vcpu *vcpu, const struct x86_state *s)
     x86_request(cpu, REQUEST_INTR);
 }
 
-static void interp_code_written(struct vcpu *vcpu, gpa_t page)
+void interp_code_written(struct vcpu *vcpu, gpa_t page)
 {
     soft_post_code(&((struct interp *)vcpu->data)->soft, page);
 }
 
-static void interp_counters(const struct vcpu *vcpu, struct engine_counters *c)
+void interp_counters(const struct vcpu *vcpu, struct engine_counters *c)
 {
     const struct interp *it = vcpu->data;
     const struct x86_cpu *cpu = &it->cpu;

@@ -1,0 +1,47 @@
+/* Memory for translated code; see code.h. */
+#include "engine/translate/code.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "base/log.h"
+
+int code_init(struct code_memory *c, size_t size)
+{
+    int fd = memfd_create("ringfort-code", MFD_CLOEXEC);
+    int err;
+
+    memset(c, 0, sizeof(*c));
+    if (fd < 0 || ftruncate(fd, (off_t)size)) {
+        err = -errno;
+        log_error("cannot make %zu MiB of memory for translated code: %s", size >> 20, strerror(errno));
+        if (fd >= 0)
+            close(fd);
+        return err;
+    }
+    c->write = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    c->exec = mmap(NULL, size, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
+    err = -errno;
+    close(fd);
+    if (c->write == MAP_FAILED || c->exec == MAP_FAILED) {
+        log_error("cannot map executable memory: %s; use --engine interp if a security module forbids it",
+                  strerror(-err));
+        if (c->write != MAP_FAILED)
+            munmap(c->write, size);
+        memset(c, 0, sizeof(*c));
+        return err;
+    }
+    c->size = size;
+    return 0;
+}
+
+void code_destroy(struct code_memory *c)
+{
+    if (c->exec) {
+        munmap(c->write, c->size);
+        munmap(c->exec, c->size);
+    }
+    memset(c, 0, sizeof(*c));
+}

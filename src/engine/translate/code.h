@@ -1,0 +1,27 @@
+/*
+ * Memory for translated code: one memfd mapped twice, writable and executable, never both in one mapping.
+ * Filled from the start, emptied as a whole. One vCPU's; its own thread.
+ */
+#ifndef RINGFORT_ENGINE_TRANSLATE_CODE_H
+#define RINGFORT_ENGINE_TRANSLATE_CODE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct code_memory {
+    uint8_t *write, *exec;
+    size_t size, used;
+    size_t fixed;               /* what code_reset() keeps: routines emitted once */
+};
+
+/* 0 or a negative errno (logged). */
+int code_init(struct code_memory *c, size_t size);
+void code_destroy(struct code_memory *c);
+static inline void code_reset(struct code_memory *c) { c->used = c->fixed; }
+/* From the writable view to where the code runs. */
+static inline const void *code_exec(const struct code_memory *c, const uint8_t *write)
+{
+    return c->exec + (write - c->write);
+}
+
+#endif

@@ -1,0 +1,76 @@
+/*
+ * The translator's insides. It works on the interpreter's blocks: a block runs as decoded ops until it is warm, then
+ * its ops are translated to host code that hands to the interpreter, op by op, what it does not do itself.
+ *
+ * Registers while translated code runs (the register mapping; why: docs/translator.md):
+ *   guest RAX RCX RDX RBX RBP RSI RDI R8 R9 R12 R13 R14   host register of the same name
+ *   guest RSP                                             host R15
+ *   guest R10 R11 R15                                     memory
+ *   host R10, R11                                         scratch; RCX too, saved around
+ *   host GS base                                          struct translator (first: struct interp, struct x86_cpu)
+ *   host RSP                                              the host's stack
+ * EFLAGS hold the guest's arithmetic flags at every instruction boundary. Vector state is in memory.
+ */
+#ifndef RINGFORT_ENGINE_TRANSLATE_H
+#define RINGFORT_ENGINE_TRANSLATE_H
+
+#include "engine/interp/interp.h"
+#include "engine/translate/asm.h"
+#include "engine/translate/code.h"
+
+#define TRANSLATE_JUMPS 4096u
+
+/*
+ * Where indirect jumps lead, by guest address. Valid until the next change of mappings, hence emptied then; one table for
+ * user and one for kernel mode. Tags are negated, so that a sum of zero means equal.
+ */
+struct jump_table {
+    uint64_t tag[TRANSLATE_JUMPS];      /* minus the guest address; 1 (no canonical address) when empty */
+    const void *code[TRANSLATE_JUMPS];
+};
+
+/* A place where translated code is left, patched into a jump when its target is translated. */
+struct chain {
+    struct block *block;        /* it belongs to */
+    uint8_t *jump;              /* rel32 of the jump, writable view */
+    uint8_t *stub;              /* where it leads while unpatched */
+    const struct block *to;     /* what it is patched to, or NULL */
+    struct chain *next;         /* of the same block */
+    uint64_t target;            /* guest address */
+};
+
+struct translator {
+    struct interp it;           /* first */
+    struct code_memory code;
+    struct jump_table *jumps;   /* [0] kernel, [1] user */
+    struct jump_table *jumps_now;       /* the one in force while translated code runs */
+    bool jumps_used;
+    uint64_t tlb_mask;          /* PEXT masks */
+    uint64_t jump_mask;
+    uint64_t page_mask;
+    uint64_t saved_rcx, saved_code;
+    struct translation *work;   /* the block being translated */
+    uint64_t host_rsp;
+    void *self;                 /* this struct: translated code has its address only as the GS base */
+    bool op_finished;           /* the op that was run alone went on to the next one */
+    /* Routines, emitted once. */
+    const struct op *(*enter)(struct translator *t, const void *code);
+    const uint8_t *exit_null, *exit_op, *slow;      /* writable view */
+    /* Settings and figures. */
+    unsigned threshold;
+    uint64_t blocks, bytes, chained, indirect_misses, entered;
+};
+
+static inline struct translator *translator_of(struct x86_cpu *cpu) { return (struct translator *)cpu; }
+
+/* Emits the routines. */
+void translate_emit_runtime(struct translator *t);
+struct translation *translate_work_create(void);
+/* Translates a block; false: not this one (now). */
+bool translate_block(struct translator *t, struct block *b);
+/* Runs one op alone for translated code: 1 when it went on, 0 when translated code has to be left (s.rip is set). */
+int translate_run_op(struct x86_cpu *cpu, const struct op *op);
+/* Copies op so that it can be run alone. next: address of the following instruction. */
+const struct op *translate_single(struct translator *t, const struct op *op, struct block *b);
+
+#endif
