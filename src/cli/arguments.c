@@ -18,17 +18,21 @@
 #define MAX_FLAGS 64
 
 static const struct vm_config_option_info config_flag = {
-    "config", "FILE", "read the same options from a JSON file, as {\"flag\": value};\n"
-                      "flags override it, a list's flags replace its whole list", false};
+    "config", "FILE",
+    "read the same options from a JSON file, as {\"flag\": value};\n"
+    "flags override it, a list's flags replace its whole list",
+    false};
 static const struct vm_config_option_info help_flag = {"help", NULL, "show this text", false};
 
 /* What users of other programs type for the same thing. */
 static const struct {
     const char *foreign, *ours;
 } aliases[] = {
-    {"m", "memory"}, {"mem", "memory"}, {"ram", "memory"}, {"smp", "cpus"}, {"cpu", "cpu-model"}, {"append", "cmdline"},
-    {"drive", "disk"}, {"hda", "disk"}, {"netdev", "net"}, {"nic", "net"}, {"serial", "console"}, {"accel", "engine"},
-    {"ramdisk", "initrd"}, {"module", "initrd"}, {"d", "log-level"}, {"verbose", "log-level"}, {"v", "log-level"},
+    {"m", "memory"},       {"mem", "memory"},     {"ram", "memory"},     {"smp", "cpus"},
+    {"cpu", "cpu-model"},  {"append", "cmdline"}, {"drive", "disk"},     {"hda", "disk"},
+    {"netdev", "net"},     {"nic", "net"},        {"serial", "console"}, {"accel", "engine"},
+    {"ramdisk", "initrd"}, {"module", "initrd"},  {"d", "log-level"},    {"verbose", "log-level"},
+    {"v", "log-level"},
 };
 
 int cli_print(const char *text)
@@ -69,10 +73,11 @@ int cli_unknown(const char *verb, const char *arg, const char *const *names)
     const char *nearest = copy && *arg == '-' ? suggest_nearest(copy, names) : NULL;
     const char *what = *arg == '-' ? "flag" : "argument";
     if (nearest)
-        log_error("%s: unknown %s %s; did you mean %s%s?", verb, what, config_quote(arg), nearest[1] ? "--" : "-",
-                  nearest);
+        log_error("%s: unknown %s %s; did you mean %s%s?", verb, what, config_quote(arg),
+                  nearest[1] ? "--" : "-", nearest);
     else
-        log_error("%s: unknown %s %s; 'ringfort %s --help' shows what there is", verb, what, config_quote(arg), verb);
+        log_error("%s: unknown %s %s; 'ringfort %s --help' shows what there is", verb, what,
+                  config_quote(arg), verb);
     free(copy);
     return VM_STATUS_USAGE;
 }
@@ -96,7 +101,8 @@ static bool flag_at(const struct flag_list *list, unsigned i, struct vm_config_o
     return true;
 }
 
-int cli_print_help(const char *head, const struct cli_own_flag *own, unsigned own_count, const char *tail)
+int cli_print_help(const char *head, const struct cli_own_flag *own, unsigned own_count,
+                   const char *tail)
 {
     const struct flag_list list = {(struct cli_own_flag *)own, own_count};
     struct vm_config_option_info option;
@@ -108,8 +114,8 @@ int cli_print_help(const char *head, const struct cli_own_flag *own, unsigned ow
     fprintf(f, "%s\nFlags (--flag VALUE or --flag=VALUE; those marked * may be repeated):\n", head);
     for (unsigned i = 0; flag_at(&list, i, &option); i++) {
         char left[64];
-        snprintf(left, sizeof(left), "%s--%s%s%s", option.list ? "* " : "  ", option.name, option.argument ? " " : "",
-                 option.argument ? option.argument : "");
+        snprintf(left, sizeof(left), "%s--%s%s%s", option.list ? "* " : "  ", option.name,
+                 option.argument ? " " : "", option.argument ? option.argument : "");
         for (const char *line = option.help; line;) {
             int n = (int)strcspn(line, "\n");
             fprintf(f, "%-26s %.*s\n", left, n, line);
@@ -117,7 +123,10 @@ int cli_print_help(const char *head, const struct cli_own_flag *own, unsigned ow
             line = line[n] ? line + n + 1 : NULL;
         }
     }
-    fprintf(f, "\nA comma inside a value is written twice (path=a,,b.img). Sizes count in powers of 1024.\n%s", tail);
+    fprintf(f,
+            "\nA comma inside a value is written twice (path=a,,b.img). Sizes count in powers of "
+            "1024.\n%s",
+            tail);
     int status = fclose(f) == 0 ? cli_print(text) : vm_status_of(-ENOMEM);
     free(text);
     return status;
@@ -130,14 +139,16 @@ static int unknown_flag(const struct flag_list *list, const char *verb, const ch
     char word[64];
 
     if (*arg != '-') {
-        log_error("%s: unexpected argument %s; did you mean --kernel %s?", verb, config_quote(arg), config_quote(arg));
+        log_error("%s: unexpected argument %s; did you mean --kernel %s?", verb, config_quote(arg),
+                  config_quote(arg));
         return VM_STATUS_USAGE;
     }
     snprintf(word, sizeof(word), "%s", arg + strspn(arg, "-"));
     word[strcspn(word, "=")] = 0;
     for (unsigned i = 0; i < ARRAY_SIZE(aliases); i++) {
         if (strcmp(word, aliases[i].foreign) == 0) {
-            log_error("%s: unknown flag %s; did you mean --%s?", verb, config_quote(arg), aliases[i].ours);
+            log_error("%s: unknown flag %s; did you mean --%s?", verb, config_quote(arg),
+                      aliases[i].ours);
             return VM_STATUS_USAGE;
         }
     }
@@ -146,16 +157,18 @@ static int unknown_flag(const struct flag_list *list, const char *verb, const ch
     return cli_unknown(verb, arg, names);
 }
 
-/* Reads the flag at *args and moves past it; *value is NULL for one without. 0, or the exit status (logged). */
-static int next_flag(const struct flag_list *list, const char *verb, char ***args, struct vm_config_option_info *option,
-                     const char **value)
+/* Reads the flag at *args and moves past it; *value is NULL for one without. 0, or the exit status
+ * (logged). */
+static int next_flag(const struct flag_list *list, const char *verb, char ***args,
+                     struct vm_config_option_info *option, const char **value)
 {
     const char *arg = *(*args)++;
     size_t n = strcspn(arg, "=");
     unsigned i = 0;
 
     while (flag_at(list, i, option)) {
-        if (strncmp(arg, "--", 2) == 0 && strlen(option->name) == n - 2 && strncmp(arg + 2, option->name, n - 2) == 0)
+        if (strncmp(arg, "--", 2) == 0 && strlen(option->name) == n - 2 &&
+            strncmp(arg + 2, option->name, n - 2) == 0)
             break;
         i++;
     }
@@ -170,8 +183,8 @@ static int next_flag(const struct flag_list *list, const char *verb, char ***arg
         return 0;
     /* A value that looks like a flag is more often a forgotten value. */
     if (!**args || strncmp(**args, "--", 2) == 0) {
-        log_error("--%s needs a value: --%s %s, or --%s=VALUE for one that begins with dashes", option->name,
-                  option->name, option->argument, option->name);
+        log_error("--%s needs a value: --%s %s, or --%s=VALUE for one that begins with dashes",
+                  option->name, option->name, option->argument, option->name);
         return VM_STATUS_USAGE;
     }
     *value = *(*args)++;

@@ -1,6 +1,6 @@
 /*
- * `ringfort devtest`: the machine of a configuration without vCPUs, its clock moved by hand, driven through the
- * device test protocol (docs/device-tests.md).
+ * `ringfort devtest`: the machine of a configuration without vCPUs, its clock moved by hand, driven
+ * through the device test protocol (docs/device-tests.md).
  */
 #include "cli/cli.h"
 
@@ -38,20 +38,23 @@ out:
 
 int cli_devtest(char **args)
 {
-    static const char head[] =
-        "Usage: ringfort devtest [--socket PATH] [flag...]\n\n"
-        "Makes the machine that the flags describe, as 'ringfort run' does, but without processors, and\n"
-        "lets lines of text drive its ports, MMIO, memory, interrupts and clock: see docs/device-tests.md.\n"
-        "Unlike there, --console is none by default.\n";
-    struct cli_own_flag own[] = {
-        {.info = {"socket", "PATH", "serve one client after the other on this Unix socket\n"
-                                    "(default: standard input and output)", false}}};
+    static const char head[] = "Usage: ringfort devtest [--socket PATH] [flag...]\n\n"
+                               "Makes the machine that the flags describe, as 'ringfort run' does, "
+                               "but without processors, and\n"
+                               "lets lines of text drive its ports, MMIO, memory, interrupts and "
+                               "clock: see docs/device-tests.md.\n"
+                               "Unlike there, --console is none by default.\n";
+    struct cli_own_flag own[] = {{.info = {"socket", "PATH",
+                                           "serve one client after the other on this Unix socket\n"
+                                           "(default: standard input and output)",
+                                           false}}};
     struct vm_config config;
     static const char console[] = "{\"console\": \"none\"}";
 
     if (cli_wants_help(args))
         return cli_print_help(head, own, ARRAY_SIZE(own), "");
-    if (vm_config_init(&config) < 0 || vm_config_load_json(&config, console, strlen(console), "default") < 0) {
+    if (vm_config_init(&config) < 0 ||
+        vm_config_load_json(&config, console, strlen(console), "default") < 0) {
         log_error("out of memory");
         return VM_STATUS_HOST;
     }

@@ -1,6 +1,6 @@
 /*
- * `ringfort host`: what this host offers to each engine, and why not; as text for people or JSON for programs.
- * Everything is found by trying it: a device node that exists may still not work.
+ * `ringfort host`: what this host offers to each engine, and why not; as text for people or JSON
+ * for programs. Everything is found by trying it: a device node that exists may still not work.
  */
 #include "cli/cli.h"
 
@@ -36,17 +36,19 @@ static void probe_kvm(struct finding *f)
 {
     int fd = open("/dev/kvm", O_RDWR | O_CLOEXEC), version, vm;
     if (fd < 0) {
-        const char *advice = errno == EACCES
-                                 ? "add yourself to its group (usually: adduser $USER kvm) and log in again"
-                                 : "the processor, firmware or a hypervisor around this host may not offer VT-x or AMD-V, "
-                                   "or the module kvm_intel or kvm_amd is not loaded";
+        const char *advice =
+            errno == EACCES
+                ? "add yourself to its group (usually: adduser $USER kvm) and log in again"
+                : "the processor, firmware or a hypervisor around this host may not offer VT-x or "
+                  "AMD-V, "
+                  "or the module kvm_intel or kvm_amd is not loaded";
         snprintf(f->text, sizeof(f->text), "/dev/kvm: %s; %s", strerror(errno), advice);
         return;
     }
     version = ioctl(fd, KVM_GET_API_VERSION, 0);
     if (version != KVM_API_VERSION) {
-        snprintf(f->text, sizeof(f->text), "/dev/kvm answers with API version %d instead of %d", version,
-                 KVM_API_VERSION);
+        snprintf(f->text, sizeof(f->text), "/dev/kvm answers with API version %d instead of %d",
+                 version, KVM_API_VERSION);
     } else if ((vm = ioctl(fd, KVM_CREATE_VM, 0)) < 0) {
         snprintf(f->text, sizeof(f->text), "/dev/kvm makes no machine: %s", strerror(errno));
     } else {
@@ -62,8 +64,10 @@ static void probe_io_uring(struct finding *f)
     struct io_uring ring;
     int r = io_uring_queue_init(4, &ring, 0);
     if (r < 0) {
-        snprintf(f->text, sizeof(f->text), "%s; disks use threads instead: see the sysctl kernel.io_uring_disabled, "
-                 "RLIMIT_MEMLOCK, or the container's seccomp filter", strerror(-r));
+        snprintf(f->text, sizeof(f->text),
+                 "%s; disks use threads instead: see the sysctl kernel.io_uring_disabled, "
+                 "RLIMIT_MEMLOCK, or the container's seccomp filter",
+                 strerror(-r));
         return;
     }
     io_uring_queue_exit(&ring);
@@ -76,7 +80,8 @@ static void probe_tun(struct finding *f)
     int fd = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
     f->usable = fd >= 0;
     if (fd < 0)
-        snprintf(f->text, sizeof(f->text), "/dev/net/tun: %s; --net tap needs it, --net user does not", strerror(errno));
+        snprintf(f->text, sizeof(f->text),
+                 "/dev/net/tun: %s; --net tap needs it, --net user does not", strerror(errno));
     else
         snprintf(f->text, sizeof(f->text), "/dev/net/tun opens");
     if (fd >= 0)
@@ -120,7 +125,8 @@ static void cpu_name(char *out, size_t size)
         fclose(f);
 }
 
-/* All that is known, in the form that -o json prints; the text is made from it. NULL: out of memory. */
+/* All that is known, in the form that -o json prints; the text is made from it. NULL: out of
+ * memory. */
 static json_t *look(void)
 {
     struct utsname os;
@@ -135,30 +141,33 @@ static json_t *look(void)
     for (unsigned i = 0; (model = x86_cpu_model_at(i)); i++) {
         const char *missing = NULL;
         bool usable = x86_cpu_model_usable(model, &missing) == 0;
-        json_array_append_new(models, json_pack("{s:s, s:s, s:b, s:s?}", "name", model->name, "summary", model->summary,
-                                                "usable", (int)usable, "missing", usable ? NULL : missing));
+        json_array_append_new(models, json_pack("{s:s, s:s, s:b, s:s?}", "name", model->name,
+                                                "summary", model->summary, "usable", (int)usable,
+                                                "missing", usable ? NULL : missing));
     }
     const struct engine *engine;
     for (unsigned i = 0; (engine = engine_at(i)); i++) {
         struct engine_report report = {0};
         engine->probe(&report);
         json_object_set_new(engines, engine->name,
-                            json_pack("{s:b, s:b, s:s, s:s}", "usable", (int)report.usable, "fast", (int)report.fast,
-                                      "summary", engine->summary, "text", report.text));
+                            json_pack("{s:b, s:b, s:s, s:s}", "usable", (int)report.usable, "fast",
+                                      (int)report.fast, "summary", engine->summary, "text",
+                                      report.text));
     }
     for (unsigned i = 0; i < ARRAY_SIZE(facilities); i++) {
         struct finding f = {0};
         facilities[i].probe(&f);
         json_object_set_new(found, facilities[i].name,
-                            json_pack("{s:b, s:s, s:s}", "usable", (int)f.usable, "for", facilities[i].purpose, "text",
-                                      f.text));
+                            json_pack("{s:b, s:s, s:s}", "usable", (int)f.usable, "for",
+                                      facilities[i].purpose, "text", f.text));
     }
     const struct engine *chosen = engine_choose();
-    return json_pack("{s:s, s:s, s:s, s:{s:s, s:i, s:I, s:o}, s:I, s:o, s:s?, s:o}", "version", RINGFORT_VERSION, "os",
-                     os.release, "machine", os.machine, "cpu", "name", name, "processors",
-                     (int)sysconf(_SC_NPROCESSORS_ONLN), "tsc_hz", (json_int_t)tsc_frequency_hz(), "models", models,
-                     "memory_bytes", (json_int_t)((uint64_t)info.totalram * info.mem_unit), "engines", engines, "auto",
-                     chosen ? chosen->name : NULL, "facilities", found);
+    return json_pack("{s:s, s:s, s:s, s:{s:s, s:i, s:I, s:o}, s:I, s:o, s:s?, s:o}", "version",
+                     RINGFORT_VERSION, "os", os.release, "machine", os.machine, "cpu", "name", name,
+                     "processors", (int)sysconf(_SC_NPROCESSORS_ONLN), "tsc_hz",
+                     (json_int_t)tsc_frequency_hz(), "models", models, "memory_bytes",
+                     (json_int_t)((uint64_t)info.totalram * info.mem_unit), "engines", engines,
+                     "auto", chosen ? chosen->name : NULL, "facilities", found);
 }
 
 static const char *text_of(const json_t *object, const char *key)
@@ -189,18 +198,21 @@ static int print_text(const json_t *host)
     fprintf(f, "memory       %s\n", memory);
     fprintf(f, "system       Linux %s, %s\n", text_of(host, "os"), text_of(host, "machine"));
     fprintf(f, "\nengines (--engine auto takes %s)\n", text_of(host, "auto"));
-    json_object_foreach (json_object_get(host, "engines"), key, element)
+    json_object_foreach(json_object_get(host, "engines"), key, element)
         fprintf(f, "  %-10s %s  %s: %s\n", key, usable_of(element), text_of(element, "summary"),
                 text_of(element, "text"));
     fprintf(f, "\nCPU models\n");
-    json_array_foreach (json_object_get(cpu, "models"), i, element) {
+    json_array_foreach(json_object_get(cpu, "models"), i, element)
+    {
         const char *missing = json_string_value(json_object_get(element, "missing"));
-        fprintf(f, "  %-10s %s  %s%s%s\n", text_of(element, "name"), usable_of(element), text_of(element, "summary"),
-                missing ? "; this host lacks " : "", missing ? missing : "");
+        fprintf(f, "  %-10s %s  %s%s%s\n", text_of(element, "name"), usable_of(element),
+                text_of(element, "summary"), missing ? "; this host lacks " : "",
+                missing ? missing : "");
     }
     fprintf(f, "\nfacilities\n");
-    json_object_foreach (json_object_get(host, "facilities"), key, element)
-        fprintf(f, "  %-10s %s  %s: %s\n", key, usable_of(element), text_of(element, "for"), text_of(element, "text"));
+    json_object_foreach(json_object_get(host, "facilities"), key, element)
+        fprintf(f, "  %-10s %s  %s: %s\n", key, usable_of(element), text_of(element, "for"),
+                text_of(element, "text"));
     if (fclose(f) != 0)
         return VM_STATUS_HOST;
     int status = cli_print(text);

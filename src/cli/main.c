@@ -23,11 +23,14 @@ static const struct verb {
 static int print_help(void)
 {
     char text[1024];
-    int n = snprintf(text, sizeof(text), "Usage: ringfort VERB [argument...]\n\n"
-                                         "Runs unmodified operating systems in virtual machines.\n\nVerbs:\n");
+    int n = snprintf(text, sizeof(text),
+                     "Usage: ringfort VERB [argument...]\n\n"
+                     "Runs unmodified operating systems in virtual machines.\n\nVerbs:\n");
     for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++)
-        n += snprintf(text + n, sizeof(text) - (size_t)n, "  %-9s %s\n", verbs[i].name, verbs[i].help);
-    snprintf(text + n, sizeof(text) - (size_t)n, "\n'ringfort VERB --help' shows a verb's arguments; see also ringfort(1).\n");
+        n += snprintf(text + n, sizeof(text) - (size_t)n, "  %-9s %s\n", verbs[i].name,
+                      verbs[i].help);
+    snprintf(text + n, sizeof(text) - (size_t)n,
+             "\n'ringfort VERB --help' shows a verb's arguments; see also ringfort(1).\n");
     return cli_print(text);
 }
 
@@ -46,7 +49,8 @@ int main(int argc, char **argv)
     if (strcmp(name, "--version") == 0)
         return cli_version((char *[]){NULL});
     if (!*name) {
-        log_error("a verb is missing: run, host, version or devtest; did you mean 'ringfort run --kernel FILE'?");
+        log_error("a verb is missing: run, host, version or devtest; did you mean 'ringfort run "
+                  "--kernel FILE'?");
         return VM_STATUS_USAGE;
     }
     const char *nearest = suggest_nearest(name, names);

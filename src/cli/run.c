@@ -15,8 +15,10 @@ static const char help_head[] =
     "Runs a virtual machine in the foreground until the guest powers off.\n";
 static const char help_tail[] =
     "\n"
-    "Leaving: the guest powers off; or Ctrl-] on the terminal ends the run at once. SIGTERM, SIGINT\n"
-    "and SIGHUP press the guest's power button; the second of them ends the run at once. Disks are\n"
+    "Leaving: the guest powers off; or Ctrl-] on the terminal ends the run at once. SIGTERM, "
+    "SIGINT\n"
+    "and SIGHUP press the guest's power button; the second of them ends the run at once. Disks "
+    "are\n"
     "flushed either way. Ctrl-C on the terminal goes to the guest.\n\n"
     "Exit status:\n"
     "  0  the guest powered off\n"
@@ -27,7 +29,8 @@ static const char help_tail[] =
     "  5  a backend failed for good: no space, I/O error\n"
     "  V * 2 + 1 after a write of V to isa-debug-exit\n\n"
     "Example:\n"
-    "  ringfort run --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0 root=/dev/vda1' \\\n"
+    "  ringfort run --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0 root=/dev/vda1' "
+    "\\\n"
     "      --memory 1G --disk path=server.img --net user,hostfwd=tcp:127.0.0.1:2222-:22\n";
 
 static int run_machine(const struct vm_config *config)
@@ -52,7 +55,8 @@ static int print_config(const struct vm_config *config)
 int cli_run(char **args)
 {
     struct cli_own_flag own[] = {
-        {.info = {"print-config", NULL, "print the configuration that results, as JSON, and exit", false}}};
+        {.info = {"print-config", NULL, "print the configuration that results, as JSON, and exit",
+                  false}}};
     struct vm_config config;
 
     if (cli_wants_help(args))

@@ -52,15 +52,17 @@ void vm_config_destroy(struct vm_config *c)
     memset(c, 0, sizeof(*c));
 }
 
-/* One key of the file: a list's elements one by one; a single element need not stand in an array. */
-static int load_key(struct vm_config *c, const struct config_option *option, const struct config_origin *o,
-                    const json_t *value)
+/* One key of the file: a list's elements one by one; a single element need not stand in an array.
+ */
+static int load_key(struct vm_config *c, const struct config_option *option,
+                    const struct config_origin *o, const json_t *value)
 {
     if (!option->info.list || !json_is_array(value))
         return option->set(c, o, value);
     size_t i;
     const json_t *element;
-    json_array_foreach (value, i, element) {
+    json_array_foreach(value, i, element)
+    {
         int r = option->set(c, o, element);
         if (r < 0)
             return r;
@@ -75,7 +77,8 @@ int vm_config_load_json(struct vm_config *c, const char *text, size_t len, const
     if (!root) {
         if (json_error_code(&error) == json_error_out_of_memory)
             return -ENOMEM;
-        log_error("%s: line %d, column %d: not JSON: %s", file, error.line, error.column, error.text);
+        log_error("%s: line %d, column %d: not JSON: %s", file, error.line, error.column,
+                  error.text);
         return -EINVAL;
     }
     int r = 0;
@@ -85,16 +88,19 @@ int vm_config_load_json(struct vm_config *c, const char *text, size_t len, const
     }
     const char *key;
     json_t *value;
-    json_object_foreach (root, key, value) {
+    json_object_foreach(root, key, value)
+    {
         struct config_origin o = {.file = file, .key = key};
         int i = config_option_find(key);
         if (i < 0) {
             const char *nearest = suggest_nearest(key, config_option_names());
             if (nearest)
-                log_error("%s: unknown key %s; did you mean \"%s\"?", file, config_quote(key), nearest);
+                log_error("%s: unknown key %s; did you mean \"%s\"?", file, config_quote(key),
+                          nearest);
             else
-                log_error("%s: unknown key %s; the keys are the flags that 'ringfort run --help' lists", file,
-                          config_quote(key));
+                log_error(
+                    "%s: unknown key %s; the keys are the flags that 'ringfort run --help' lists",
+                    file, config_quote(key));
             r = -EINVAL;
         } else {
             r = load_key(c, &config_options[i], &o, value);
@@ -190,7 +196,8 @@ char *vm_config_to_json(const struct vm_config *c)
     if (text && asprintf(&line, "%s\n", text) < 0)
         line = NULL;
     if (!line)
-        log_error("the configuration cannot be written as JSON: out of memory, or a value is not UTF-8");
+        log_error(
+            "the configuration cannot be written as JSON: out of memory, or a value is not UTF-8");
     free(text);
     json_decref(root);
     return line;

@@ -1,6 +1,6 @@
 /*
- * What no single option shows: two users of one resource, a machine that is too big for its buses or
- * its host, and the values that derive from others. One thread at a time.
+ * What no single option shows: two users of one resource, a machine that is too big for its buses
+ * or its host, and the values that derive from others. One thread at a time.
  */
 #include "vm/config.h"
 
@@ -43,7 +43,8 @@ static bool shareable(const struct file_use *f)
     return f->found && (S_ISCHR(f->st.st_mode) || S_ISFIFO(f->st.st_mode));
 }
 
-static void use_file(struct file_use *list, unsigned *n, const char *flag, const char *path, bool writes)
+static void use_file(struct file_use *list, unsigned *n, const char *flag, const char *path,
+                     bool writes)
 {
     struct file_use *f = &list[(*n)++];
     *f = (struct file_use){.flag = flag, .path = path, .writes = writes};
@@ -79,12 +80,14 @@ static int check_files(const struct vm_config *c)
 
     for (unsigned i = 0; r == 0 && i < n; i++) {
         for (unsigned k = 0; r == 0 && k < i; k++) {
-            if (!(list[i].writes || list[k].writes) || shareable(&list[i]) || !same_file(&list[i], &list[k]))
+            if (!(list[i].writes || list[k].writes) || shareable(&list[i]) ||
+                !same_file(&list[i], &list[k]))
                 continue;
             struct config_origin o = {.key = list[i].flag};
             bool disks = strcmp(list[i].flag, "disk") == 0 && strcmp(list[k].flag, "disk") == 0;
-            r = config_bad(&o, "%s is also used by --%s, and one of them writes; %s%s%s", config_quote(list[i].path),
-                           list[k].flag, disks ? "did you mean path=" : "give each a file of its own",
+            r = config_bad(&o, "%s is also used by --%s, and one of them writes; %s%s%s",
+                           config_quote(list[i].path), list[k].flag,
+                           disks ? "did you mean path=" : "give each a file of its own",
                            disks ? list[i].path : "", disks ? ",readonly=on for both?" : "");
         }
     }
@@ -100,8 +103,9 @@ static int check_terminal(const struct vm_config *c)
         if (!c->devices[i].console || strcmp(c->devices[i].console, "stdio") != 0)
             continue;
         if (used)
-            return config_bad(&o, "virtio-console and another console share the one terminal; did you mean "
-                                  "virtio-console,console=pty (or --console none)?");
+            return config_bad(
+                &o, "virtio-console and another console share the one terminal; did you mean "
+                    "virtio-console,console=pty (or --console none)?");
         used = true;
     }
     return 0;
@@ -147,7 +151,8 @@ static int check_nets(const struct vm_config *c)
             while (!port_free(c, &other))
                 other.host_port = other.host_port < 65535 ? (uint16_t)(other.host_port + 1) : 1024;
             config_format_forward(&other, form);
-            return config_bad(&o, "%s port %u of the host is forwarded twice; did you mean hostfwd=%s?",
+            return config_bad(&o,
+                              "%s port %u of the host is forwarded twice; did you mean hostfwd=%s?",
                               other.udp ? "UDP" : "TCP", forward(c, i)->host_port, form);
         }
     }
@@ -155,14 +160,17 @@ static int check_nets(const struct vm_config *c)
         const struct vm_net_config *a = &c->nets[i];
         for (unsigned k = 0; k < i; k++) {
             const struct vm_net_config *b = &c->nets[k];
-            if (a->type == VM_NET_TAP && b->type == VM_NET_TAP && strcmp(a->tap.ifname, b->tap.ifname) == 0)
+            if (a->type == VM_NET_TAP && b->type == VM_NET_TAP &&
+                strcmp(a->tap.ifname, b->tap.ifname) == 0)
                 return config_bad(&o, "two nets on the interface %s; give each one of its own",
                                   config_quote(a->tap.ifname));
             if (memcmp(a->mac, b->mac, 6) == 0)
-                return config_bad(&o, "two nets with mac=%02x:%02x:%02x:%02x:%02x:%02x; did you mean "
-                                      "mac=%02x:%02x:%02x:%02x:%02x:%02x for the other?",
-                                  a->mac[0], a->mac[1], a->mac[2], a->mac[3], a->mac[4], a->mac[5], a->mac[0], a->mac[1],
-                                  a->mac[2], a->mac[3], a->mac[4], a->mac[5] ^ 1);
+                return config_bad(&o,
+                                  "two nets with mac=%02x:%02x:%02x:%02x:%02x:%02x; did you mean "
+                                  "mac=%02x:%02x:%02x:%02x:%02x:%02x for the other?",
+                                  a->mac[0], a->mac[1], a->mac[2], a->mac[3], a->mac[4], a->mac[5],
+                                  a->mac[0], a->mac[1], a->mac[2], a->mac[3], a->mac[4],
+                                  a->mac[5] ^ 1);
         }
     }
     return 0;
@@ -181,12 +189,15 @@ static const struct port_range board_ports[] = {
     {POWER_PORT, POWER_PORTS, "power management"},
     {0xcf8, 8, "PCI configuration"},
 };
-static const struct port_range testdev_ports[] = {{0xe0, 12, "pc-testdev"}, {0x2000, 24, "pc-testdev"}};
+static const struct port_range testdev_ports[] = {{0xe0, 12, "pc-testdev"},
+                                                  {0x2000, 24, "pc-testdev"}};
 
-static const struct port_range *covered(const struct vm_device_config *d, const struct port_range *list, unsigned n)
+static const struct port_range *covered(const struct vm_device_config *d,
+                                        const struct port_range *list, unsigned n)
 {
     for (unsigned i = 0; i < n; i++)
-        if (d->iobase < list[i].base + list[i].size && list[i].base < (unsigned)d->iobase + d->iosize)
+        if (d->iobase < list[i].base + list[i].size &&
+            list[i].base < (unsigned)d->iobase + d->iosize)
             return &list[i];
     return NULL;
 }
@@ -204,7 +215,9 @@ static int check_ports(const struct vm_config *c)
         else
             continue;
         if (*one && one == &exit_device && d->iobase == (*one)->iobase)
-            return config_bad(&o, "two devices isa-debug-exit with iobase=0x%x; leave one of them out", d->iobase);
+            return config_bad(&o,
+                              "two devices isa-debug-exit with iobase=0x%x; leave one of them out",
+                              d->iobase);
         if (*one)
             return config_bad(&o, "a machine has at most one %s; leave one of them out",
                               vm_config_names("device")[d->type]);
@@ -216,7 +229,8 @@ static int check_ports(const struct vm_config *c)
     if (!at && testdev)
         at = covered(exit_device, testdev_ports, ARRAY_SIZE(testdev_ports));
     if (at)
-        return config_bad(&o, "isa-debug-exit: iobase=0x%x is taken by %s; did you mean iobase=0x%x?",
+        return config_bad(&o,
+                          "isa-debug-exit: iobase=0x%x is taken by %s; did you mean iobase=0x%x?",
                           exit_device->iobase, at->name, TESTDEV_EXIT_PORT);
     return 0;
 }
@@ -230,7 +244,8 @@ static uint32_t hash_name(const char *name, unsigned index)
     return (h ^ index) * 16777619u;
 }
 
-/* Guests remember cards by their address (cloud-init does), so it derives from what stays: the name given and the index. */
+/* Guests remember cards by their address (cloud-init does), so it derives from what stays: the name
+ * given and the index. */
 static void fill_macs(struct vm_config *c)
 {
     for (unsigned i = 0; i < c->net_count; i++) {
@@ -238,7 +253,9 @@ static void fill_macs(struct vm_config *c)
         if (n->mac_given)
             continue;
         uint32_t h = hash_name(c->name_given ? c->name : "ringfort", i);
-        memcpy(n->mac, (uint8_t[6]){0x52, 0x54, 0x00, (uint8_t)(h >> 16), (uint8_t)(h >> 8), (uint8_t)h}, 6);
+        memcpy(n->mac,
+               (uint8_t[6]){0x52, 0x54, 0x00, (uint8_t)(h >> 16), (uint8_t)(h >> 8), (uint8_t)h},
+               6);
     }
 }
 
@@ -246,10 +263,12 @@ int vm_config_finish(struct vm_config *c)
 {
     unsigned pci = c->disk_count + c->net_count;
     for (unsigned i = 0; i < c->device_count; i++)
-        pci += c->devices[i].type == VM_DEVICE_VIRTIO_RNG || c->devices[i].type == VM_DEVICE_VIRTIO_CONSOLE;
+        pci += c->devices[i].type == VM_DEVICE_VIRTIO_RNG ||
+               c->devices[i].type == VM_DEVICE_VIRTIO_CONSOLE;
     if (pci > VM_CONFIG_MAX_PCI_DEVICES) {
-        log_error("%u disks, nets and virtio devices are too many for the PCI bus; it takes at most %u together", pci,
-                  VM_CONFIG_MAX_PCI_DEVICES);
+        log_error("%u disks, nets and virtio devices are too many for the PCI bus; it takes at "
+                  "most %u together",
+                  pci, VM_CONFIG_MAX_PCI_DEVICES);
         return -EINVAL;
     }
     if (!c->name && asprintf(&c->name, "vm-%d", (int)getpid()) < 0) {
@@ -278,6 +297,7 @@ int vm_config_check_host(const struct vm_config *c)
     char wanted[24], most[24];
     config_format_size(c->memory, wanted);
     config_format_size(align_down(have, MIB(1)), most);
-    log_error("--memory: this host has less memory than %s; did you mean --memory %s?", wanted, most);
+    log_error("--memory: this host has less memory than %s; did you mean --memory %s?", wanted,
+              most);
     return -ENOMEM;
 }

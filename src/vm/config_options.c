@@ -1,7 +1,10 @@
 /*
- * The one table of what a machine's configuration can say. Each entry is a command-line flag, a JSON key and
- * a line of --help; its functions turn a value into fields of struct vm_config and back.
- * One thread at a time.
+ * The one table of what a machine's configuration can say. Each entry is a command-line flag, a
+ * JSON key and a line of --help; its functions turn a value into fields of struct vm_config and
+ * back. One thread at a time.
+ *
+ * Strings are written unchecked: a file name that is not UTF-8 then makes json_dumps() fail in
+ * vm_config_to_json(), which says so, instead of vanishing from the output.
  */
 #include "vm/config_options.h"
 
@@ -16,13 +19,20 @@
 #include "isa/x86/cpuid.h"
 
 #define MAX_NAMES 16
-static const char *const cache_names[] = {
-    [BLOCK_CACHE_WRITEBACK] = "writeback", [BLOCK_CACHE_NONE] = "none", [BLOCK_CACHE_UNSAFE] = "unsafe", NULL};
-static const char *const device_names[] = {
-    [VM_DEVICE_DEBUG_EXIT] = "isa-debug-exit", [VM_DEVICE_PC_TESTDEV] = "pc-testdev",
-    [VM_DEVICE_VIRTIO_RNG] = "virtio-rng", [VM_DEVICE_VIRTIO_CONSOLE] = "virtio-console", NULL};
-static const char *const net_names[] = {[VM_NET_USER] = "user", [VM_NET_TAP] = "tap", [VM_NET_TAP + 1] = "none", NULL};
-static const char *const crash_names[] = {[VM_ON_CRASH_RESET] = "reset", [VM_ON_CRASH_EXIT] = "exit", NULL};
+
+static const char *const cache_names[] = {[BLOCK_CACHE_WRITEBACK] = "writeback",
+                                          [BLOCK_CACHE_NONE] = "none",
+                                          [BLOCK_CACHE_UNSAFE] = "unsafe",
+                                          NULL};
+static const char *const device_names[] = {[VM_DEVICE_DEBUG_EXIT] = "isa-debug-exit",
+                                           [VM_DEVICE_PC_TESTDEV] = "pc-testdev",
+                                           [VM_DEVICE_VIRTIO_RNG] = "virtio-rng",
+                                           [VM_DEVICE_VIRTIO_CONSOLE] = "virtio-console",
+                                           NULL};
+static const char *const net_names[] = {
+    [VM_NET_USER] = "user", [VM_NET_TAP] = "tap", [VM_NET_TAP + 1] = "none", NULL};
+static const char *const crash_names[] = {
+    [VM_ON_CRASH_RESET] = "reset", [VM_ON_CRASH_EXIT] = "exit", NULL};
 static const char *const level_names[] = {
     [LOG_ERROR] = "error", [LOG_WARN] = "warn", [LOG_INFO] = "info", [LOG_DEBUG] = "debug", NULL};
 
@@ -51,11 +61,6 @@ const char *const *vm_config_names(const char *kind)
     return strcmp(kind, "device") == 0 ? device_names : NULL;
 }
 
-/*
- * Strings are written unchecked: a file name that is not UTF-8 then makes json_dumps() fail in
- * vm_config_to_json(), which says so, instead of vanishing from the output.
- */
-
 /* Room for one more element of size bytes, zeroed; NULL: out of memory. */
 static void *append(void *array, unsigned *count, size_t size)
 {
@@ -68,14 +73,14 @@ static void *append(void *array, unsigned *count, size_t size)
 }
 
 /* A string option that takes any text, and its writer. */
-#define STRING_OPTION(field, empty) \
+#define STRING_OPTION(field, empty)                                                             \
     static int set_##field(struct vm_config *c, const struct config_origin *o, const json_t *v) \
-    { \
-        return config_string(o, v, empty, &c->field); \
-    } \
-    static json_t *get_##field(const struct vm_config *c) \
-    { \
-        return c->field ? json_string_nocheck(c->field) : NULL; \
+    {                                                                                           \
+        return config_string(o, v, empty, &c->field);                                           \
+    }                                                                                           \
+    static json_t *get_##field(const struct vm_config *c)                                       \
+    {                                                                                           \
+        return c->field ? json_string_nocheck(c->field) : NULL;                                 \
     }
 STRING_OPTION(kernel, false)
 STRING_OPTION(cmdline, true)
@@ -84,15 +89,17 @@ STRING_OPTION(stats, false)
 static int set_name(struct vm_config *c, const struct config_origin *o, const json_t *v)
 {
     const char *text = json_string_value(v);
-    static const char allowed[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-";
+    static const char allowed[] =
+        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-";
     if (text && (!*text || strlen(text) > 64 || text[strspn(text, allowed)])) {
         char form[65];
         size_t n = 0;
         for (; *text && n < 64; text++)
             form[n++] = strchr(allowed, *text) ? *text : '-';
         form[n] = 0;
-        return config_bad(o, "a name is 1 to 64 letters, digits, dots, dashes and underscores; did you mean %s?",
-                          config_form(o, n ? form : "server1"));
+        return config_bad(
+            o, "a name is 1 to 64 letters, digits, dots, dashes and underscores; did you mean %s?",
+            config_form(o, n ? form : "server1"));
     }
     c->name_given = true;
     return config_string(o, v, false, &c->name);
@@ -165,8 +172,8 @@ static json_t *get_memory(const struct vm_config *c)
     return json_string(text);
 }
 
-static int set_named(const struct config_origin *o, const json_t *v, const char *what, const char *const *names,
-                     char **out)
+static int set_named(const struct config_origin *o, const json_t *v, const char *what,
+                     const char *const *names, char **out)
 {
     unsigned i;
     int r = config_choice(o, NULL, v, what, names, &i);
@@ -207,8 +214,8 @@ static int read_disk(const struct config_origin *o, const json_t *object, struct
     int r;
 
     if (!v)
-        return config_bad(o, "lacks the file; did you mean %s?", o->file ? "{\"path\": \"disk.img\"}"
-                                                                          : "--disk path=disk.img");
+        return config_bad(o, "lacks the file; did you mean %s?",
+                          o->file ? "{\"path\": \"disk.img\"}" : "--disk path=disk.img");
     r = config_string(o, v, false, &path);
     d->block.path = path;
     if (r == 0 && (v = json_object_get(object, "readonly")))
@@ -220,7 +227,9 @@ static int read_disk(const struct config_origin *o, const json_t *object, struct
         r = config_string(o, v, false, &d->serial);
         for (const char *p = d->serial; r == 0 && *p; p++)
             if (*p <= ' ' || *p > '~' || p - d->serial >= VM_CONFIG_MAX_SERIAL)
-                r = config_bad(o, "serial=%s: a serial number is at most %u printable ASCII characters; use a shorter one",
+                r = config_bad(o,
+                               "serial=%s: a serial number is at most %u printable ASCII "
+                               "characters; use a shorter one",
                                config_quote(d->serial), VM_CONFIG_MAX_SERIAL);
     }
     return r;
@@ -250,8 +259,9 @@ static json_t *get_disk(const struct vm_config *c)
     json_t *list = json_array();
     for (unsigned i = 0; i < c->disk_count; i++) {
         const struct vm_disk_config *d = &c->disks[i];
-        json_t *object = json_pack("{s:o, s:b, s:s}", "path", json_string_nocheck(d->block.path), "readonly",
-                                   (int)d->block.readonly, "cache", cache_names[d->block.cache]);
+        json_t *object =
+            json_pack("{s:o, s:b, s:s}", "path", json_string_nocheck(d->block.path), "readonly",
+                      (int)d->block.readonly, "cache", cache_names[d->block.cache]);
         if (d->serial)
             json_object_set_new(object, "serial", json_string_nocheck(d->serial));
         json_array_append_new(list, object);
@@ -291,7 +301,8 @@ static int read_net(const struct config_origin *o, const json_t *object, struct 
 {
     static const char *const keys[][4] = {{"type", "hostfwd", "mac"}, {"type", "ifname", "mac"}};
     const json_t *v;
-    int r = config_only_keys(o, object, n->type == VM_NET_TAP ? "a tap net" : "a user net", keys[n->type]);
+    int r = config_only_keys(o, object, n->type == VM_NET_TAP ? "a tap net" : "a user net",
+                             keys[n->type]);
 
     if (r == 0 && (v = json_object_get(object, "mac"))) {
         r = config_mac(o, v, n->mac);
@@ -301,9 +312,7 @@ static int read_net(const struct config_origin *o, const json_t *object, struct 
     if (r == 0 && json_is_array(v)) {
         size_t i;
         const json_t *element;
-        json_array_foreach (v, i, element)
-            if (r == 0)
-                r = add_forward(o, element, n);
+        json_array_foreach(v, i, element) if (r == 0) r = add_forward(o, element, n);
     } else if (r == 0 && v) {
         r = add_forward(o, v, n);
     }
@@ -312,13 +321,17 @@ static int read_net(const struct config_origin *o, const json_t *object, struct 
         v = json_object_get(object, "ifname");
         if (!v)
             return config_bad(o, "a tap net lacks its interface; did you mean %s?",
-                              o->file ? "{\"type\": \"tap\", \"ifname\": \"tap0\"}" : "--net tap,ifname=tap0");
+                              o->file ? "{\"type\": \"tap\", \"ifname\": \"tap0\"}"
+                                      : "--net tap,ifname=tap0");
         r = config_string(o, v, false, &name);
         n->tap = (struct net_tap_options){.ifname = name, .vnet_hdr = true};
         /* Linux: IFNAMSIZ with the NUL, no slash, no white space (dev_valid_name). */
         if (r == 0 && (strlen(name) > 15 || strpbrk(name, "/: \t\n")))
-            r = config_bad(o, "ifname=%s: an interface name has at most 15 characters, no slash, colon or space; "
-                              "did you mean ifname=tap0?", config_quote(name));
+            r = config_bad(
+                o,
+                "ifname=%s: an interface name has at most 15 characters, no slash, colon or space; "
+                "did you mean ifname=tap0?",
+                config_quote(name));
     }
     return r;
 }
@@ -336,7 +349,8 @@ static int set_net(struct vm_config *c, const struct config_origin *o, const jso
 
     v = json_object_get(object, "type");
     r = v ? config_choice(o, NULL, v, "a kind of net", net_names, &type)
-          : config_bad(o, "lacks its type; did you mean %s?", o->file ? "{\"type\": \"user\"}" : "--net user,...");
+          : config_bad(o, "lacks its type; did you mean %s?",
+                       o->file ? "{\"type\": \"user\"}" : "--net user,...");
     bool none = r == 0 && type > VM_NET_TAP;
     if (none)
         r = config_only_keys(o, object, "the net 'none'", none_keys);
@@ -366,8 +380,8 @@ static json_t *get_net(const struct vm_config *c)
     for (unsigned i = 0; i < c->net_count; i++) {
         const struct vm_net_config *n = &c->nets[i];
         char mac[24];
-        snprintf(mac, sizeof(mac), "%02x:%02x:%02x:%02x:%02x:%02x", n->mac[0], n->mac[1], n->mac[2], n->mac[3], n->mac[4],
-                 n->mac[5]);
+        snprintf(mac, sizeof(mac), "%02x:%02x:%02x:%02x:%02x:%02x", n->mac[0], n->mac[1], n->mac[2],
+                 n->mac[3], n->mac[4], n->mac[5]);
         json_t *object = json_pack("{s:s, s:s}", "type", net_names[n->type], "mac", mac);
         if (n->type == VM_NET_TAP)
             json_object_set_new(object, "ifname", json_string_nocheck(n->tap.ifname));
@@ -395,11 +409,13 @@ static void clear_net(struct vm_config *c)
     c->net_none = false;
 }
 
-static int read_device(const struct config_origin *o, const json_t *object, struct vm_device_config *d)
+static int read_device(const struct config_origin *o, const json_t *object,
+                       struct vm_device_config *d)
 {
-    static const char *const keys[][4] = {
-        [VM_DEVICE_DEBUG_EXIT] = {"type", "iobase", "iosize"}, [VM_DEVICE_PC_TESTDEV] = {"type"},
-        [VM_DEVICE_VIRTIO_RNG] = {"type"}, [VM_DEVICE_VIRTIO_CONSOLE] = {"type", "console"}};
+    static const char *const keys[][4] = {[VM_DEVICE_DEBUG_EXIT] = {"type", "iobase", "iosize"},
+                                          [VM_DEVICE_PC_TESTDEV] = {"type"},
+                                          [VM_DEVICE_VIRTIO_RNG] = {"type"},
+                                          [VM_DEVICE_VIRTIO_CONSOLE] = {"type", "console"}};
     const json_t *v = json_object_get(object, "type");
     uint64_t n;
     unsigned type;
@@ -518,40 +534,85 @@ static json_t *get_log_level(const struct vm_config *c)
 }
 
 const struct config_option config_options[] = {
-    {{"name", "NAME", "name of the machine in messages (default vm-<process id>)", false}, set_name, get_name, NULL},
-    {{"kernel", "FILE", "kernel: a Linux bzImage or an ELF file (vmlinux, Multiboot)", false}, set_kernel, get_kernel,
+    {{"name", "NAME", "name of the machine in messages (default vm-<process id>)", false},
+     set_name,
+     get_name,
      NULL},
-    {{"initrd", "FILE", "initial RAM disk; for a Multiboot kernel each is a module", true}, set_initrd, get_initrd,
+    {{"kernel", "FILE", "kernel: a Linux bzImage or an ELF file (vmlinux, Multiboot)", false},
+     set_kernel,
+     get_kernel,
+     NULL},
+    {{"initrd", "FILE", "initial RAM disk; for a Multiboot kernel each is a module", true},
+     set_initrd,
+     get_initrd,
      clear_initrd},
     {{"cmdline", "TEXT", "kernel command line", false}, set_cmdline, get_cmdline, NULL},
     {{"cpus", "N", "virtual processors, 1...64 (default 1)", false}, set_cpus, get_cpus, NULL},
-    {{"memory", "SIZE", "guest RAM with suffix K, M, G or T (default 512M)", false}, set_memory, get_memory, NULL},
-    {{"cpu-model", "MODEL", "host, x86-64-v2, x86-64-v3 or x86-64-v4 (default host)", false}, set_cpu_model,
-      get_cpu_model, NULL},
-    {{"engine", "ENGINE", "how processors run: auto or interp (default auto)", false}, set_engine, get_engine, NULL},
-    {{"disk", "path=FILE[,...]", "virtio disk on a raw image or block device; options:\n"
+    {{"memory", "SIZE", "guest RAM with suffix K, M, G or T (default 512M)", false},
+     set_memory,
+     get_memory,
+     NULL},
+    {{"cpu-model", "MODEL", "host, x86-64-v2, x86-64-v3 or x86-64-v4 (default host)", false},
+     set_cpu_model,
+     get_cpu_model,
+     NULL},
+    {{"engine", "ENGINE", "how processors run: auto or interp (default auto)", false},
+     set_engine,
+     get_engine,
+     NULL},
+    {{"disk", "path=FILE[,...]",
+      "virtio disk on a raw image or block device; options:\n"
       "readonly=on|off  (default off)\n"
       "cache=writeback|none|unsafe  host page cache, O_DIRECT, or\n"
       "                 page cache and flushes ignored (default writeback)\n"
-      "serial=TEXT      serial number, at most 20 characters", true}, set_disk, get_disk, clear_disk},
-    {{"net", "KIND[,...]", "virtio network card (default none):\n"
+      "serial=TEXT      serial number, at most 20 characters",
+      true},
+     set_disk,
+     get_disk,
+     clear_disk},
+    {{"net", "KIND[,...]",
+      "virtio network card (default none):\n"
       "user[,hostfwd=tcp|udp:[ADDRESS]:PORT-[GUEST]:PORT]...  without privileges\n"
       "tap,ifname=NAME  on a tap interface of the host\n"
       "none             no card, also when the file has some\n"
-      "user and tap also take mac=XX:XX:XX:XX:XX:XX", true}, set_net, get_net, clear_net},
-    {{"device", "KIND[,...]", "further device:\n"
+      "user and tap also take mac=XX:XX:XX:XX:XX:XX",
+      true},
+     set_net,
+     get_net,
+     clear_net},
+    {{"device", "KIND[,...]",
+      "further device:\n"
       "virtio-rng\n"
       "virtio-console[,console=CONSOLE]  (default console=none)\n"
       "isa-debug-exit[,iobase=0x501][,iosize=2]  a write of V ends the run\n"
       "                 with exit status V * 2 + 1\n"
-      "pc-testdev", true}, set_device, get_device, clear_device},
-    {{"console", "CONSOLE", "the serial port's other end: stdio, pty, file:PATH,\n"
-      "unix:PATH or none (default stdio)", false}, set_console, get_console, NULL},
-    {{"on-crash", "ACTION", "after a triple fault: reset or exit (default reset);\n"
-      "the fifth in a row soon after the start ends the run, too", false}, set_on_crash, get_on_crash,
+      "pc-testdev",
+      true},
+     set_device,
+     get_device,
+     clear_device},
+    {{"console", "CONSOLE",
+      "the serial port's other end: stdio, pty, file:PATH,\n"
+      "unix:PATH or none (default stdio)",
+      false},
+     set_console,
+     get_console,
      NULL},
-    {{"stats", "FILE", "write figures of the run there as JSON at exit", false}, set_stats, get_stats, NULL},
-    {{"log-level", "LEVEL", "error, warn, info or debug (default warn)", false}, set_log_level, get_log_level, NULL},
+    {{"on-crash", "ACTION",
+      "after a triple fault: reset or exit (default reset);\n"
+      "the fifth in a row soon after the start ends the run, too",
+      false},
+     set_on_crash,
+     get_on_crash,
+     NULL},
+    {{"stats", "FILE", "write figures of the run there as JSON at exit", false},
+     set_stats,
+     get_stats,
+     NULL},
+    {{"log-level", "LEVEL", "error, warn, info or debug (default warn)", false},
+     set_log_level,
+     get_log_level,
+     NULL},
 };
 const unsigned config_option_count = ARRAY_SIZE(config_options);
 

@@ -1,4 +1,5 @@
-/* The table of options, for config.c and its neighbours only; users of the configuration include vm/config.h. */
+/* The table of options, for config.c and its neighbours only; users of the configuration include
+ * vm/config.h. */
 #ifndef RINGFORT_VM_CONFIG_OPTIONS_H
 #define RINGFORT_VM_CONFIG_OPTIONS_H
 
@@ -9,7 +10,8 @@
 
 struct config_option {
     struct vm_config_option_info info;
-    /* Reads one value (of a list: one element). 0, or a negative errno (logged, but for -ENOMEM). */
+    /* Reads one value (of a list: one element). 0, or a negative errno (logged, but for -ENOMEM).
+     */
     int (*set)(struct vm_config *c, const struct config_origin *o, const json_t *v);
     /* A new reference (of a list: an array); NULL: nothing to write. */
     json_t *(*get)(const struct vm_config *c);

@@ -1,6 +1,6 @@
 /*
- * Single values of a configuration: reading them with messages that name the nearest valid form, and
- * writing them back. Nothing here knows the options themselves. One thread at a time.
+ * Single values of a configuration: reading them with messages that name the nearest valid form,
+ * and writing them back. Nothing here knows the options themselves. One thread at a time.
  */
 #include "vm/config_value.h"
 
@@ -115,8 +115,8 @@ int config_choice(const struct config_origin *o, const char *sub, const json_t *
     }
     const char *nearest = suggest_nearest(text, names);
     if (nearest)
-        return config_bad(o, "%s is not %s; did you mean %s%s%s?", shown(sub, v), what, sub ? sub : "",
-                          sub ? "=" : "", sub ? nearest : config_form(o, nearest));
+        return config_bad(o, "%s is not %s; did you mean %s%s%s?", shown(sub, v), what,
+                          sub ? sub : "", sub ? "=" : "", sub ? nearest : config_form(o, nearest));
     char all[256] = "";
     for (size_t i = 0, n = 0; names[i] && n < sizeof(all); i++)
         n += (size_t)snprintf(all + n, sizeof(all) - n, "%s%s", i ? ", " : "", names[i]);
@@ -137,8 +137,8 @@ int config_bool(const struct config_origin *o, const char *sub, const json_t *v,
     return 0;
 }
 
-int config_uint(const struct config_origin *o, const char *sub, const json_t *v, uint64_t min, uint64_t max,
-                uint64_t *out)
+int config_uint(const struct config_origin *o, const char *sub, const json_t *v, uint64_t min,
+                uint64_t max, uint64_t *out)
 {
     const char *text = json_string_value(v);
     uint64_t value = 0;
@@ -211,7 +211,8 @@ static uint64_t guess_size(const char *text, uint64_t min, uint64_t max)
     return MAX(align_down((uint64_t)value, value >= (double)MIB(1) ? MIB(1) : 4096), min);
 }
 
-int config_size(const struct config_origin *o, const json_t *v, uint64_t min, uint64_t max, uint64_t *out)
+int config_size(const struct config_origin *o, const json_t *v, uint64_t min, uint64_t max,
+                uint64_t *out)
 {
     const char *text = json_string_value(v), *why = NULL;
     char number[32], nearest[24], limit[24];
@@ -222,7 +223,8 @@ int config_size(const struct config_origin *o, const json_t *v, uint64_t min, ui
         text = number;
     }
     if (!text)
-        return config_bad(o, "%s is not a size; did you mean %s?", shown(NULL, v), config_form(o, "512M"));
+        return config_bad(o, "%s is not a size; did you mean %s?", shown(NULL, v),
+                          config_form(o, "512M"));
     if (isdigit((unsigned char)*text)) {
         char *end;
         errno = 0;
@@ -253,15 +255,17 @@ int config_size(const struct config_origin *o, const json_t *v, uint64_t min, ui
         limit[0] = 0;
     }
     config_format_size(guess_size(text, min, max), nearest);
-    return config_bad(o, "%s is %s%s%s; did you mean %s?", shown(NULL, v), why, limit[0] ? " " : "", limit,
-                      config_form(o, nearest));
+    return config_bad(o, "%s is %s%s%s; did you mean %s?", shown(NULL, v), why, limit[0] ? " " : "",
+                      limit, config_form(o, nearest));
 }
 
-int config_only_keys(const struct config_origin *o, const json_t *object, const char *what, const char *const *keys)
+int config_only_keys(const struct config_origin *o, const json_t *object, const char *what,
+                     const char *const *keys)
 {
     const char *key;
     json_t *value;
-    json_object_foreach ((json_t *)object, key, value) {
+    json_object_foreach((json_t *)object, key, value)
+    {
         unsigned i = 0;
         while (keys[i] && strcmp(keys[i], key) != 0)
             i++;
@@ -269,7 +273,8 @@ int config_only_keys(const struct config_origin *o, const json_t *object, const 
             continue;
         const char *nearest = suggest_nearest(key, keys);
         if (nearest)
-            return config_bad(o, "%s has no option %s; did you mean %s?", what, config_quote(key), nearest);
+            return config_bad(o, "%s has no option %s; did you mean %s?", what, config_quote(key),
+                              nearest);
         char all[128] = "";
         for (size_t n = 0, k = 0; keys[k] && n < sizeof(all); k++)
             n += (size_t)snprintf(all + n, sizeof(all) - n, "%s%s", k ? ", " : "", keys[k]);
@@ -279,7 +284,8 @@ int config_only_keys(const struct config_origin *o, const json_t *object, const 
     return 0;
 }
 
-/* Cuts one part off at the next single comma, turning double commas into one. Returns what follows, or NULL. */
+/* Cuts one part off at the next single comma, turning double commas into one. Returns what follows,
+ * or NULL. */
 static char *cut_part(char *p)
 {
     char *to = p;
@@ -313,8 +319,8 @@ static int add_part(json_t *object, const char *key, const char *text)
     return json_array_append_new(old, value);
 }
 
-int config_object(const struct config_origin *o, const json_t *v, const char *what, const char *first_key,
-                  const char *const *keys, json_t **out)
+int config_object(const struct config_origin *o, const json_t *v, const char *what,
+                  const char *first_key, const char *const *keys, json_t **out)
 {
     int r;
     if (json_is_object(v)) {
@@ -347,7 +353,8 @@ int config_object(const struct config_origin *o, const json_t *v, const char *wh
                 snprintf(form, sizeof(form), "; did you mean %s=...?", nearest);
             else
                 form[0] = 0;
-            r = config_bad(o, "%s is not an option with a value (name=value)%s", config_quote(part), form);
+            r = config_bad(o, "%s is not an option with a value (name=value)%s", config_quote(part),
+                           form);
         } else {
             *equals = 0;
             if (add_part(object, part, equals + 1) < 0)
@@ -371,15 +378,17 @@ int config_mac(const struct config_origin *o, const json_t *v, uint8_t mac[6])
     bool ok = text && strlen(text) == 17;
     for (unsigned i = 0; ok && i < 6; i++) {
         const char *p = text + 3 * i;
-        ok = isxdigit((unsigned char)p[0]) && isxdigit((unsigned char)p[1]) && (p[2] == ':' || !p[2]);
+        ok = isxdigit((unsigned char)p[0]) && isxdigit((unsigned char)p[1]) &&
+             (p[2] == ':' || !p[2]);
         if (ok)
             mac[i] = (uint8_t)strtoul(p, NULL, 16);
     }
     if (!ok)
-        return config_bad(o, "%s is not an Ethernet address; did you mean mac=52:54:00:12:34:56?", shown("mac", v));
+        return config_bad(o, "%s is not an Ethernet address; did you mean mac=52:54:00:12:34:56?",
+                          shown("mac", v));
     if (mac[0] & 1)
-        return config_bad(o, "%s is a multicast address; did you mean mac=%02x%s?", shown("mac", v), mac[0] & 0xfe,
-                          text + 2);
+        return config_bad(o, "%s is a multicast address; did you mean mac=%02x%s?", shown("mac", v),
+                          mac[0] & 0xfe, text + 2);
     return 0;
 }
 
@@ -392,7 +401,8 @@ static bool forward_end(char *text, char *addr, size_t size, uint16_t *port)
         return false;
     *colon = 0;
     unsigned long n = strtoul(colon + 1, &end, 10);
-    if (*end || n < 1 || n > 65535 || strlen(text) >= size || (*text && inet_pton(AF_INET, text, &in) != 1))
+    if (*end || n < 1 || n > 65535 || strlen(text) >= size ||
+        (*text && inet_pton(AF_INET, text, &in) != 1))
         return false;
     strcpy(addr, text);
     *port = (uint16_t)n;
@@ -419,16 +429,17 @@ int config_forward(const struct config_origin *o, const json_t *v, struct net_fo
             }
         }
     }
-    return config_bad(o,
-                      "%s is not tcp|udp:[host address]:port-[guest address]:port with IPv4 addresses and ports "
-                      "1...65535; did you mean hostfwd=tcp:127.0.0.1:2222-:22?",
-                      shown("hostfwd", v));
+    return config_bad(
+        o,
+        "%s is not tcp|udp:[host address]:port-[guest address]:port with IPv4 addresses and ports "
+        "1...65535; did you mean hostfwd=tcp:127.0.0.1:2222-:22?",
+        shown("hostfwd", v));
 }
 
 void config_format_forward(const struct net_forward *f, char out[160])
 {
-    snprintf(out, 160, "%s:%s:%u-%s:%u", f->udp ? "udp" : "tcp", f->host_addr, f->host_port, f->guest_addr,
-             f->guest_port);
+    snprintf(out, 160, "%s:%s:%u-%s:%u", f->udp ? "udp" : "tcp", f->host_addr, f->host_port,
+             f->guest_addr, f->guest_port);
 }
 
 int config_console(const struct config_origin *o, const json_t *v, char **out)
@@ -446,7 +457,8 @@ int config_console(const struct config_origin *o, const json_t *v, char **out)
                 return config_bad(o, "%s lacks a path; did you mean %s?", config_quote(text),
                                   i == 3 ? "file:console.log" : "unix:console.sock");
             if (i == 4 && strlen(rest) >= sizeof(((struct sockaddr_un *)0)->sun_path))
-                return config_bad(o, "the path of a socket has at most %zu bytes; use a shorter one",
+                return config_bad(o,
+                                  "the path of a socket has at most %zu bytes; use a shorter one",
                                   sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
             return config_string(o, v, false, out);
         }

@@ -20,7 +20,8 @@ static int open_disks(struct vm_parts *p, const struct vm_config *c, struct mach
         int r = block_open(m->loop, &c->disks[i].block, &b);
         if (r < 0)
             return r;
-        p->disks[p->board.disk_count++] = (struct pc_disk){.backend = b, .serial = c->disks[i].serial};
+        p->disks[p->board.disk_count++] =
+            (struct pc_disk){.backend = b, .serial = c->disks[i].serial};
     }
     return 0;
 }

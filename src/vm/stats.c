@@ -26,7 +26,7 @@
 
 struct vm_stats {
     const char *file;
-    bool direct;                /* a pipe, terminal or device: written in place */
+    bool direct; /* a pipe, terminal or device: written in place */
     json_t *root;
     int timer_fd;
     struct loop_fd *timer;
@@ -96,7 +96,8 @@ int vm_stats_create(struct loop *loop, const char *file, struct vm_stats **out)
     if (!resident_note())
         log_warn("--stats: no memory figures: cannot read /proc/self/status");
     if (loop) {
-        const struct itimerspec every = {.it_interval.tv_nsec = SAMPLE_NS, .it_value.tv_nsec = SAMPLE_NS};
+        const struct itimerspec every = {.it_interval.tv_nsec = SAMPLE_NS,
+                                         .it_value.tv_nsec = SAMPLE_NS};
         s->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
         if (s->timer_fd < 0 || timerfd_settime(s->timer_fd, 0, &every, NULL) < 0) {
             r = -errno;
@@ -198,9 +199,11 @@ static int write_file(const struct vm_stats *s, const char *text)
 {
     char *name = NULL;
     int r;
-    if (s->direct ? !(name = strdup(s->file)) : asprintf(&name, "%s.new-%d", s->file, (int)getpid()) < 0)
+    if (s->direct ? !(name = strdup(s->file))
+                  : asprintf(&name, "%s.new-%d", s->file, (int)getpid()) < 0)
         return -ENOMEM;
-    int fd = open(name, s->direct ? O_WRONLY | O_CLOEXEC : O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    int fd = open(name, s->direct ? O_WRONLY | O_CLOEXEC : O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC,
+                  0666);
     r = fd < 0 ? -errno : write_all(fd, text, strlen(text));
     if (fd >= 0 && close(fd) < 0 && r == 0)
         r = -errno;
@@ -220,8 +223,9 @@ int vm_stats_write(struct vm_stats *s)
     set_seconds(s, "wall_seconds", wall);
     set_seconds(s, "cpu_seconds", cpu);
     set_seconds(s, "vcpu_cpu_seconds", s->vcpu_ns);
-    json_object_set_new(s->root, "instructions_per_second",
-                        json_real(s->vcpu_ns ? (double)s->instructions / ((double)s->vcpu_ns / 1e9) : 0));
+    json_object_set_new(
+        s->root, "instructions_per_second",
+        json_real(s->vcpu_ns ? (double)s->instructions / ((double)s->vcpu_ns / 1e9) : 0));
     json_object_set_new(s->root, "seconds_to_first_user_instruction",
                         s->first_user_ns ? json_real((double)s->first_user_ns / 1e9) : json_null());
     json_object_set_new(s->root, "peak_rss_beyond_ram_bytes",

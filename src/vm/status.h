@@ -1,4 +1,5 @@
-/* From errno to the exit statuses of `ringfort run`, which are a contract with scripts; ringfort(1) lists them. */
+/* From errno to the exit statuses of `ringfort run`, which are a contract with scripts; ringfort(1)
+ * lists them. */
 #ifndef RINGFORT_VM_STATUS_H
 #define RINGFORT_VM_STATUS_H
 
@@ -25,7 +26,7 @@ static inline int vm_status_of(int error)
     case EADDRNOTAVAIL:
     case EBUSY:
     case ETXTBSY:
-    case EAGAIN:                /* resource limits of threads and processes */
+    case EAGAIN: /* resource limits of threads and processes */
     case EMFILE:
     case ENFILE:
     case ENOMEM:
@@ -34,7 +35,7 @@ static inline int vm_status_of(int error)
     case ENOSYS:
     case EOPNOTSUPP:
         return VM_STATUS_HOST;
-    default:                    /* ENOENT, EINVAL, ENOEXEC, EISDIR, EEXIST, … */
+    default: /* ENOENT, EINVAL, ENOEXEC, EISDIR, EEXIST, … */
         return VM_STATUS_USAGE;
     }
 }

@@ -213,6 +213,9 @@ class Host(Surface):
 
     def test_models_and_engines_are_those_of_run(self):
         host = json.loads(ringfort("host", "-o", "json").stdout)
+        text = ringfort("run", "--help").stdout
+        for name in [*host["engines"], *(m["name"] for m in host["cpu"]["models"])]:
+            self.assertRegex(text, rf"(?m)^  --(engine|cpu-model) .*\b{re.escape(name)}\b")
         for model in host["cpu"]["models"]:
             self.assertEqual(json.loads(self.config("--cpu-model", model["name"]))["cpu-model"], model["name"])
         for engine in [*host["engines"], "auto"]:

@@ -1,5 +1,6 @@
 /*
- * Fuzz target: the configuration. "--name=value" is given to the flag of that name; anything else is the JSON of a file. What is accepted must be written as JSON that reads back as the same.
+ * Fuzz target: the configuration. "--name=value" is given to the flag of that name; anything else
+ * is the JSON of a file. What is accepted must be written as JSON that reads back as the same.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -21,12 +22,14 @@ static void check_round_trip(struct vm_config *c)
         return;
     if (vm_config_init(&again) < 0)
         abort();
-    if (vm_config_load_json(&again, text, strlen(text), "again") < 0 || vm_config_finish(&again) < 0)
+    if (vm_config_load_json(&again, text, strlen(text), "again") < 0 ||
+        vm_config_finish(&again) < 0)
         abort();
     char *twice = vm_config_to_json(&again);
     if (!twice || strcmp(text, twice) != 0)
         abort();
-    if (c->memory != again.memory || c->disk_count != again.disk_count || c->net_count != again.net_count)
+    if (c->memory != again.memory || c->disk_count != again.disk_count ||
+        c->net_count != again.net_count)
         abort();
     free(text);
     free(twice);

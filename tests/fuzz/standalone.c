@@ -1,8 +1,9 @@
 /*
- * Runs a fuzz target without a fuzzer, as a short test that every build can do: each file of the corpus as it is, then
- * mutations of them by a seeded generator.
+ * Runs a fuzz target without a fuzzer, as a short test that every build can do: each file of the
+ * corpus as it is, then mutations of them by a seeded generator.
  *
- * Usage: PROGRAM ROUNDS FOLDER [seed]. Prints the seed; an input that fails leaves its number and seed, which repeat it.
+ * Usage: PROGRAM ROUNDS FOLDER [seed]. Prints the seed; an input that fails leaves its number and
+ * seed, which repeat it.
  */
 #include <dirent.h>
 #include <fcntl.h>
@@ -15,7 +16,7 @@
 #include <unistd.h>
 
 #define INPUT_SIZE 4096
-#define MAX_FILES 256
+#define MAX_FILES  256
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -63,7 +64,8 @@ static void load(const char *folder)
 static void splice_file(struct input *in)
 {
     const struct input *from = &corpus[below(corpus_count)];
-    size_t start = below(from->size + 1), len = below(from->size - start + 1), at = below(in->size + 1);
+    size_t start = below(from->size + 1), len = below(from->size - start + 1),
+           at = below(in->size + 1);
     len = len > 64 && random64() % 4 ? below(64) : len;
     if (random64() & 1) {
         if (len > INPUT_SIZE - in->size)
@@ -90,7 +92,7 @@ static void mutate(struct input *in)
         break;
     case 2:
         if (in->size)
-            in->data[at] = (uint8_t)"0129-+.eE\"'{}[]:,=xMGK\\/ \0"[random64() % 27];
+            in->data[at] = (uint8_t) "0129-+.eE\"'{}[]:,=xMGK\\/ \0"[random64() % 27];
         break;
     case 3:
         len = len > in->size - at ? in->size - at : len;
@@ -105,8 +107,8 @@ static void mutate(struct input *in)
 static void failed(int number)
 {
     char text[128];
-    int n = snprintf(text, sizeof(text), "signal %d at round %lu of seed %llu\n", number, round_number,
-                     (unsigned long long)seed);
+    int n = snprintf(text, sizeof(text), "signal %d at round %lu of seed %llu\n", number,
+                     round_number, (unsigned long long)seed);
     ssize_t ignored = write(STDOUT_FILENO, text, (size_t)n);
     (void)ignored;
     signal(number, SIG_DFL);
@@ -127,13 +129,15 @@ int main(int argc, char **argv)
     }
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
-    seed = argc > 3 ? strtoull(argv[3], NULL, 0) : (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+    seed = argc > 3 ? strtoull(argv[3], NULL, 0)
+                    : (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
     state = seed;
     printf("seed %llu, %u files, %lu rounds\n", (unsigned long long)seed, corpus_count, rounds);
     fflush(stdout);
     signal(SIGABRT, failed);
     signal(SIGSEGV, failed);
-    /* The target complains about every input; a sanitizer's report would drown. SHOW_ERRORS=1 shows all. */
+    /* The target complains about every input; a sanitizer's report would drown. SHOW_ERRORS=1 shows
+     * all. */
     int null = open("/dev/null", O_WRONLY);
     if (!getenv("SHOW_ERRORS") && null >= 0)
         dup2(null, STDERR_FILENO);

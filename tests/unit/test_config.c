@@ -1,4 +1,5 @@
-/* The configuration object: values in every form, what is refused and how, and JSON that reads back. */
+/* The configuration object: values in every form, what is refused and how, and JSON that reads
+ * back. */
 #include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -141,8 +142,8 @@ static void test_sizes(void **state)
     static const struct {
         const char *text;
         uint64_t size;
-    } good[] = {{"16M", MIB(16)}, {"512M", MIB(512)}, {"3g", GIB(3)}, {"1T", GIB(1024)}, {"16777216", MIB(16)},
-                {"20484K", KIB(20484)}};
+    } good[] = {{"16M", MIB(16)},  {"512M", MIB(512)},    {"3g", GIB(3)},
+                {"1T", GIB(1024)}, {"16777216", MIB(16)}, {"20484K", KIB(20484)}};
     for (unsigned i = 0; i < ARRAY_SIZE(good); i++) {
         struct vm_config c;
         vm_config_init(&c);
@@ -265,10 +266,22 @@ static void test_nets(void **state)
     assert_memory_equal(c->nets[1].mac, "\x52\x54\x00\xab\xcd\x01", 6);
     assert_memory_equal(c->nets[0].mac, "\x52\x54\x00", 3);
 
-    static const char *const bad[] = {
-        "tcp::22", "tcp::0-:22", "tcp::2222-:0", "tcp::65536-:22", "tcp::2222-:65536", "icmp::1-:1", "tcp:2222-22",
-        "tcp:localhost:2222-:22", "tcp:1.2.3:2222-:22", "tcp::2222-:22x", "tcp::22 22-:22", "", "tcp:", "tcp:-",
-        "tcp:::1:2222-:22", "tcp::+22-:22"};
+    static const char *const bad[] = {"tcp::22",
+                                      "tcp::0-:22",
+                                      "tcp::2222-:0",
+                                      "tcp::65536-:22",
+                                      "tcp::2222-:65536",
+                                      "icmp::1-:1",
+                                      "tcp:2222-22",
+                                      "tcp:localhost:2222-:22",
+                                      "tcp:1.2.3:2222-:22",
+                                      "tcp::2222-:22x",
+                                      "tcp::22 22-:22",
+                                      "",
+                                      "tcp:",
+                                      "tcp:-",
+                                      "tcp:::1:2222-:22",
+                                      "tcp::+22-:22"};
     for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
         char value[100];
         snprintf(value, sizeof(value), "user,hostfwd=%s", bad[i]);
@@ -346,36 +359,42 @@ static void test_resources(void **state)
     refuse_together("is also used by --disk", "disk", "path=a", "disk", "path=a", NULL);
     refuse_together("is also used by --disk", "disk", "path=a,readonly=on", "disk", "path=a", NULL);
     /* The same file by two names. */
-    refuse_together("is also used by --disk", "disk", "path=/proc/self/exe", "disk", "path=/proc/self/../self/exe", NULL);
+    refuse_together("is also used by --disk", "disk", "path=/proc/self/exe", "disk",
+                    "path=/proc/self/../self/exe", NULL);
     refuse_together("is also used by --kernel", "kernel", "a", "disk", "path=a", NULL);
     refuse_together("is also used by --disk", "disk", "path=a", "stats", "a", NULL);
-    refuse_together("is also used by --console", "console", "file:a", "device", "virtio-console,console=file:a", NULL);
+    refuse_together("is also used by --console", "console", "file:a", "device",
+                    "virtio-console,console=file:a", NULL);
     refuse_together("share the one terminal", "device", "virtio-console,console=stdio", NULL);
-    refuse_together("share the one terminal", "console", "none", "device", "virtio-console,console=stdio", "device",
-                    "virtio-console,console=stdio", NULL);
+    refuse_together("share the one terminal", "console", "none", "device",
+                    "virtio-console,console=stdio", "device", "virtio-console,console=stdio", NULL);
     refuse_together("did you mean hostfwd=tcp:127.0.0.1:2223-:80?", "net",
                     "user,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=tcp:127.0.0.1:2222-:80", NULL);
     refuse_together("forwarded twice", "net", "user,hostfwd=tcp::2222-:22", "net",
                     "user,hostfwd=tcp:127.0.0.1:2222-:22", NULL);
     refuse_together("did you mean hostfwd=udp:0.0.0.0:1024-:1?", "net",
                     "user,hostfwd=udp::65535-:1,hostfwd=udp::65535-:1", NULL);
-    refuse_together("two nets on the interface", "net", "tap,ifname=t", "net", "tap,ifname=t", NULL);
-    refuse_together("two nets with mac=", "net", "user,mac=52:54:00:00:00:01", "net", "user,mac=52:54:00:00:00:01",
+    refuse_together("two nets on the interface", "net", "tap,ifname=t", "net", "tap,ifname=t",
                     NULL);
-    refuse_together("two devices isa-debug-exit with iobase=0x501", "device", "isa-debug-exit", "device",
-                    "isa-debug-exit", NULL);
-    refuse_together("at most one isa-debug-exit", "device", "isa-debug-exit", "device", "isa-debug-exit,iobase=0x601",
-                    NULL);
+    refuse_together("two nets with mac=", "net", "user,mac=52:54:00:00:00:01", "net",
+                    "user,mac=52:54:00:00:00:01", NULL);
+    refuse_together("two devices isa-debug-exit with iobase=0x501", "device", "isa-debug-exit",
+                    "device", "isa-debug-exit", NULL);
+    refuse_together("at most one isa-debug-exit", "device", "isa-debug-exit", "device",
+                    "isa-debug-exit,iobase=0x601", NULL);
     refuse_together("at most one pc-testdev", "device", "pc-testdev", "device", "pc-testdev", NULL);
     refuse_together("taken by the serial port", "device", "isa-debug-exit,iobase=0x3ff", NULL);
-    refuse_together("taken by pc-testdev", "device", "pc-testdev", "device", "isa-debug-exit,iobase=0x2017", NULL);
+    refuse_together("taken by pc-testdev", "device", "pc-testdev", "device",
+                    "isa-debug-exit,iobase=0x2017", NULL);
 
     struct vm_config *c = *state;
     flag(c, "disk", "path=a,readonly=on");
     flag(c, "disk", "path=a,readonly=on");
     flag(c, "console", "file:/dev/null");
     flag(c, "stats", "/dev/null");
-    flag(c, "net", "user,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=tcp:127.0.0.2:2222-:22,hostfwd=udp::2222-:22");
+    flag(
+        c, "net",
+        "user,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=tcp:127.0.0.2:2222-:22,hostfwd=udp::2222-:22");
     flag(c, "device", "isa-debug-exit,iobase=0x2017");
     assert_int_equal(vm_config_finish(c), 0);
 }
@@ -421,9 +440,10 @@ static void test_json_errors(void **state)
 static void test_override(void **state)
 {
     struct vm_config *c = *state;
-    static const char text[] = "{\"cpus\": 2, \"memory\": \"1G\", \"initrd\": \"one\", \"name\": \"file\","
-                               " \"disk\": [{\"path\": \"a\"}, \"path=b,readonly=on\"],"
-                               " \"net\": {\"type\": \"user\", \"hostfwd\": \"tcp::1-:1\"}}";
+    static const char text[] =
+        "{\"cpus\": 2, \"memory\": \"1G\", \"initrd\": \"one\", \"name\": \"file\","
+        " \"disk\": [{\"path\": \"a\"}, \"path=b,readonly=on\"],"
+        " \"net\": {\"type\": \"user\", \"hostfwd\": \"tcp::1-:1\"}}";
     assert_int_equal(vm_config_load_json(c, text, strlen(text), "vm.json"), 0);
     assert_int_equal(c->disk_count, 2);
     assert_true(c->disks[1].block.readonly);
@@ -453,13 +473,27 @@ static void test_round_trip(void **state)
 {
     struct vm_config *c = *state, again;
     static const char *const flags[][2] = {
-        {"name", "web"}, {"kernel", "vm \"linuz\"\n\xc3\xa9"}, {"initrd", "a"}, {"initrd", "b"}, {"cmdline", "console=ttyS0 x=\"y z\""},
-        {"cpus", "7"}, {"memory", "20484K"}, {"cpu-model", "x86-64-v2"}, {"engine", "interp"},
-        {"disk", "path=a,,b,readonly=on,cache=unsafe,serial=s"}, {"disk", "path=c"},
-        {"net", "user,hostfwd=tcp::1-:2,hostfwd=udp:127.0.0.1:3-1.2.3.4:5"}, {"net", "tap,ifname=t0,mac=02:00:00:00:00:01"},
-        {"device", "isa-debug-exit,iobase=0x502,iosize=4"}, {"device", "virtio-console,console=pty"},
-        {"device", "virtio-rng"}, {"device", "pc-testdev"}, {"console", "unix:/tmp/s"}, {"on-crash", "exit"},
-        {"stats", "s.json"}, {"log-level", "error"}};
+        {"name", "web"},
+        {"kernel", "vm \"linuz\"\n\xc3\xa9"},
+        {"initrd", "a"},
+        {"initrd", "b"},
+        {"cmdline", "console=ttyS0 x=\"y z\""},
+        {"cpus", "7"},
+        {"memory", "20484K"},
+        {"cpu-model", "x86-64-v2"},
+        {"engine", "interp"},
+        {"disk", "path=a,,b,readonly=on,cache=unsafe,serial=s"},
+        {"disk", "path=c"},
+        {"net", "user,hostfwd=tcp::1-:2,hostfwd=udp:127.0.0.1:3-1.2.3.4:5"},
+        {"net", "tap,ifname=t0,mac=02:00:00:00:00:01"},
+        {"device", "isa-debug-exit,iobase=0x502,iosize=4"},
+        {"device", "virtio-console,console=pty"},
+        {"device", "virtio-rng"},
+        {"device", "pc-testdev"},
+        {"console", "unix:/tmp/s"},
+        {"on-crash", "exit"},
+        {"stats", "s.json"},
+        {"log-level", "error"}};
     for (unsigned i = 0; i < ARRAY_SIZE(flags); i++)
         flag(c, flags[i][0], flags[i][1]);
     /* Every option takes part, so that a new one cannot be forgotten here. */
