@@ -202,11 +202,3 @@ char *vm_config_to_json(const struct vm_config *c)
     json_decref(root);
     return line;
 }
-
-bool vm_config_option(unsigned i, struct vm_config_option_info *out)
-{
-    if (i >= config_option_count)
-        return false;
-    *out = config_options[i].info;
-    return true;
-}

@@ -133,7 +133,7 @@ char *vm_config_to_json(const struct vm_config *c);
 struct vm_config_option_info {
     const char *name;     /* "memory": the flag --memory and the key "memory" */
     const char *argument; /* "SIZE" */
-    const char *help;     /* may have several lines */
+    const char *help;     /* may have several lines; valid until the next call in this thread */
     bool list;            /* may be given several times; an array in JSON */
 };
 bool vm_config_option(unsigned i, struct vm_config_option_info *out);

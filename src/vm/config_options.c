@@ -552,11 +552,8 @@ const struct config_option config_options[] = {
      set_memory,
      get_memory,
      NULL},
-    {{"cpu-model", "MODEL", "host, x86-64-v2, x86-64-v3 or x86-64-v4 (default host)", false},
-     set_cpu_model,
-     get_cpu_model,
-     NULL},
-    {{"engine", "ENGINE", "how processors run: auto or interp (default auto)", false},
+    {{"cpu-model", "MODEL", "%s (default host)", false}, set_cpu_model, get_cpu_model, NULL},
+    {{"engine", "ENGINE", "how processors run: %s (default auto)", false},
      set_engine,
      get_engine,
      NULL},
@@ -615,6 +612,37 @@ const struct config_option config_options[] = {
      NULL},
 };
 const unsigned config_option_count = ARRAY_SIZE(config_options);
+
+/* "a, b or c". */
+static void join(const char *const *names, char *out, size_t size)
+{
+    size_t n = 0;
+    out[0] = 0;
+    for (unsigned i = 0; names[i] && n < size; i++)
+        n += (size_t)snprintf(out + n, size - n, "%s%s",
+                              !i             ? ""
+                              : names[i + 1] ? ", "
+                                             : " or ",
+                              names[i]);
+}
+
+bool vm_config_option(unsigned i, struct vm_config_option_info *out)
+{
+    static _Thread_local char help[256];
+    char names[160];
+    if (i >= config_option_count)
+        return false;
+    *out = config_options[i].info;
+    const char *const *list = vm_config_names(out->name);
+    const char *place = strstr(out->help, "%s");
+    if (list && place) {
+        join(list, names, sizeof(names));
+        snprintf(help, sizeof(help), "%.*s%s%s", (int)(place - out->help), out->help, names,
+                 place + 2);
+        out->help = help;
+    }
+    return true;
+}
 
 int config_option_find(const char *name)
 {

@@ -9,6 +9,7 @@
 #include "vm/config_value.h"
 
 struct config_option {
+    /* In help, %s stands for the names of vm_config_names(name). */
     struct vm_config_option_info info;
     /* Reads one value (of a list: one element). 0, or a negative errno (logged, but for -ENOMEM).
      */
