@@ -1,0 +1,145 @@
+/*
+ * Differential tests of a processor engine: the same instructions from the same state on the host processor (the
+ * oracle) and in a Ringfort engine, and everything that user code can see compared.
+ *
+ *   diff_generate.c   makes cases: instructions and the state they start from
+ *   diff_host.c       runs them natively in a child process
+ *   diff_guest.c      runs them in a small Ringfort machine
+ *   diff_compare.c    compares and prints
+ *   difftest.c        the program: options, batches, minimizing, figures
+ *
+ * Both sides have the same user address space: two pages of code that cannot be written, and a window of data pages of
+ * different permissions that is mapped at several addresses. A case is a function of seed and number alone.
+ */
+#ifndef RINGFORT_TESTS_CPU_DIFF_H
+#define RINGFORT_TESTS_CPU_DIFF_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "isa/x86/state.h"
+
+/* ---- address space ---- */
+#define CODE_BASE 0x10000000u
+#define CODE_PAGES 2u           /* the page after them is not mapped */
+#define CODE_SIZE (CODE_PAGES * 4096u)
+#define CODE_FILL 0xcc          /* INT3 wherever there is no case */
+
+/* The window: its pages in order. Physical pages, or none. */
+#define WINDOW_PAGES 8u
+enum window_access { WINDOW_NONE, WINDOW_READ, WINDOW_WRITE };
+struct window_page {
+    uint8_t access;             /* enum window_access */
+    uint8_t page;               /* of the data pages */
+};
+extern const struct window_page window[WINDOW_PAGES];
+#define DATA_PAGES 5u
+#define DATA_SIZE (DATA_PAGES * 4096u)
+#define LINE 64u                /* memory is compared and restored in lines */
+#define DATA_LINES (DATA_SIZE / LINE)
+
+#define WINDOW_LOW 0x20000000ull
+#define WINDOW_HIGH 0x5a5a20000000ull       /* the same pages; out of reach in 32-bit code */
+#define EDGE_LOW 0xfffff000ull  /* data page 0 */
+#define EDGE_HIGH 0x100000000ull            /* data page 1 */
+
+/* ---- cases ---- */
+#define MAX_INSNS 48
+#define MAX_CODE 640
+
+struct case_insn {
+    uint16_t offset;            /* in code[] */
+    uint8_t length;
+    uint16_t mnemonic;
+};
+
+/* What user code sees of the processor. */
+struct cpu_view {
+    uint64_t gpr[16];
+    uint64_t rip, rflags;
+    uint64_t fs_base, gs_base;
+    struct x86_fpu fpu;         /* k, st, zmm, control and status; xinuse_hint unused */
+};
+
+struct cpu_case {
+    uint64_t number;
+    uint8_t code_size;          /* 8: 64-bit mode, 4: compatibility mode */
+    uint16_t start;             /* of code[] in the code pages */
+    uint16_t bytes;             /* of code[] */
+    uint16_t insns;
+    struct case_insn insn[MAX_INSNS];
+    uint8_t code[MAX_CODE];
+    bool skip_xsave_header;     /* XSAVE stores what the host's own bookkeeping says: not compared */
+    struct cpu_view in;
+};
+
+enum case_end { END_FAULT, END_TIMEOUT, END_SYSTEM_CALL, END_CRASH };
+
+struct cpu_result {
+    uint8_t end;                /* enum case_end; the rest is valid with END_FAULT */
+    uint8_t vector;
+    uint32_t error;
+    uint64_t cr2;
+    struct cpu_view out;
+    /* Lines of data memory that are not as they were. */
+    uint64_t changed[DATA_LINES / 64];
+    uint8_t line[DATA_LINES][LINE];         /* valid where changed says so */
+};
+_Static_assert(DATA_LINES % 64 == 0, "one bit for each line");
+
+/* ---- random numbers: splitmix64 ---- */
+struct rng { uint64_t state; };
+static inline uint64_t rng64(struct rng *r)
+{
+    uint64_t z = r->state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+static inline unsigned rng_below(struct rng *r, unsigned n) { return (unsigned)((rng64(r) >> 32) * n >> 32); }
+static inline bool rng_percent(struct rng *r, unsigned percent) { return rng_below(r, 100) < percent; }
+#define RNG_PICK(r, array) ((array)[rng_below((r), sizeof(array) / sizeof((array)[0]))])
+
+/* ---- generator (diff_generate.c) ---- */
+#define BATCH 64u               /* consecutive cases that start from the same data memory */
+
+struct generate_options {
+    uint64_t seed;
+    unsigned percent32;         /* of cases in compatibility mode */
+    unsigned max_insns;         /* instructions of a case before fix-ups; 0: the usual mix */
+    const char *only;           /* mnemonics, comma-separated: each case has one of them; NULL: all */
+};
+void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_t number);
+/* Data memory that case number starts from. */
+void generate_data(uint8_t data[DATA_SIZE], uint64_t seed, uint64_t number);
+
+/* ---- the host processor (diff_host.c) ---- */
+struct host;
+/* NULL with a reason on stderr; *skip: the host lacks something that the test needs. */
+struct host *host_create(bool *skip);
+void host_destroy(struct host *h);
+/* The data memory for the cases that follow. */
+void host_set_data(struct host *h, const uint8_t data[DATA_SIZE]);
+/*
+ * Runs count ≤ BATCH cases in order, each from the data memory as set. host_start() returns at once, cases may then be
+ * reused; host_finish() waits for the results of as many cases.
+ */
+void host_start(struct host *h, const struct cpu_case *cases, unsigned count);
+void host_finish(struct host *h, struct cpu_result *results);
+
+/* ---- the engine (diff_guest.c) ---- */
+struct guest;
+struct guest *guest_create(const char *engine, const char *model);
+void guest_destroy(struct guest *g);
+void guest_set_data(struct guest *g, const uint8_t data[DATA_SIZE]);
+void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *result);
+uint64_t guest_instructions(const struct guest *g);
+
+/* ---- comparison (diff_compare.c) ---- */
+/* True when equal. text: NULL, or where differences are described (always terminated). */
+bool compare_results(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest, char *text,
+                     size_t size);
+void print_case(const struct cpu_case *c);
+
+#endif

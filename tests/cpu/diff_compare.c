@@ -1,0 +1,191 @@
+/*
+ * What has to be equal, and how differences and cases are shown.
+ *
+ * What is not compared, and why:
+ *   - RFLAGS: IF, IOPL, ID and VIP/VIF are the system's. RF in the frame of a fault says how the processor got there.
+ *   - The P bit of a page fault at a supervisor address: Linux sets it always, so that programs learn nothing.
+ *   - x87 error pointers without a pending exception: AMD's processors do not let the kernel see them, and FNSTENV shows
+ *     them until the next context switch.
+ *   - XSTATE_BV as stored by XSAVE and what it governs, in cases with such instructions: the host's own tracking.
+ */
+#include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/util.h"
+#include "diff.h"
+#include "isa/x86/insn.h"
+
+#define FLAGS_COMPARED (RFLAGS_ARITH | RFLAGS_DF | RFLAGS_TF | RFLAGS_NT | RFLAGS_AC)
+#define USER_END 0x7ffffffff000ull
+#define VECTOR_PF 14
+#define FSW_ES 0x80u
+
+static const char *const gpr_name[16] = { "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
+                                          "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15" };
+
+struct report {
+    char *text;
+    size_t size, used;
+    bool equal;
+};
+
+static void differ(struct report *r, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static void differ(struct report *r, const char *format, ...)
+{
+    va_list args;
+    int n;
+
+    r->equal = false;
+    if (!r->text || r->used >= r->size)
+        return;
+    va_start(args, format);
+    n = vsnprintf(r->text + r->used, r->size - r->used, format, args);
+    va_end(args);
+    r->used += n > 0 ? (size_t)n : 0;
+}
+
+static void number(struct report *r, const char *name, uint64_t host, uint64_t guest)
+{
+    if (host != guest)
+        differ(r, "  %-8s host %016" PRIx64 " engine %016" PRIx64 "\n", name, host, guest);
+}
+
+static void hex(char *out, const uint8_t *bytes, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)        /* as a number: the highest byte first */
+        sprintf(out + 2 * i, "%02x", bytes[n - 1 - i]);
+}
+
+static void bytes(struct report *r, const char *name, unsigned index, const uint8_t *host, const uint8_t *guest, unsigned n)
+{
+    char h[2 * 64 + 1], g[2 * 64 + 1];
+
+    if (memcmp(host, guest, n) == 0)
+        return;
+    hex(h, host, n);
+    hex(g, guest, n);
+    differ(r, "  %s%-5u host   %s\n  %s%-5u engine %s\n", name, index, h, name, index, g);
+}
+
+static void compare_fpu(struct report *r, const struct x86_fpu *host, const struct x86_fpu *guest)
+{
+    if (memcmp(host->zmm, guest->zmm, sizeof(host->zmm)))
+        for (unsigned i = 0; i < 32; i++)
+            bytes(r, "zmm", i, host->zmm[i], guest->zmm[i], 64);
+    for (unsigned i = 0; i < 8; i++) {
+        bytes(r, "k", i, (const uint8_t *)&host->k[i], (const uint8_t *)&guest->k[i], 8);
+        bytes(r, "st", i, host->st[i], guest->st[i], 10);
+    }
+    number(r, "fcw", host->fcw, guest->fcw);
+    number(r, "fsw", host->fsw, guest->fsw);
+    number(r, "ftw", host->ftw, guest->ftw);
+    if (host->fsw & guest->fsw & FSW_ES) {
+        number(r, "fop", host->fop, guest->fop);
+        number(r, "fip", host->fip, guest->fip);
+        number(r, "fdp", host->fdp, guest->fdp);
+    }
+    number(r, "mxcsr", host->mxcsr, guest->mxcsr);
+}
+
+static const char *end_name(unsigned end)
+{
+    static const char *const name[] = { "fault", "timeout", "system call", "crash" };
+    return name[end];
+}
+
+static void compare_data(struct report *r, const struct cpu_result *host, const struct cpu_result *guest)
+{
+    for (unsigned i = 0; i < DATA_LINES; i++) {
+        bool h = host->changed[i / 64] >> (i % 64) & 1, g = guest->changed[i / 64] >> (i % 64) & 1;
+
+        if (h && g)
+            bytes(r, "data ", i * LINE, host->line[i], guest->line[i], LINE);
+        else if (h != g)
+            differ(r, "  data %u changed only on the %s\n", i * LINE, h ? "host" : "engine");
+    }
+}
+
+bool compare_results(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest, char *text,
+                     size_t size)
+{
+    struct report r = { .text = text, .size = size, .equal = true };
+
+    if (text && size)
+        *text = 0;
+    if (host->end != guest->end) {
+        differ(&r, "  end      host %s engine %s\n", end_name(host->end), end_name(guest->end));
+        return false;
+    }
+    number(&r, "vector", host->vector, guest->vector);
+    if (host->vector == guest->vector) {
+        uint32_t error = host->error ^ guest->error;
+
+        if (host->vector == VECTOR_PF && host->cr2 >= USER_END)
+            error &= ~1u;
+        if (error)
+            number(&r, "error", host->error, guest->error);
+        if (host->vector == VECTOR_PF)
+            number(&r, "cr2", host->cr2, guest->cr2);
+    }
+    for (unsigned i = 0; i < 16; i++)
+        number(&r, gpr_name[i], host->out.gpr[i], guest->out.gpr[i]);
+    number(&r, "rip", host->out.rip, guest->out.rip);
+    number(&r, "rflags", host->out.rflags & FLAGS_COMPARED, guest->out.rflags & FLAGS_COMPARED);
+    number(&r, "fs base", host->out.fs_base, guest->out.fs_base);
+    number(&r, "gs base", host->out.gs_base, guest->out.gs_base);
+    compare_fpu(&r, &host->out.fpu, &guest->out.fpu);
+    if (!c->skip_xsave_header)
+        compare_data(&r, host, guest);
+    return r.equal;
+}
+
+/* ---- showing ---- */
+
+static void print_insn(const struct cpu_case *c, const struct case_insn *i)
+{
+    char text[128];
+
+    x86_format(text, sizeof(text), c->code + i->offset, i->length, c->code_size, CODE_BASE + c->start + i->offset);
+    printf("  %08x  %-44s", CODE_BASE + c->start + i->offset, text);
+    for (unsigned k = 0; k < i->length; k++)
+        printf(" %02x", c->code[i->offset + k]);
+    putchar('\n');
+}
+
+void print_case(const struct cpu_case *c)
+{
+    const struct cpu_view *v = &c->in;
+    const struct x86_fpu *f = &v->fpu;
+    char text[2 * 64 + 1];
+
+    for (unsigned i = 0; i < c->insns; i++)
+        print_insn(c, &c->insn[i]);
+    for (unsigned i = 0; i < 16; i++)
+        printf("  %-3s %016" PRIx64 "%s", gpr_name[i], v->gpr[i], i % 4 == 3 ? "\n" : "");
+    printf("  rflags %" PRIx64 " fs %" PRIx64 " gs %" PRIx64 " fcw %04x fsw %04x ftw %02x mxcsr %04x\n", v->rflags,
+           v->fs_base, v->gs_base, f->fcw, f->fsw, f->ftw, f->mxcsr);
+    for (unsigned i = 0; i < c->insns; i++) {
+        struct x86_insn insn;
+        bool gp;
+
+        if (x86_decode(&insn, c->code + c->insn[i].offset, c->insn[i].length, c->code_size, &gp))
+            continue;
+        for (unsigned k = 0; k < insn.operands; k++) {
+            const struct x86_operand *o = &insn.operand[k];
+
+            if (o->kind == OPERAND_VEC) {
+                hex(text, f->zmm[o->reg], o->size);
+                printf("  v%-2u %s\n", o->reg, text);
+            } else if (o->kind == OPERAND_K) {
+                printf("  k%u  %016" PRIx64 "\n", o->reg, f->k[o->reg]);
+            } else if (o->kind == OPERAND_ST || o->kind == OPERAND_MM) {
+                hex(text, f->st[o->reg], 10);
+                printf("  st%u %s\n", o->reg, text);
+            }
+        }
+        if (insn.mask_reg)
+            printf("  k%u  %016" PRIx64 "\n", insn.mask_reg, f->k[insn.mask_reg]);
+    }
+}

@@ -1,0 +1,324 @@
+/*
+ * Compares an engine with the host processor on random cases.
+ *
+ * Batches go through two stages side by side: the child process runs one natively while the engine runs the
+ * one before. A case that differs is cut down to the instructions that matter and shown. Exit status: 0 all equal, 1
+ * differences, 2 something failed, 77 the host cannot do it.
+ */
+#include <Zydis/Zydis.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "diff.h"
+#include "engine/engine.h"
+
+#define SKIPPED 77
+#define DIFFERENCE_TEXT 16384
+
+struct options {
+    struct generate_options generate;
+    const char *engine, *model;
+    uint64_t first, count;
+    double seconds;
+    unsigned shown;             /* differences to show */
+    bool one, minimize, progress;
+};
+
+struct batch {
+    unsigned count;
+    uint8_t data[DATA_SIZE];
+    struct cpu_case c[BATCH];
+};
+
+static struct host *host;
+static struct guest *guest;
+static struct batch batches[2];
+static struct cpu_result guest_result;
+static uint64_t compared, skipped, differences;
+static uint32_t generated[ZYDIS_MNEMONIC_MAX_VALUE + 1], differing[ZYDIS_MNEMONIC_MAX_VALUE + 1];
+static uint64_t by_vector[32];
+
+static double now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+/* ---- one case by itself; data memory is set on both sides ---- */
+
+static bool run_alone(const struct cpu_case *c, char *text, size_t size)
+{
+    static struct cpu_result h;
+
+    host_start(host, c, 1);
+    host_finish(host, &h);
+    if (h.end != END_FAULT) {
+        snprintf(text, size, "  the native side does not end with a fault\n");
+        return true;
+    }
+    guest_run(guest, c, &guest_result);
+    return compare_results(c, &h, &guest_result, text, size);
+}
+
+/* Replaces one instruction after the other by NOPs, as long as the case still differs. */
+static void minimize(struct cpu_case *c, char *text, size_t size)
+{
+    for (unsigned i = c->insns; i-- > 0;) {
+        struct case_insn saved = c->insn[i];
+        uint8_t bytes[16];
+
+        if (saved.offset + saved.length > c->bytes)
+            continue;
+        memcpy(bytes, c->code + saved.offset, saved.length);
+        memset(c->code + saved.offset, 0x90, saved.length);
+        if (run_alone(c, text, size))
+            memcpy(c->code + saved.offset, bytes, saved.length);
+        else
+            c->insn[i].mnemonic = ZYDIS_MNEMONIC_NOP;
+    }
+    run_alone(c, text, size);
+}
+
+/* For showing: without what became NOPs. */
+static void drop_nops(struct cpu_case *c)
+{
+    unsigned n = 0;
+
+    for (unsigned i = 0; i < c->insns; i++)
+        if (c->insn[i].mnemonic != ZYDIS_MNEMONIC_NOP)
+            c->insn[n++] = c->insn[i];
+    c->insns = (uint16_t)n;
+}
+
+/* Differences found while the native side is busy wait here. */
+#define PENDING 16
+static struct pending {
+    struct cpu_case c;
+    uint8_t data[DATA_SIZE];
+    char text[DIFFERENCE_TEXT];
+} pending[PENDING];
+static unsigned pendings;
+
+static void difference(const struct options *o, const struct batch *b, const struct cpu_case *c, const char *text)
+{
+    struct pending *p = &pending[pendings];
+
+    if (differences++ >= o->shown || pendings == PENDING)
+        return;
+    p->c = *c;
+    memcpy(p->data, b->data, DATA_SIZE);
+    snprintf(p->text, sizeof(p->text), "%s", text);
+    pendings++;
+}
+
+static void show(const struct options *o, struct pending *p)
+{
+    char *text = p->text;
+
+    printf("difference: --seed %" PRIu64 " --case %" PRIu64 "\n", o->generate.seed, p->c.number);
+    if (o->minimize) {
+        static char again[DIFFERENCE_TEXT];
+
+        host_set_data(host, p->data);
+        guest_set_data(guest, p->data);
+        if (run_alone(&p->c, again, sizeof(again))) {
+            printf("  equal when it runs alone, so what ran before matters\n");
+        } else {
+            minimize(&p->c, text, sizeof(p->text));
+            drop_nops(&p->c);
+        }
+    }
+    if (p->c.insns)
+        differing[p->c.insn[p->c.insns - 1].mnemonic]++;
+    print_case(&p->c);
+    fputs(text, stdout);
+    fflush(stdout);
+}
+
+static void show_pending(const struct options *o)
+{
+    for (unsigned i = 0; i < pendings; i++)
+        show(o, &pending[i]);
+    pendings = 0;
+}
+
+/* ---- batches ---- */
+
+static void make_batch(const struct options *o, struct batch *b, uint64_t first, uint64_t last)
+{
+    uint64_t end = (first / BATCH + 1) * BATCH;
+
+    if (end > last)
+        end = last;
+    b->count = (unsigned)(end - first);
+    generate_data(b->data, o->generate.seed, first);
+    for (unsigned i = 0; i < b->count; i++) {
+        generate_case(&b->c[i], &o->generate, first + i);
+        for (unsigned k = 0; k < b->c[i].insns; k++)
+            generated[b->c[i].insn[k].mnemonic]++;
+    }
+}
+
+static void compare_batch(const struct options *o, const struct batch *b, const struct cpu_result *results)
+{
+    static char text[DIFFERENCE_TEXT];
+
+    guest_set_data(guest, b->data);
+    for (unsigned i = 0; i < b->count; i++) {
+        if (results[i].end != END_FAULT) {
+            if (results[i].end == END_CRASH)
+                printf("native side crashed: --seed %" PRIu64 " --case %" PRIu64 "\n", o->generate.seed, b->c[i].number);
+            skipped++;
+            continue;
+        }
+        guest_run(guest, &b->c[i], &guest_result);
+        compared++;
+        if (results[i].vector < 32)
+            by_vector[results[i].vector]++;
+        if (!compare_results(&b->c[i], &results[i], &guest_result, text, sizeof(text)))
+            difference(o, b, &b->c[i], text);
+    }
+}
+
+static void run(const struct options *o)
+{
+    static struct cpu_result results[BATCH];
+    uint64_t next = o->first, last = o->first + o->count;
+    double start = now(), shown = start;
+    unsigned turn = 0;
+
+    make_batch(o, &batches[0], next, last);
+    next += batches[0].count;
+    host_set_data(host, batches[0].data);
+    host_start(host, batches[0].c, batches[0].count);
+    for (bool more = true; more; turn ^= 1) {
+        struct batch *b = &batches[turn], *following = &batches[turn ^ 1];
+
+        more = next < last && (o->seconds <= 0 || now() - start < o->seconds);
+        if (more) {
+            make_batch(o, following, next, last);
+            next += following->count;
+        }
+        host_finish(host, results);
+        show_pending(o);
+        if (more) {
+            host_set_data(host, following->data);
+            host_start(host, following->c, following->count);
+        }
+        compare_batch(o, b, results);
+        if (o->progress && now() - shown > 2) {
+            shown = now();
+            fprintf(stderr, "%" PRIu64 " cases, %" PRIu64 " differences, %.0f/s\n", compared, differences,
+                    (double)compared / (shown - start));
+        }
+    }
+    show_pending(o);
+}
+
+/* ---- the program ---- */
+
+static void print_figures(const struct options *o, double seconds)
+{
+    unsigned mnemonics = 0, ends = 0;
+    uint64_t insns = 0;
+
+    for (unsigned i = 1; i <= ZYDIS_MNEMONIC_MAX_VALUE; i++) {
+        mnemonics += generated[i] != 0;
+        insns += generated[i];
+        if (differing[i])
+            printf("  %6u %s\n", differing[i], ZydisMnemonicGetString((ZydisMnemonic)i));
+    }
+    printf("ended by");
+    for (unsigned i = 0; i < 32; i++)
+        if (by_vector[i]) {
+            printf("%s #%u %" PRIu64, ends++ ? "," : "", i, by_vector[i]);
+        }
+    printf("\nengine %s, model %s, seed %" PRIu64 ", first case %" PRIu64 ": %" PRIu64 " cases compared, %" PRIu64
+           " skipped, %" PRIu64 " instructions of %u mnemonics, %.1f s, %" PRIu64 " differences\n",
+           o->engine, o->model, o->generate.seed, o->first, compared, skipped, insns, mnemonics, seconds, differences);
+}
+
+static void print_mnemonics(void)
+{
+    for (unsigned i = 1; i <= ZYDIS_MNEMONIC_MAX_VALUE; i++)
+        if (generated[i])
+            printf("%8u %s\n", generated[i], ZydisMnemonicGetString((ZydisMnemonic)i));
+}
+
+static const char help[] =
+    "Usage: difftest [--engine NAME] [--model NAME] [--seed N|random] [--first N] [--count N] [--case N] [--seconds S]\n"
+    "                [--percent32 P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
+    "                [--mnemonics]\n";
+
+static uint64_t parse_number(const char *text)
+{
+    char *end;
+    uint64_t v = strtoull(text, &end, 0);
+
+    if (!*text || *end) {
+        fprintf(stderr, "difftest: '%s' is no number\n%s", text, help);
+        exit(2);
+    }
+    return v;
+}
+
+int main(int argc, char **argv)
+{
+    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS };
+    static const struct option names[] = {
+        { "engine", 1, 0, ENGINE }, { "model", 1, 0, MODEL }, { "seed", 1, 0, SEED }, { "first", 1, 0, FIRST },
+        { "count", 1, 0, COUNT }, { "case", 1, 0, CASE }, { "seconds", 1, 0, SECONDS }, { "percent32", 1, 0, PERCENT32 },
+        { "max-insns", 1, 0, MAX }, { "only", 1, 0, ONLY }, { "show", 1, 0, SHOW }, { "no-minimize", 0, 0, NO_MINIMIZE },
+        { "progress", 0, 0, PROGRESS }, { "mnemonics", 0, 0, MNEMONICS }, { 0 },
+    };
+    struct options o = { .engine = "interp", .model = "host", .count = 20000, .shown = 20, .minimize = true };
+    bool skip, mnemonics = false;
+    double start;
+
+    o.generate = (struct generate_options){ .seed = 1, .percent32 = 15 };
+    for (int c; (c = getopt_long(argc, argv, "", names, NULL)) != -1;) {
+        switch (c) {
+        case ENGINE: o.engine = optarg; break;
+        case MODEL: o.model = optarg; break;
+        case SEED: o.generate.seed = strcmp(optarg, "random") ? parse_number(optarg) : (uint64_t)time(NULL); break;
+        case FIRST: o.first = parse_number(optarg); break;
+        case COUNT: o.count = parse_number(optarg); break;
+        case CASE: o.first = parse_number(optarg), o.count = 1, o.one = true; break;
+        case SECONDS: o.seconds = (double)parse_number(optarg); break;
+        case PERCENT32: o.generate.percent32 = (unsigned)parse_number(optarg); break;
+        case MAX: o.generate.max_insns = (unsigned)parse_number(optarg); break;
+        case ONLY: o.generate.only = optarg; break;
+        case SHOW: o.shown = (unsigned)parse_number(optarg); break;
+        case NO_MINIMIZE: o.minimize = false; break;
+        case PROGRESS: o.progress = true; break;
+        case MNEMONICS: mnemonics = true; break;
+        default: fputs(help, stderr); return 2;
+        }
+    }
+    if (optind < argc || o.count == 0) {
+        fputs(help, stderr);
+        return 2;
+    }
+    host = host_create(&skip);
+    if (!host)
+        return skip ? SKIPPED : 2;
+    guest = guest_create(o.engine, o.model);
+    start = now();
+    run(&o);
+    if (mnemonics)
+        print_mnemonics();
+    if (o.one && !differences) {
+        print_case(&batches[0].c[0]);
+        printf("equal\n");
+    }
+    print_figures(&o, now() - start);
+    guest_destroy(guest);
+    host_destroy(host);
+    return differences ? 1 : 0;
+}
