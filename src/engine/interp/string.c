@@ -207,13 +207,14 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
     }
     for (;;) {
         uint64_t count = x86_get_gpr(cpu, RCX, w.addr_size);
+        bool single = cpu->s.rflags & RFLAGS_TF;        /* traps after each element */
         unsigned budget;
 
         if (count == 0)
             NEXT;
         /* Look up from time to time, so that interrupts wait no longer than for a few pages. */
-        for (budget = 64; budget && count; budget--) {
-            uint64_t n = step(&w, op->sub, count);
+        for (budget = single ? 1 : 64; budget && count; budget--) {
+            uint64_t n = step(&w, op->sub, single ? 1 : count);
 
             count -= n;
             x86_set_gpr(cpu, RCX, count, w.addr_size);
@@ -222,7 +223,7 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
             if (n > 1)
                 budget = budget > 16 ? budget - 15 : 1;
         }
-        if (count && (atomic_load_explicit(&cpu->request, memory_order_relaxed) || (cpu->s.rflags & RFLAGS_TF))) {
+        if (count && (single || atomic_load_explicit(&cpu->request, memory_order_relaxed))) {
             cpu->insns += op->n;
             return NULL;        /* s.rip is this instruction: it goes on later */
         }

@@ -82,6 +82,15 @@ void x86_raise_non_canonical(struct x86_cpu *cpu, gva_t va)
     x86_raise_error(cpu, through_ss ? X86_SS : X86_GP, 0);
 }
 
+/* An access that ends beyond the canonical addresses raises for that before its first page is looked at. */
+static void check_end(struct x86_cpu *cpu, gva_t va, unsigned len)
+{
+    gva_t last = va + len - 1;
+
+    if (x86_canonical(cpu, va) && !x86_canonical(cpu, last))
+        x86_raise_non_canonical(cpu, last & GUEST_PAGE_MASK);
+}
+
 /* ---- devices ---- */
 
 static uint64_t mmio_read(struct x86_cpu *cpu, gpa_t gpa, unsigned size)
@@ -208,6 +217,8 @@ uint64_t x86_read_slow(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, unsig
     uint64_t value = 0;
 
     check_alignment(cpu, set, va, size);
+    if (size > first)
+        check_end(cpu, va, size);
     x86_translate(cpu, set, va, ACCESS_READ, &p[0]);
     if (size <= first)
         return load_operand(cpu, &p[0], size);
@@ -223,6 +234,8 @@ void x86_write_slow(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, uint64_t
     unsigned first = room(va);
 
     check_alignment(cpu, set, va, size);
+    if (size > first)
+        check_end(cpu, va, size);
     x86_translate(cpu, set, va, ACCESS_WRITE, &p[0]);
     if (size <= first) {
         store_operand(cpu, &p[0], value, size);
@@ -241,6 +254,8 @@ static unsigned translate_block(struct x86_cpu *cpu, struct tlb_set *set, gva_t 
     unsigned n = 0;
 
     check_alignment(cpu, set, va, len);
+    if (len > room(va))
+        check_end(cpu, va, len);
     while (len) {
         unsigned part = MIN(len, room(va));
         x86_translate(cpu, set, va, access, &p[n++]);

@@ -7,8 +7,10 @@
  */
 #include <cpuid.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <ucontext.h>
 
 #include "base/log.h"
 #include "base/util.h"
@@ -63,12 +65,14 @@ static enum native_kind kind_of(const struct x86_insn *insn)
 {
     bool vec = has_operand(insn, OPERAND_VEC);
 
-    if (insn->isa_ext == ZYDIS_ISA_EXT_X87)
+    if (insn->isa_ext == ZYDIS_ISA_EXT_X87 || insn->mnemonic == ZYDIS_MNEMONIC_FISTTP)
         return NATIVE_X87;
     if (insn->has_evex || has_operand(insn, OPERAND_K))
         return NATIVE_AVX512;
     switch (insn->mnemonic) {
     case ZYDIS_MNEMONIC_LDMXCSR: case ZYDIS_MNEMONIC_STMXCSR:
+    /* From memory to an MMX register: no vector register to tell. */
+    case ZYDIS_MNEMONIC_CVTPS2PI: case ZYDIS_MNEMONIC_CVTTPS2PI: case ZYDIS_MNEMONIC_CVTPD2PI: case ZYDIS_MNEMONIC_CVTTPD2PI:
         return NATIVE_SSE;
     case ZYDIS_MNEMONIC_VLDMXCSR: case ZYDIS_MNEMONIC_VSTMXCSR: case ZYDIS_MNEMONIC_VZEROUPPER:
     case ZYDIS_MNEMONIC_VZEROALL:
@@ -219,7 +223,7 @@ const struct native_insn *native_prepare(const struct x86_insn *insn)
 {
     struct entry *e, **head = &cache[hash(insn)];
 
-    if (!computes(insn) || x86_classify(insn) != X86_INNOCUOUS)
+    if (!computes(insn))
         return NULL;
     pthread_mutex_lock(&lock);
     for (e = *head; e; e = e->next)
@@ -293,6 +297,48 @@ static void check_available(struct x86_cpu *cpu, const struct x86_insn *insn, co
         unavailable(cpu, n->kind);
 }
 
+/*
+ * ---- unmasked SIMD exceptions ----
+ * Which exceptions an operation has when some are unmasked cannot be told from what it does when all are masked. So a
+ * stub runs with the guest's masks; when the host raises, the signal handler makes it go on behind the
+ * instruction, which has changed nothing but MXCSR's flags.
+ */
+static __thread const struct native_insn *volatile running;
+static __thread volatile bool raised;
+static struct sigaction previous_action;
+
+static void on_sigfpe(int number, siginfo_t *info, void *context)
+{
+    greg_t *rip = &((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP];
+    const struct native_insn *n = running;
+
+    if (n && (uint64_t)n->resume - (uint64_t)*rip <= X86_MAX_INSN) {
+        raised = true;
+        *rip = (greg_t)n->resume;
+        return;
+    }
+    /* Not ours: it happens again, with whoever was here before. */
+    sigaction(SIGFPE, &previous_action, NULL);
+}
+
+static void catch_sigfpe(void)
+{
+    struct sigaction action = { .sa_sigaction = on_sigfpe, .sa_flags = SA_SIGINFO | SA_RESTART };
+
+    sigaction(SIGFPE, &action, &previous_action);
+}
+
+static __attribute__((noinline, cold)) void run_unmasked(struct x86_cpu *cpu, const struct native_insn *n, void *mem)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+    pthread_once(&once, catch_sigfpe);
+    raised = false;
+    running = n;
+    n->stub(cpu, mem);
+    running = NULL;
+}
+
 /* Runs the stub. An unmasked SIMD exception leaves everything as it was but MXCSR's flags, and is raised. */
 static void run(struct x86_cpu *cpu, const struct native_insn *n, void *mem)
 {
@@ -303,28 +349,16 @@ static void run(struct x86_cpu *cpu, const struct native_insn *n, void *mem)
     if (!n->raises_simd) {
         n->stub(cpu, mem);
     } else {
-        uint32_t unmasked = ~(fpu->mxcsr >> 7) & 0x3f;
-
         cpu->native_mxcsr_host = 0x1f80;
-        cpu->native_mxcsr_in = (fpu->mxcsr | 0x1f80) & ~0x3fu;
-        if (likely(!unmasked)) {
+        cpu->native_mxcsr_in = fpu->mxcsr;
+        if (likely((fpu->mxcsr & 0x1f80) == 0x1f80)) {
             n->stub(cpu, mem);
-            fpu->mxcsr |= cpu->native_mxcsr_out & 0x3f;
+            fpu->mxcsr = cpu->native_mxcsr_out;
         } else {
-            struct x86_fpu saved = *fpu;
-            uint64_t gpr[16];
-            uint32_t arith = cpu->arith;
-
-            memcpy(gpr, cpu->s.gpr, sizeof(gpr));
-            n->stub(cpu, mem);
-            if (cpu->native_mxcsr_out & unmasked) {
-                *fpu = saved;
-                memcpy(cpu->s.gpr, gpr, sizeof(gpr));
-                cpu->arith = arith;
-                fpu->mxcsr |= cpu->native_mxcsr_out & 0x3f;
+            run_unmasked(cpu, n, mem);
+            fpu->mxcsr = cpu->native_mxcsr_out;
+            if (raised)
                 x86_raise(cpu, cpu->s.cr4 & CR4_OSXMMEXCPT ? X86_XM : X86_UD);
-            }
-            fpu->mxcsr |= cpu->native_mxcsr_out & 0x3f;
         }
     }
     if (n->uses_fx)
@@ -362,8 +396,6 @@ static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const s
 static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n)
 {
     gva_t va = x86_linear(cpu, insn, n->mem_size, n->mem_write);
-    /* A store must not happen when the instruction then raises #XM. */
-    bool direct = !(n->mem_write && n->raises_simd);
     uint8_t buf[256] __attribute__((aligned(64)));
     void *p;
 
@@ -372,13 +404,13 @@ static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, co
     if (n->masked) {
         /* All of it there: nothing to suppress. Otherwise the faults of the elements decide. */
         p = tlb_lookup(cpu->tlb, va, n->mem_size, n->mem_write ? TLB_WRITE : TLB_READ);
-        if (p && direct && !n->compressed)
+        if (p && !n->compressed)
             run(cpu, n, p);
         else
             run_masked(cpu, insn, n, va);
         return;
     }
-    p = direct ? x86_host_pointer(cpu, va, n->mem_size, n->mem_write ? ACCESS_WRITE : ACCESS_READ) : NULL;
+    p = x86_host_pointer(cpu, va, n->mem_size, n->mem_write ? ACCESS_WRITE : ACCESS_READ);
     if (likely(p != NULL)) {
         run(cpu, n, p);
         return;

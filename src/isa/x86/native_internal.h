@@ -14,6 +14,7 @@ typedef void native_special_fn(struct x86_cpu *cpu, const struct x86_insn *insn)
 struct native_insn {
     native_stub *stub;          /* NULL with special */
     native_special_fn *special;
+    const uint8_t *resume;      /* in the stub: behind the guest's instruction */
     uint8_t kind;               /* enum native_kind */
     bool uses_fx;               /* x87 or MMX registers */
     bool raises_simd;           /* reads MXCSR: may raise #XM */
@@ -29,10 +30,10 @@ struct native_insn {
 };
 
 /*
- * Emits the stub for insn (n->kind, uses_fx, raises_simd are set). NULL: out of code memory (logged), or registers.
- * Caller holds the cache's lock.
+ * Emits the stub for insn (n->kind, uses_fx, raises_simd are set) and sets n->resume. NULL: out of code memory (logged), or
+ * registers. Caller holds the cache's lock.
  */
-native_stub *native_emit(const struct x86_insn *insn, const struct native_insn *n);
+native_stub *native_emit(const struct x86_insn *insn, struct native_insn *n);
 void native_code_free(void);
 
 /* Instructions done in C; NULL: not one. */

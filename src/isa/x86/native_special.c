@@ -129,13 +129,29 @@ static void fnstenv(struct x86_cpu *cpu, const struct x86_insn *insn)
     update_summary(f);
 }
 
+/*
+ * st[] is in stack order: when TOP changes and the registers stay, their places move. old_top: what st[] is in order of;
+ * fsw has the new one.
+ */
+static void restack(struct x86_fpu *f, unsigned old_top)
+{
+    unsigned top = f->fsw >> 11 & 7;
+    uint8_t st[8][16];
+
+    memcpy(st, f->st, sizeof(st));
+    for (unsigned i = 0; i < 8; i++)
+        memcpy(f->st[(old_top + i - top) & 7], st[i], sizeof(st[i]));
+}
+
 static void fldenv(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
-    unsigned size = environment_size(insn);
+    struct x86_fpu *f = &cpu->s.fpu;
+    unsigned size = environment_size(insn), top = f->fsw >> 11 & 7;
     uint8_t env[28];
 
     x86_read_bytes(cpu, x86_linear(cpu, insn, size, false), env, size);
-    get_environment(&cpu->s.fpu, env, size);
+    get_environment(f, env, size);
+    restack(f, top);
 }
 
 static void reset_x87(struct x86_fpu *f)
@@ -148,24 +164,19 @@ static void reset_x87(struct x86_fpu *f)
     f->fcs = f->fds = 0;
 }
 
-/*
- * Stack order follows TOP: after it changed, the physical registers stay where they are, so their places in st[]
- * move. The images of FNSAVE and FRSTOR are in stack order too.
- */
+/* The images of FNSAVE and FRSTOR are in stack order, too. */
 static void fnsave(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     struct x86_fpu *f = &cpu->s.fpu;
     unsigned size = environment_size(insn), top = f->fsw >> 11 & 7;
-    uint8_t image[28 + 80], physical[8][16];
+    uint8_t image[28 + 80];
 
     put_environment(f, image, size);
-    for (unsigned i = 0; i < 8; i++) {
+    for (unsigned i = 0; i < 8; i++)
         memcpy(image + size + i * 10, f->st[i], 10);
-        memcpy(physical[(top + i) & 7], f->st[i], 16);
-    }
     x86_write_bytes(cpu, x86_linear(cpu, insn, size + 80, true), image, size + 80);
-    memcpy(f->st, physical, sizeof(f->st));
     reset_x87(f);
+    restack(f, top);
 }
 
 static void frstor(struct x86_cpu *cpu, const struct x86_insn *insn)
@@ -250,7 +261,7 @@ static void vmaskmov(struct x86_cpu *cpu, const struct x86_insn *insn)
 static void maskmov_bytes(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     bool mmx = insn->mnemonic == ZYDIS_MNEMONIC_MASKMOVQ;
-    unsigned size = mmx ? 8 : 16, source = 0, selector = 1;
+    unsigned size = mmx ? 8 : 16, source = 0, selector = 1, top;
     const uint8_t *vector, *mask;
     gva_t va;
 
@@ -260,8 +271,10 @@ static void maskmov_bytes(struct x86_cpu *cpu, const struct x86_insn *insn)
     selector = source + 1;
     while (insn->operand[selector].kind == OPERAND_MEM)
         selector++;
-    vector = mmx ? cpu->s.fpu.st[insn->operand[source].reg] : cpu->s.fpu.zmm[insn->operand[source].reg];
-    mask = mmx ? cpu->s.fpu.st[insn->operand[selector].reg] : cpu->s.fpu.zmm[insn->operand[selector].reg];
+    /* MMX registers are the physical ones. */
+    top = cpu->s.fpu.fsw >> 11 & 7;
+    vector = mmx ? cpu->s.fpu.st[(insn->operand[source].reg - top) & 7] : cpu->s.fpu.zmm[insn->operand[source].reg];
+    mask = mmx ? cpu->s.fpu.st[(insn->operand[selector].reg - top) & 7] : cpu->s.fpu.zmm[insn->operand[selector].reg];
     va = x86_seg_linear(cpu, insn->mem.seg, x86_get_gpr(cpu, RDI, insn->addr_size), size, true);
     for (unsigned i = 0; i < size; i++)
         if (mask[i] >> 7)
@@ -270,9 +283,10 @@ static void maskmov_bytes(struct x86_cpu *cpu, const struct x86_insn *insn)
         if (mask[i] >> 7)
             x86_write8(cpu, va + i, vector[i]);
     if (mmx) {
-        /* As every MMX instruction: all registers valid, TOP 0; physical registers are st[] in MMX's order then. */
+        /* As every MMX instruction: all registers valid, TOP 0. */
         cpu->s.fpu.fsw &= (uint16_t)~0x3800;
         cpu->s.fpu.ftw = 0xff;
+        restack(&cpu->s.fpu, top);
     }
 }
 

@@ -246,7 +246,7 @@ static bool is_vp2intersect(const struct x86_insn *insn)
     return insn->mnemonic == ZYDIS_MNEMONIC_VP2INTERSECTD || insn->mnemonic == ZYDIS_MNEMONIC_VP2INTERSECTQ;
 }
 
-native_stub *native_emit(const struct x86_insn *insn, const struct native_insn *n)
+native_stub *native_emit(const struct x86_insn *insn, struct native_insn *n)
 {
     static const uint8_t p_candidates[] = { R15, R14, R11, R10, R9, R8, RBP };
     static const uint8_t low[] = { RSI, RDI, RBX, RCX, RDX, RAX };
@@ -329,6 +329,7 @@ native_stub *native_emit(const struct x86_insn *insn, const struct native_insn *
             gpr_p(&e, 0x8b, r == RSP ? t : r, offsetof(struct x86_cpu, s.gpr) + r * 8);
 
     copy_insn(&e, insn, m, t);
+    n->resume = code.exec + (e.at - code.write);
 
     for (unsigned r = 0; r < 16; r++)
         if (written & 1u << r)
