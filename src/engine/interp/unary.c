@@ -164,51 +164,72 @@ static __attribute__((noinline, cold)) _Noreturn void divide_error(struct x86_cp
     x86_raise(cpu, X86_DE);
 }
 
-/* Checked before, so that the host does not fault. Division leaves its flags as the host's does. */
+/* With the guest's flags, which the host leaves undefined in its own way. What would fault has been found before. */
+#define DEFINE_DIVISION(name, bits) \
+    static inline void run_##name##bits(struct x86_cpu *cpu, uint##bits##_t b) \
+    { \
+        uint64_t lo = R64(RAX_), hi = R64(RDX_), f = cpu->arith; \
+        __asm__("xchgq %%rax, %[f]\n\t" LOAD_FLAGS "xchgq %%rax, %[f]\n\t" #name SFX##bits " %[b]\n\t" \
+                "movq %%rax, %[f]" SAVE_FLAGS \
+                : "+&a"(lo), "+&d"(hi), [f] "+&r"(f) \
+                : [b] "r"(b) \
+                : "cc"); \
+        cpu->arith = (uint16_t)lo; \
+        SET##bits(RAX_, f); \
+        SET##bits(RDX_, hi); \
+    }
 #define DEFINE_DIVIDE(bits, uwide, swide) \
+    DEFINE_DIVISION(div, bits) \
+    DEFINE_DIVISION(idiv, bits) \
     static inline void multiply_div##bits(struct x86_cpu *cpu, const struct op *op, uint##bits##_t b) \
     { \
-        uint##bits##_t lo = R##bits(RAX_), hi = R##bits(RDX_); \
-        if (unlikely(hi >= b)) \
+        if (unlikely(R##bits(RDX_) >= b)) \
             divide_error(cpu, op); \
-        uwide n = (uwide)hi << bits | lo; \
-        SET##bits(RAX_, (uint##bits##_t)(n / b)); \
-        SET##bits(RDX_, (uint##bits##_t)(n % b)); \
+        run_div##bits(cpu, b); \
     } \
     static inline void multiply_idiv##bits(struct x86_cpu *cpu, const struct op *op, uint##bits##_t b) \
     { \
         swide n = (swide)((uwide)R##bits(RDX_) << bits | R##bits(RAX_)), d = (int##bits##_t)b; \
         if (unlikely(d == 0 || (d == -1 && n == (swide)((uwide)1 << (2 * bits - 1))))) \
             divide_error(cpu, op); \
-        swide q = n / d; \
-        if (unlikely(q != (swide)(int##bits##_t)q)) \
+        /* Dividing twice costs; most dividends are no wider than the quotient, which then fits but for one case. */ \
+        if (unlikely(n != (swide)(int##bits##_t)n || d == -1) && n / d != (swide)(int##bits##_t)(n / d)) \
             divide_error(cpu, op); \
-        swide r = n % d; \
-        SET##bits(RAX_, (uint##bits##_t)q); \
-        SET##bits(RDX_, (uint##bits##_t)r); \
+        run_idiv##bits(cpu, b); \
     }
 DEFINE_DIVIDE(16, uint32_t, int32_t)
 DEFINE_DIVIDE(32, uint64_t, int64_t)
 DEFINE_DIVIDE(64, unsigned __int128, __int128)
 
+#define DEFINE_DIVISION8(name) \
+    static inline void run_##name##8(struct x86_cpu *cpu, uint8_t b) \
+    { \
+        uint64_t ax = R64(RAX_), f = cpu->arith; \
+        __asm__("xchgq %%rax, %[f]\n\t" LOAD_FLAGS "xchgq %%rax, %[f]\n\t" #name "b %[b]\n\t" \
+                "movq %%rax, %[f]" SAVE_FLAGS \
+                : "+&a"(ax), [f] "+&r"(f) \
+                : [b] "q"(b) \
+                : "cc"); \
+        cpu->arith = (uint16_t)ax; \
+        SET16(RAX_, f); \
+    }
+DEFINE_DIVISION8(div)
+DEFINE_DIVISION8(idiv)
+
 static inline void multiply_div8(struct x86_cpu *cpu, const struct op *op, uint8_t b)
 {
-    uint16_t n = R16(RAX_);
-
-    if (unlikely(n >> 8 >= b))
+    if (unlikely(R16(RAX_) >> 8 >= b))
         divide_error(cpu, op);
-    SET16(RAX_, (uint16_t)((n % b) << 8 | n / b));
+    run_div8(cpu, b);
 }
 
 static inline void multiply_idiv8(struct x86_cpu *cpu, const struct op *op, uint8_t b)
 {
     int n = (int16_t)R16(RAX_), d = (int8_t)b;
 
-    if (unlikely(d == 0))
+    if (unlikely(d == 0 || n / d != (int8_t)(n / d)))
         divide_error(cpu, op);
-    if (unlikely(n / d != (int8_t)(n / d)))
-        divide_error(cpu, op);
-    SET16(RAX_, (uint16_t)((n % d) << 8 | ((n / d) & 0xff)));
+    run_idiv8(cpu, b);
 }
 
 #define DEFINE_MULDIV(name, bits, call) \

@@ -21,12 +21,15 @@
 
 /* ---- running one op from translated code ---- */
 
+/* Unmasked exceptions are found by the interpreter's way of running vector instructions. */
+static bool masks_all(const struct x86_cpu *cpu) { return (cpu->s.fpu.mxcsr & 0x1f80) == 0x1f80; }
+
 /* Behind the copy of an op: it came to its end. */
 static const struct op *op_finished(struct x86_cpu *cpu, const struct op *op)
 {
     struct block *b = op->aux;
 
-    if (unlikely(b->dead)) {
+    if (unlikely(b->dead || !masks_all(cpu))) {
         cpu->s.rip = op->rip;
         return NULL;
     }
@@ -89,6 +92,8 @@ static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
     unsigned i = op->rip & (TRANSLATE_JUMPS - 1);
     const struct op *next;
 
+    if (unlikely(!masks_all(cpu) || cpu->simd_trap != t->simd_trap))
+        NEXT;
     jumps->tag[i] = -op->rip;
     jumps->code[i] = b->code;
     t->jumps_now = jumps;
@@ -108,7 +113,12 @@ static const struct op *op_warm_up(struct x86_cpu *cpu, const struct op *op)
     struct translator *t = translator_of(cpu);
     struct block *b = op->aux;
 
-    if (unlikely(++b->heat == t->threshold) && translate_block(t, b)) {
+    /* Vector instructions are translated on the ground of what the control registers allow. */
+    if (unlikely(cpu->simd_trap != t->simd_trap)) {
+        t->simd_trap = cpu->simd_trap;
+        t->it.flush_wanted = true;
+    }
+    if (unlikely(++b->heat == t->threshold) && !t->it.flush_wanted && translate_block(t, b)) {
         b->op[0].fn = op_enter;
         GO(op);
     }
@@ -203,6 +213,8 @@ static int translate_create(struct vcpu *vcpu)
     t->tlb_mask = (uint64_t)(TLB_ENTRIES - 1) << GUEST_PAGE_SHIFT;
     t->jump_mask = TRANSLATE_JUMPS - 1;
     t->page_mask = GUEST_PAGE_MASK;
+    for (unsigned i = 0; i < ARRAY_SIZE(t->aligned_mask); i++)
+        t->aligned_mask[i] = GUEST_PAGE_MASK | ((1u << i) - 1);
     t->jumps = calloc(2, sizeof(*t->jumps));
     t->work = translate_work_create();
     if (!t->jumps || !t->work)
@@ -214,6 +226,7 @@ static int translate_create(struct vcpu *vcpu)
     empty_jumps(t);
     t->it.block_hooks = &block_hooks;
     err = interp_setup(&t->it, vcpu, &cpu_hooks);
+    t->it.cpu.native_mxcsr_host = 0x1f80;
 out:
     if (err) {
         if (err == -ENOMEM)

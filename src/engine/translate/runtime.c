@@ -13,6 +13,10 @@ static const uint8_t mapped[][2] = {
     { RDI, H_RDI }, { R8, H_R8 },   { R9, H_R9 },   { R12, H_R12 }, { R13, H_R13 }, { R14, H_R14 },
 };
 
+/*
+ * Translated code runs with the guest's MXCSR, all of whose exceptions are masked then; C code with the default one and
+ * clean upper halves.
+ */
 static void spill(struct assembler *a)
 {
     for (unsigned i = 0; i < ARRAY_SIZE(mapped); i++)
@@ -21,10 +25,15 @@ static void spill(struct assembler *a)
     asm_byte(a, 0x0f), asm_byte(a, 0x90), asm_byte(a, 0xc0);            /* seto %al */
     asm_byte(a, 0x0f), asm_byte(a, 0xb7), asm_byte(a, 0xc0);            /* movzwl %ax, %eax */
     asm_gs(a, false, 0x89, H_RAX, CPU_GS(arith));
+    asm_gs(a, false, 0x0fae, 3, CPU_GS(s.fpu.mxcsr));                   /* stmxcsr */
+    asm_gs(a, false, 0x0fae, 2, CPU_GS(native_mxcsr_host));             /* ldmxcsr */
+    if (__builtin_cpu_supports("avx"))
+        asm_byte(a, 0xc5), asm_byte(a, 0xf8), asm_byte(a, 0x77);        /* vzeroupper */
 }
 
 static void reload(struct assembler *a)
 {
+    asm_gs(a, false, 0x0fae, 2, CPU_GS(s.fpu.mxcsr));
     asm_gs(a, false, 0x8b, H_RAX, CPU_GS(arith));
     asm_byte(a, 0x04), asm_byte(a, 0x7f);                               /* add $0x7f, %al */
     asm_byte(a, 0x9e);                                                  /* sahf */

@@ -48,6 +48,8 @@ struct translator {
     uint64_t tlb_mask;          /* PEXT masks */
     uint64_t jump_mask;
     uint64_t page_mask;
+    uint64_t aligned_mask[7];   /* by log2 of the size: page_mask and the bits that an aligned address has not */
+    uint8_t simd_trap;          /* cpu.simd_trap that translations were made for */
     uint64_t saved_rcx, saved_code;
     struct translation *work;   /* the block being translated */
     uint64_t host_rsp;

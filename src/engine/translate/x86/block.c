@@ -9,42 +9,10 @@
  */
 #include <stdlib.h>
 
-#include "engine/translate/translate.h"
+#include "engine/translate/x86/translation.h"
 
-#define T_GS(field) offsetof(struct translator, field)
-#define CPU_GS(field) offsetof(struct x86_cpu, field)
-
-/* Scratch registers. */
-#define T H_R10
-#define A H_R11
-
-#define MAX_STUBS 160
-/* What one translation takes from the block arena at most: an op pair or a chain for each stub and instruction. */
-#define MAX_ARENA ((MAX_STUBS + 64) * 2 * sizeof(struct op))
-
-/* An exit or slow path, emitted behind the block. */
-struct stub {
-    uint8_t *jump;              /* rel32 that leads to it */
-    uint8_t *back;              /* where it continues; NULL: it leaves */
-    enum { STUB_OP, STUB_EXIT_OP, STUB_CHAIN, STUB_AT } kind;
-    const struct op *op;
-    uint64_t target;            /* guest address */
-};
-
-struct translation {
-    struct translator *t;
-    struct block *b;
-    struct assembler a;
-    struct stub stub[MAX_STUBS];
-    unsigned stubs;
-    bool failed;
-};
-
-/* Host register of a guest register, or H_NONE: in memory. */
-static const uint8_t host_of[16] = { H_RAX, H_RCX, H_RDX, H_RBX, H_R15, H_RBP, H_RSI, H_RDI,
-                                     H_R8,  H_R9,  H_NONE, H_NONE, H_R12, H_R13, H_R14, H_NONE };
-
-static void add_stub(struct translation *x, int kind, uint8_t *jump, uint8_t *back, const struct op *op, uint64_t target)
+void translate_add_stub(struct translation *x, enum stub_kind kind, uint8_t *jump, uint8_t *back, const struct op *op,
+                        uint64_t target)
 {
     if (x->stubs == MAX_STUBS) {
         x->failed = true;
@@ -58,8 +26,7 @@ static void add_stub(struct translation *x, int kind, uint8_t *jump, uint8_t *ba
 static void save_rcx(struct translation *x) { asm_store_gs(&x->a, H_RCX, T_GS(saved_rcx)); }
 static void restore_rcx(struct translation *x) { asm_load_gs(&x->a, H_RCX, T_GS(saved_rcx)); }
 
-/* T := linear address of the memory operand. False: a form that is left to the interpreter. */
-static bool emit_address(struct translation *x, const struct x86_insn *insn, uint64_t next)
+bool translate_address(struct translation *x, const struct x86_insn *insn, uint64_t next)
 {
     const struct x86_mem *m = &insn->mem;
     struct assembler *a = &x->a;
@@ -71,14 +38,14 @@ static bool emit_address(struct translation *x, const struct x86_insn *insn, uin
         asm_mov_imm(a, T, next + (uint64_t)m->disp);
     } else {
         if (m->base < 16) {
-            base = host_of[m->base];
+            base = translate_host_of[m->base];
             if (base == H_NONE) {
                 asm_load_gs(a, T, gpr_offset(m->base));
                 base = T;
             }
         }
         if (m->index < 16) {
-            index = host_of[m->index];
+            index = translate_host_of[m->index];
             if (index == H_NONE) {
                 asm_load_gs(a, A, gpr_offset(m->index));
                 index = A;
@@ -96,8 +63,7 @@ static bool emit_address(struct translation *x, const struct x86_insn *insn, uin
     return true;
 }
 
-/* T: linear address → host pointer. Returns the jump of the miss, to be bound by add_stub(). A is destroyed. */
-static uint8_t *emit_check(struct translation *x, unsigned size, enum tlb_kind kind)
+uint8_t *translate_check(struct translation *x, unsigned size, enum tlb_kind kind, bool aligned)
 {
     struct assembler *a = &x->a;
     uint8_t *hit, *miss;
@@ -108,8 +74,9 @@ static uint8_t *emit_check(struct translation *x, unsigned size, enum tlb_kind k
     asm_lea(a, A, H_NONE, A, 2, 0);
     asm_lea(a, A, H_RCX, A, 3, 0);
     asm_mem(a, true, 0x8b, H_RCX, A, H_NONE, 0, (int32_t)(offsetof(struct tlb_entry, tag) + kind * 8));
-    asm_lea(a, H_RCX, H_RCX, T, 0, (int32_t)size - 1);
-    asm_pext_gs(a, H_RCX, H_RCX, T_GS(page_mask));
+    /* The offset's last byte inside the page: no bit from 12 on. Aligned operands cannot cross; low bits must be 0. */
+    asm_lea(a, H_RCX, H_RCX, T, 0, aligned ? 0 : (int32_t)size - 1);
+    asm_pext_gs(a, H_RCX, H_RCX, aligned ? T_GS(aligned_mask) + (unsigned)__builtin_ctz(size) * 8 : T_GS(page_mask));
     hit = asm_jrcxz(a);
     restore_rcx(x);
     miss = asm_jmp(a);
@@ -126,6 +93,7 @@ static void emit_op(struct translation *x, const struct op *op)
     const struct op *single = translate_single(x->t, op, x->b);
     uint8_t *call;
 
+    x->vectors_noted = false;
     asm_mov_imm(&x->a, A, (uint64_t)(uintptr_t)single);
     call = asm_call(&x->a);
     if (!x->a.full)
@@ -220,7 +188,7 @@ struct renamed {
 
 static bool rename_operand(const struct x86_operand *o, unsigned *free_scratch, struct renamed *r)
 {
-    r->host = host_of[o->reg];
+    r->host = translate_host_of[o->reg];
     r->guest = -1;
     r->write = o->write;
     if (r->host != H_NONE)
@@ -287,11 +255,11 @@ static bool emit_copied(struct translation *x, const struct x86_insn *insn, cons
     /* SPL, BPL, SIL, DIL need a REX prefix that the original has; R8B… bring theirs. */
 
     if (mem && mem->size) {
-        if (mem->size > 8 || !emit_address(x, insn, op->rip + op->len)) {
+        if (mem->size > 8 || !translate_address(x, insn, op->rip + op->len)) {
             x->a.at = start;
             return false;
         }
-        miss = emit_check(x, mem->size, mem->write ? TLB_WRITE : TLB_READ);
+        miss = translate_check(x, mem->size, mem->write ? TLB_WRITE : TLB_READ, false);
     }
     if (reg.guest >= 0)
         asm_load_gs(&x->a, reg.host, gpr_offset((unsigned)reg.guest));
@@ -303,7 +271,7 @@ static bool emit_copied(struct translation *x, const struct x86_insn *insn, cons
     if (rm.guest >= 0 && rm.write)
         asm_store_gs(&x->a, rm.host, gpr_offset((unsigned)rm.guest));
     if (miss)
-        add_stub(x, STUB_OP, miss, x->a.at, op, 0);
+        translate_add_stub(x, STUB_OP, miss, x->a.at, op, 0);
     return true;
 }
 
@@ -311,12 +279,12 @@ static bool emit_lea(struct translation *x, const struct x86_insn *insn, const s
 {
     const struct x86_operand *d = &insn->operand[0];
     struct x86_insn flat = *insn;
-    unsigned host = host_of[d->reg];
+    unsigned host = translate_host_of[d->reg];
 
     if (d->size < 4)
         return false;
     flat.mem.seg = SEG_DS;
-    if (!emit_address(x, &flat, op->rip + op->len))
+    if (!translate_address(x, &flat, op->rip + op->len))
         return false;
     if (host == H_NONE) {
         if (d->size == 4)
@@ -340,14 +308,14 @@ static bool emit_push(struct translation *x, const struct x86_insn *insn, const 
     if (insn->op_size != 8 || (o->kind != OPERAND_GPR && o->kind != OPERAND_IMM))
         return false;
     asm_lea(a, T, H_R15, H_NONE, 0, -8);
-    miss = emit_check(x, 8, TLB_WRITE);
+    miss = translate_check(x, 8, TLB_WRITE, false);
     if (o->kind == OPERAND_IMM) {
         asm_rex(a, true, 0, 0, T, false);
         asm_byte(a, 0xc7);
         asm_byte(a, T & 7);
         asm_u32(a, (uint32_t)insn->imm[o->reg]);
     } else {
-        host = host_of[o->reg];
+        host = translate_host_of[o->reg];
         if (host == H_NONE) {
             asm_load_gs(a, A, gpr_offset(o->reg));
             host = A;
@@ -355,7 +323,7 @@ static bool emit_push(struct translation *x, const struct x86_insn *insn, const 
         asm_mem(a, true, 0x89, host, T, H_NONE, 0, 0);
     }
     asm_lea(a, H_R15, H_R15, H_NONE, 0, -8);
-    add_stub(x, STUB_OP, miss, a->at, op, 0);
+    translate_add_stub(x, STUB_OP, miss, a->at, op, 0);
     return true;
 }
 
@@ -368,15 +336,15 @@ static bool emit_pop(struct translation *x, const struct x86_insn *insn, const s
     if (insn->op_size != 8 || o->kind != OPERAND_GPR)
         return false;
     asm_mov(a, T, H_R15);
-    miss = emit_check(x, 8, TLB_READ);
+    miss = translate_check(x, 8, TLB_READ, false);
     asm_lea(a, H_R15, H_R15, H_NONE, 0, 8);
-    if (host_of[o->reg] == H_NONE) {
+    if (translate_host_of[o->reg] == H_NONE) {
         asm_mem(a, true, 0x8b, A, T, H_NONE, 0, 0);
         asm_store_gs(a, A, gpr_offset(o->reg));
     } else {
-        asm_mem(a, true, 0x8b, host_of[o->reg], T, H_NONE, 0, 0);
+        asm_mem(a, true, 0x8b, translate_host_of[o->reg], T, H_NONE, 0, 0);
     }
-    add_stub(x, STUB_OP, miss, a->at, op, 0);
+    translate_add_stub(x, STUB_OP, miss, a->at, op, 0);
     return true;
 }
 
@@ -388,10 +356,10 @@ static bool emit_leave(struct translation *x, const struct x86_insn *insn, const
     if (insn->op_size != 8)
         return false;
     asm_mov(a, T, H_RBP);
-    miss = emit_check(x, 8, TLB_READ);
+    miss = translate_check(x, 8, TLB_READ, false);
     asm_lea(a, H_R15, H_RBP, H_NONE, 0, 8);
     asm_mem(a, true, 0x8b, H_RBP, T, H_NONE, 0, 0);
-    add_stub(x, STUB_OP, miss, a->at, op, 0);
+    translate_add_stub(x, STUB_OP, miss, a->at, op, 0);
     return true;
 }
 
@@ -409,11 +377,11 @@ static void emit_goto(struct translation *x, const struct op *op, uint64_t targe
         asm_gs(a, false, 0x8b, H_RCX, CPU_GS(request));
         none = asm_jrcxz(a);
         restore_rcx(x);
-        add_stub(x, STUB_AT, asm_jmp(a), NULL, op, target);
+        translate_add_stub(x, STUB_AT, asm_jmp(a), NULL, op, target);
         asm_set_short(none, a->at);
         restore_rcx(x);
     }
-    add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, target);
+    translate_add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, target);
 }
 
 /* T: guest target. Finds its code (in A afterwards) or gives the op to the interpreter, nothing having changed. */
@@ -426,7 +394,7 @@ static void emit_lookup(struct translation *x, const struct op *op)
     asm_gs(a, false, 0x8b, H_RCX, CPU_GS(request));
     none = asm_jrcxz(a);
     restore_rcx(x);
-    add_stub(x, STUB_EXIT_OP, asm_jmp(a), NULL, op, 0);
+    translate_add_stub(x, STUB_EXIT_OP, asm_jmp(a), NULL, op, 0);
     asm_set_short(none, a->at);
     asm_pext_gs(a, A, T, T_GS(jump_mask));
     asm_load_gs(a, H_RCX, T_GS(jumps_now));
@@ -435,7 +403,7 @@ static void emit_lookup(struct translation *x, const struct op *op)
     asm_lea(a, H_RCX, H_RCX, T, 0, 0);
     hit = asm_jrcxz(a);
     restore_rcx(x);
-    add_stub(x, STUB_EXIT_OP, asm_jmp(a), NULL, op, 0);
+    translate_add_stub(x, STUB_EXIT_OP, asm_jmp(a), NULL, op, 0);
     asm_set_short(hit, a->at);
     restore_rcx(x);
     asm_mem(a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct jump_table, code));
@@ -455,7 +423,7 @@ static bool emit_return(struct translation *x, const struct x86_insn *insn, cons
     if (op->fn != op_ret)
         return false;
     asm_mov(a, T, H_R15);
-    add_stub(x, STUB_EXIT_OP, emit_check(x, 8, TLB_READ), NULL, op, 0);
+    translate_add_stub(x, STUB_EXIT_OP, translate_check(x, 8, TLB_READ, false), NULL, op, 0);
     asm_mem(a, true, 0x8b, T, T, H_NONE, 0, 0);
     emit_lookup(x, op);
     asm_lea(a, H_R15, H_R15, H_NONE, 0, (int32_t)(8 + op->imm));
@@ -470,15 +438,15 @@ static bool emit_branch_operand(struct translation *x, const struct x86_insn *in
     const struct x86_operand *o = &insn->operand[0];
 
     if (o->kind == OPERAND_GPR) {
-        if (host_of[o->reg] == H_NONE)
+        if (translate_host_of[o->reg] == H_NONE)
             asm_load_gs(&x->a, T, gpr_offset(o->reg));
         else
-            asm_mov(&x->a, T, host_of[o->reg]);
+            asm_mov(&x->a, T, translate_host_of[o->reg]);
         return true;
     }
-    if (!emit_address(x, insn, op->rip + op->len))
+    if (!translate_address(x, insn, op->rip + op->len))
         return false;
-    add_stub(x, STUB_EXIT_OP, emit_check(x, 8, TLB_READ), NULL, op, 0);
+    translate_add_stub(x, STUB_EXIT_OP, translate_check(x, 8, TLB_READ, false), NULL, op, 0);
     asm_mem(&x->a, true, 0x8b, T, T, H_NONE, 0, 0);
     return true;
 }
@@ -491,7 +459,7 @@ static void emit_push_return(struct translation *x, const struct op *op, bool sa
     if (saved)
         asm_store_gs(a, A, T_GS(saved_code));
     asm_lea(a, T, H_R15, H_NONE, 0, -8);
-    add_stub(x, STUB_EXIT_OP, emit_check(x, 8, TLB_WRITE), NULL, op, 0);
+    translate_add_stub(x, STUB_EXIT_OP, translate_check(x, 8, TLB_WRITE, false), NULL, op, 0);
     asm_mov_imm(a, A, op->rip + op->len);
     asm_mem(a, true, 0x89, A, T, H_NONE, 0, 0);
     asm_lea(a, H_R15, H_R15, H_NONE, 0, -8);
@@ -530,7 +498,7 @@ static void emit_end(struct translation *x, const struct x86_insn *insn, const s
 
     if (op->fn == op_end) {
         emit_count(x, op->n, T);
-        add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, op->imm);
+        translate_add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, op->imm);
         return;
     }
     if (cc >= 0) {
@@ -541,7 +509,7 @@ static void emit_end(struct translation *x, const struct x86_insn *insn, const s
         emit_goto(x, op, op->imm);
         if (!a->full)
             asm_set_target(other, a->at);
-        add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, op->rip + op->len);
+        translate_add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, op->rip + op->len);
         return;
     }
     if (op->fn == op_jmp) {
@@ -564,7 +532,7 @@ static void emit_end(struct translation *x, const struct x86_insn *insn, const s
     /* All else is the interpreter's, which goes on from there. */
     a->at = start;
     x->stubs = stubs;
-    add_stub(x, STUB_EXIT_OP, asm_jmp(a), NULL, op, 0);
+    translate_add_stub(x, STUB_EXIT_OP, asm_jmp(a), NULL, op, 0);
 }
 
 static void emit_stubs(struct translation *x)
@@ -621,6 +589,7 @@ bool translate_block(struct translator *t, struct block *b)
     x->b = b;
     x->stubs = 0;
     x->failed = false;
+    x->vectors_noted = false;
     x->a = (struct assembler){ .at = start, .end = t->code.write + t->code.size };
 
     for (unsigned i = 1; i < b->ops; i++) {
@@ -644,6 +613,8 @@ bool translate_block(struct translator *t, struct block *b)
         if (op->fn == op_nop)
             continue;
         if (emit_copied(x, &insn, op))
+            continue;
+        if (translate_vector(x, &insn, op))
             continue;
         if (insn.mnemonic == ZYDIS_MNEMONIC_LEA && emit_lea(x, &insn, op))
             continue;
