@@ -16,8 +16,8 @@
 #include "engine/translate/translate.h"
 
 #define CODE_SIZE MIB(48)
-/* Times that a block is interpreted before it is translated. */
-#define THRESHOLD 12
+/* Most code that runs at all runs once; what has run a dozen times tends to run thousands of times. */
+unsigned translate_threshold = 12;
 
 /* ---- running one op from translated code ---- */
 
@@ -209,7 +209,7 @@ static int translate_create(struct vcpu *vcpu)
     memset(t, 0, sizeof(*t));
     vcpu->data = t;
     t->self = t;
-    t->threshold = THRESHOLD;
+    t->threshold = translate_threshold;
     t->tlb_mask = (uint64_t)(TLB_ENTRIES - 1) << GUEST_PAGE_SHIFT;
     t->jump_mask = TRANSLATE_JUMPS - 1;
     t->page_mask = GUEST_PAGE_MASK;
