@@ -209,6 +209,7 @@ static void on_code_written(void *opaque, gpa_t page)
 static void make_vcpu(struct guest *g, const struct x86_cpu_model *model)
 {
     g->group = soft_group_create(&g->machine);
+    translate_threshold = 1;    /* everything is translated, if that is the engine */
     g->vcpu = (struct vcpu){ .machine = &g->machine, .lapic = irqchip_lapic(g->chip, 0), .model = model, .count = 1,
                              .group = g->group, .tsc_hz = 1000000000, .engine = g->engine };
     if (!g->group || g->engine->vcpu_create(&g->vcpu))
