@@ -29,7 +29,8 @@
 #define PC_STRINGS_SIZE 0x10000
 #define PC_BASE_MEMORY_END 0x9FC00
 #define PC_ACPI_BASE 0xE0000
-#define PC_ACPI_SIZE 0x20000
+#define PC_ACPI_SIZE 0x1F000
+#define PC_RESET_VECTOR 0xFFFF0
 #define PC_EXTENDED_MEMORY 0x100000
 
 /* Selectors of the descriptor table at PC_GDT, as Linux's 64-bit boot protocol wants them. */

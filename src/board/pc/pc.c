@@ -166,6 +166,25 @@ static int write_acpi(struct pc *pc, const struct pc_config *cfg)
     return 0;
 }
 
+/*
+ * Code at F000:FFF0, where a guest jumps in real mode that wants the firmware to restart the machine. Linux does
+ * so on a hardware-reduced machine without EFI, and tries the ACPI reset register not even once.
+ */
+static int write_reset_vector(struct pc *pc)
+{
+    static const uint8_t code[] = {
+        0xba, POWER_RESET & 0xff, POWER_RESET >> 8, /* mov dx, POWER_RESET */
+        0xb0, POWER_RESET_VALUE,                    /* mov al, POWER_RESET_VALUE */
+        0xee,                                       /* out dx, al */
+        0xfa,                                       /* cli */
+        0xf4,                                       /* hlt */
+        0xeb, 0xfc,                                 /* jmp to the cli */
+    };
+    _Static_assert(PC_RESET_VECTOR + sizeof(code) <= PC_EXTENDED_MEMORY, "below 1 MiB");
+    _Static_assert(PC_ACPI_BASE + PC_ACPI_SIZE <= PC_RESET_VECTOR, "no table lies there");
+    return memory_write(&pc->machine->memory, PC_RESET_VECTOR, code, sizeof(code));
+}
+
 int pc_load_kernel(struct pc *pc, const struct pc_config *cfg, struct x86_entry *entry)
 {
     struct memory *mem = &pc->machine->memory;
@@ -182,5 +201,7 @@ int pc_load_kernel(struct pc *pc, const struct pc_config *cfg, struct x86_entry 
         err = pc_boot_setup(pc, cfg, &kernel, !again, entry);
     if (!err)
         err = write_acpi(pc, cfg);
+    if (!err)
+        err = write_reset_vector(pc);
     return err;
 }
