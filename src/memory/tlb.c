@@ -2,16 +2,13 @@
  * The soft TLB's maintenance: see tlb.h for what an entry means.
  *
  * Runs in the thread of the vCPU that owns the set. A tag of zero is the cheapest one
- * that misses: it could only match page 0, whose index is 0, so a set is cleared by filling it with
- * zeros and giving entry 0 alone its proper tags.
+ * that misses: it could only match page 0, whose index is 0, or, where an access wraps around the end of the address
+ * space, the last page. So a set is cleared by filling it with zeros and giving the first and the last entry alone
+ * their proper tags.
  */
 #include "memory/tlb.h"
 
 #include <string.h>
-
-static const struct tlb_entry first_empty = {
-    .tag = {-(1ull << GUEST_PAGE_SHIFT), -(1ull << GUEST_PAGE_SHIFT), -(1ull << GUEST_PAGE_SHIFT)},
-};
 
 void tlb_flush_index(struct tlb_set *set, unsigned index)
 {
@@ -21,13 +18,14 @@ void tlb_flush_index(struct tlb_set *set, unsigned index)
 
 void tlb_init(struct tlb_set *set)
 {
-    set->entry[0] = first_empty;
+    tlb_flush_index(set, 0);
+    tlb_flush_index(set, TLB_ENTRIES - 1);
 }
 
 void tlb_flush(struct tlb_set *set)
 {
     memset(set, 0, sizeof(*set));
-    set->entry[0] = first_empty;
+    tlb_init(set);
 }
 
 /* Whether any kind of the entry is for this page. */
