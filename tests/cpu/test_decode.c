@@ -84,7 +84,7 @@ static void on_signal(int sig, siginfo_t *info, void *context)
 static void try_host(const uint8_t *bytes, unsigned n, unsigned code_size)
 {
     uint64_t selector = code_size == 8 ? CODE64 : code_size == 4 ? CODE32 : CODE16;
-    uint8_t *start = BOUNDARY - n;
+    uint8_t *volatile start = BOUNDARY - n;
 
     memcpy(start, bytes, n);
     memset(STACK_AREA + STACK_SIZE / 2 - 256, 0, 512);

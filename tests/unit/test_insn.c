@@ -126,7 +126,7 @@ static const struct {
     { 4, "ea 78 56 34 12 08 00", ZYDIS_MNEMONIC_JMP, 7, 4, 4, "f8:12345678 " },
     { 4, "c4 00", ZYDIS_MNEMONIC_LES, 2, 4, 4, "r4:0 m6 " },
     { 4, "62 00", ZYDIS_MNEMONIC_BOUND, 2, 4, 4, "r4:0 m8 " },
-    { 4, "63 c8", ZYDIS_MNEMONIC_ARPL, 2, 2, 4, "r2:0 r2:1 " },
+    { 4, "63 c8", ZYDIS_MNEMONIC_ARPL, 2, 4, 4, "r2:0 r2:1 " },
     { 4, "1e", ZYDIS_MNEMONIC_PUSH, 1, 4, 4, "s:3 " },
     { 4, "d6", ZYDIS_MNEMONIC_SALC, 1, 1, 4, "" },
     { 4, "60", ZYDIS_MNEMONIC_PUSHAD, 1, 4, 4, "" },

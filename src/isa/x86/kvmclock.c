@@ -75,7 +75,7 @@ static void get_anchor(const struct x86_cpu *cpu, uint64_t *tsc, uint64_t *ns)
     elapsed = ticks_to_ns(now_tsc - anchor.tsc, cpu->tsc_hz);
     expected = anchor.ns + elapsed;
     stray = now_ns > expected ? now_ns - expected : expected - now_ns;
-    if (anchor.machine != cpu->machine || stray > STRAY_NS + elapsed / STRAY_PER_ELAPSED) {
+    if (anchor.machine != cpu->machine || now_tsc < anchor.tsc || stray > STRAY_NS + elapsed / STRAY_PER_ELAPSED) {
         anchor.machine = cpu->machine;
         anchor.tsc = now_tsc;
         anchor.ns = now_ns;

@@ -203,6 +203,12 @@ static void put_x87(const struct x86_cpu *cpu, uint8_t *image, bool rex_w)
     }
 }
 
+/* Processors keep the pointers as linear addresses. */
+static uint64_t sign_extend_48(uint64_t v)
+{
+    return (uint64_t)((int64_t)(v << 16) >> 16);
+}
+
 static void get_x87(struct x86_cpu *cpu, const uint8_t *image, bool rex_w)
 {
     struct x86_fpu *f = &cpu->s.fpu;
@@ -216,8 +222,8 @@ static void get_x87(struct x86_cpu *cpu, const uint8_t *image, bool rex_w)
     f->ftw = image[4];
     f->fop = load_le16(image + 6) & 0x7ff;
     if (rex_w) {
-        f->fip = load_le64(image + 8);
-        f->fdp = load_le64(image + 16);
+        f->fip = sign_extend_48(load_le64(image + 8));
+        f->fdp = sign_extend_48(load_le64(image + 16));
         f->fcs = f->fds = 0;
     } else {
         f->fip = load_le32(image + 8);
