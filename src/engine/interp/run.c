@@ -9,8 +9,21 @@
 #include "device/machine.h"
 #include "engine/interp/interp.h"
 
-/* Room for some 400,000 instructions; guests that need more are decoded anew from time to time. */
-#define ARENA_SIZE MIB(24)
+/*
+ * Decoded code of one vCPU. Decoding is quick: a kernel that boots runs as fast with 8 MiB (its code is decoded
+ * twice) as with 24. So the vCPUs share a budget. Translations are dear, and go with the blocks that they belong to.
+ */
+#define ARENA_BUDGET MIB(32)
+#define ARENA_MIN MIB(8)
+#define ARENA_MAX MIB(16)
+#define ARENA_TRANSLATED MIB(24)
+
+static size_t arena_size(const struct interp *it, unsigned vcpus)
+{
+    size_t share = ARENA_BUDGET / MAX(vcpus, 1u);
+
+    return it->block_hooks ? ARENA_TRANSLATED : MIN(MAX(share, ARENA_MIN), ARENA_MAX);
+}
 
 static void drop_code(struct x86_cpu *cpu, gpa_t gpa, unsigned len) { block_invalidate(interp_of(cpu), gpa, len); }
 
@@ -49,7 +62,7 @@ int interp_setup(struct interp *it, struct vcpu *vcpu, const struct x86_engine_h
     it->cpu.engine = it;
     it->soft.drop_code = drop_code;
     it->soft.drop_all = drop_all;
-    err = block_cache_init(it, ARENA_SIZE);
+    err = block_cache_init(it, arena_size(it, vcpu->count));
     return err ? err : soft_join(vcpu->group, &it->soft, &it->cpu);
 }
 
