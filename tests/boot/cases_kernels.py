@@ -105,7 +105,7 @@ def reset(folder):
     """A reboot from inside starts the same machine anew, with its disk as it was left."""
     disk = folder / "disk.img"
     disk.write_bytes(bytes(1 << 20))
-    command = ("n=$(dd if=/dev/vda bs=1 count=1 2>/dev/null); echo round [$n]; if [ $n = A ]; then poweroff -f; fi; "
+    command = ("n=$(dd if=/dev/vda bs=1 count=1 2>/dev/null); echo round [$n]; if [ _$n = _A ]; then poweroff -f; fi; "
                "echo A | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null; reboot -f")
     with busybox(folder, "--disk", f"path={disk}", command=command) as m:
         m.expect(r"^round \[\]\s", 200)
@@ -139,7 +139,7 @@ def disk_full(folder):
 def cpu_models(folder):
     """A smaller CPU model hides from the guest what the host has."""
     with busybox(folder, "--cpu-model", "x86-64-v2", command="grep -m 1 ^flags /proc/cpuinfo") as m:
-        flags = m.expect(r"^flags\s*:(.*)$", 200).group(1).split()
+        flags = m.expect(r"^flags\s*:(.*)\n", 200).group(1).split()
         m.powered_off(30)
     for flag in ("sse4_2", "popcnt", "cx16", "lm", "nx", "hypervisor"):
         check(flag in flags, f"x86-64-v2 lacks {flag}")
