@@ -9,8 +9,8 @@
 
 /* Guest registers that live in host registers: guest number → host number. */
 static const uint8_t mapped[][2] = {
-    { RAX, H_RAX }, { RCX, H_RCX }, { RDX, H_RDX }, { RBX, H_RBX }, { RSP, H_R15 }, { RBP, H_RBP }, { RSI, H_RSI },
-    { RDI, H_RDI }, { R8, H_R8 },   { R9, H_R9 },   { R12, H_R12 }, { R13, H_R13 }, { R14, H_R14 },
+    { RAX, H_RAX }, { RCX, H_R14 }, { RDX, H_RDX }, { RBX, H_RBX }, { RSP, H_R15 }, { RBP, H_RBP },
+    { RSI, H_RSI }, { RDI, H_RDI }, { R8, H_R8 },   { R9, H_R9 },   { R12, H_R12 }, { R13, H_R13 },
 };
 
 /*

@@ -3,10 +3,10 @@
  * its ops are translated to host code that hands to the interpreter, op by op, what it does not do itself.
  *
  * Registers while translated code runs (the register mapping; why: docs/translator.md):
- *   guest RAX RCX RDX RBX RBP RSI RDI R8 R9 R12 R13 R14   host register of the same name
- *   guest RSP                                             host R15
- *   guest R10 R11 R15                                     memory
- *   host R10, R11                                         scratch; RCX too, saved around
+ *   guest RAX RDX RBX RBP RSI RDI R8 R9 R12 R13           host register of the same name
+ *   guest RSP, RCX                                        host R15, R14
+ *   guest R10 R11 R14 R15                                 memory
+ *   host R10, R11, RCX                                    scratch
  *   host GS base                                          struct translator (first: struct interp, struct x86_cpu)
  *   host RSP                                              the host's stack
  * EFLAGS hold the guest's arithmetic flags at every instruction boundary. Vector state is in memory.
@@ -50,7 +50,7 @@ struct translator {
     uint64_t page_mask;
     uint64_t aligned_mask[7];   /* by log2 of the size: page_mask and the bits that an aligned address has not */
     uint8_t simd_trap;          /* cpu.simd_trap that translations were made for */
-    uint64_t saved_rcx, saved_code;
+    uint64_t saved_code;        /* over the store of a return address */
     struct translation *work;   /* the block being translated */
     uint64_t host_rsp;
     void *self;                 /* this struct: translated code has its address only as the GS base */

@@ -23,9 +23,6 @@ void translate_add_stub(struct translation *x, enum stub_kind kind, uint8_t *jum
 
 /* ---- pieces ---- */
 
-static void save_rcx(struct translation *x) { asm_store_gs(&x->a, H_RCX, T_GS(saved_rcx)); }
-static void restore_rcx(struct translation *x) { asm_load_gs(&x->a, H_RCX, T_GS(saved_rcx)); }
-
 bool translate_address(struct translation *x, const struct x86_insn *insn, uint64_t next)
 {
     const struct x86_mem *m = &insn->mem;
@@ -68,20 +65,17 @@ uint8_t *translate_check(struct translation *x, unsigned size, enum tlb_kind kin
     struct assembler *a = &x->a;
     uint8_t *hit, *miss;
 
-    save_rcx(x);
     asm_pext_gs(a, A, T, T_GS(tlb_mask));
-    asm_load_gs(a, H_RCX, CPU_GS(tlb));
+    asm_load_gs(a, S, CPU_GS(tlb));
     asm_lea(a, A, H_NONE, A, 2, 0);
-    asm_lea(a, A, H_RCX, A, 3, 0);
-    asm_mem(a, true, 0x8b, H_RCX, A, H_NONE, 0, (int32_t)(offsetof(struct tlb_entry, tag) + kind * 8));
+    asm_lea(a, A, S, A, 3, 0);
+    asm_mem(a, true, 0x8b, S, A, H_NONE, 0, (int32_t)(offsetof(struct tlb_entry, tag) + kind * 8));
     /* The offset's last byte inside the page: no bit from 12 on. Aligned operands cannot cross; low bits must be 0. */
-    asm_lea(a, H_RCX, H_RCX, T, 0, aligned ? 0 : (int32_t)size - 1);
-    asm_pext_gs(a, H_RCX, H_RCX, aligned ? T_GS(aligned_mask) + (unsigned)__builtin_ctz(size) * 8 : T_GS(page_mask));
+    asm_lea(a, S, S, T, 0, aligned ? 0 : (int32_t)size - 1);
+    asm_pext_gs(a, S, S, aligned ? T_GS(aligned_mask) + (unsigned)__builtin_ctz(size) * 8 : T_GS(page_mask));
     hit = asm_jrcxz(a);
-    restore_rcx(x);
     miss = asm_jmp(a);
     asm_set_short(hit, a->at);
-    restore_rcx(x);
     asm_mem(a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct tlb_entry, addend));
     asm_lea(a, T, T, A, 0, 0);
     return miss;
@@ -207,7 +201,7 @@ static bool emit_copied(struct translation *x, const struct x86_insn *insn, cons
     struct renamed reg = { H_NONE, -1, false }, rm = { H_NONE, -1, false };
     unsigned scratch = A;       /* with memory T is taken */
     const struct x86_operand *mem = NULL;
-    bool high = false;
+    bool high = false, by_cl = false;
     uint8_t *miss = NULL, *start = x->a.at;
 
     if (!copyable(insn) || insn->has_vex || insn->has_evex || (insn->has_mem && !insn->modrm_offset))
@@ -226,8 +220,8 @@ static bool emit_copied(struct translation *x, const struct x86_insn *insn, cons
         if (o->kind != OPERAND_GPR && o->kind != OPERAND_GPR8H)
             continue;
         if (o->kind == OPERAND_GPR8H) {
-            /* AH and its like have no encoding beside a REX prefix. */
-            if (mem)
+            /* AH and its like have no encoding beside a REX prefix, and CH is not in a register that has one. */
+            if (mem || o->reg == RCX)
                 return false;
             if (o->encoding == ZYDIS_OPERAND_ENCODING_MODRM_REG)
                 reg.host = 4 + o->reg;
@@ -237,8 +231,10 @@ static bool emit_copied(struct translation *x, const struct x86_insn *insn, cons
         }
         r = o->encoding == ZYDIS_OPERAND_ENCODING_MODRM_REG ? &reg
             : o->encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM || o->encoding == ZYDIS_OPERAND_ENCODING_OPCODE ? &rm : NULL;
-        if (!r)
-            continue;           /* an implied accumulator or counter: the same on the host */
+        if (!r) {
+            by_cl |= o->reg == RCX;
+            continue;           /* an implied accumulator: the same on the host */
+        }
         other = r == &reg ? &rm : &reg;
         if (other->guest == o->reg) {
             *r = *other;        /* the same displaced register twice: one stand-in */
@@ -265,6 +261,8 @@ static bool emit_copied(struct translation *x, const struct x86_insn *insn, cons
         asm_load_gs(&x->a, reg.host, gpr_offset((unsigned)reg.guest));
     if (rm.guest >= 0)
         asm_load_gs(&x->a, rm.host, gpr_offset((unsigned)rm.guest));
+    if (by_cl)
+        asm_rr(&x->a, false, 0x89, translate_host_of[RCX], H_RCX);
     emit_copy(x, insn, reg.host, rm.host);
     if (reg.guest >= 0 && reg.write)
         asm_store_gs(&x->a, reg.host, gpr_offset((unsigned)reg.guest));
@@ -373,13 +371,10 @@ static void emit_goto(struct translation *x, const struct op *op, uint64_t targe
     if (target <= op->rip) {
         uint8_t *none;
 
-        save_rcx(x);
-        asm_gs(a, false, 0x8b, H_RCX, CPU_GS(request));
+        asm_gs(a, false, 0x8b, S, CPU_GS(request));
         none = asm_jrcxz(a);
-        restore_rcx(x);
         translate_add_stub(x, STUB_AT, asm_jmp(a), NULL, op, target);
         asm_set_short(none, a->at);
-        restore_rcx(x);
     }
     translate_add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, target);
 }
@@ -390,22 +385,18 @@ static void emit_lookup(struct translation *x, const struct op *op)
     struct assembler *a = &x->a;
     uint8_t *none, *hit;
 
-    save_rcx(x);
-    asm_gs(a, false, 0x8b, H_RCX, CPU_GS(request));
+    asm_gs(a, false, 0x8b, S, CPU_GS(request));
     none = asm_jrcxz(a);
-    restore_rcx(x);
     translate_add_stub(x, STUB_EXIT_OP, asm_jmp(a), NULL, op, 0);
     asm_set_short(none, a->at);
     asm_pext_gs(a, A, T, T_GS(jump_mask));
-    asm_load_gs(a, H_RCX, T_GS(jumps_now));
-    asm_lea(a, A, H_RCX, A, 3, 0);
-    asm_mem(a, true, 0x8b, H_RCX, A, H_NONE, 0, 0);
-    asm_lea(a, H_RCX, H_RCX, T, 0, 0);
+    asm_load_gs(a, S, T_GS(jumps_now));
+    asm_lea(a, A, S, A, 3, 0);
+    asm_mem(a, true, 0x8b, S, A, H_NONE, 0, 0);
+    asm_lea(a, S, S, T, 0, 0);
     hit = asm_jrcxz(a);
-    restore_rcx(x);
     translate_add_stub(x, STUB_EXIT_OP, asm_jmp(a), NULL, op, 0);
     asm_set_short(hit, a->at);
-    restore_rcx(x);
     asm_mem(a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct jump_table, code));
 }
 

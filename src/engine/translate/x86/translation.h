@@ -7,9 +7,10 @@
 #define T_GS(field) offsetof(struct translator, field)
 #define CPU_GS(field) offsetof(struct x86_cpu, field)
 
-/* Scratch registers. */
+/* Scratch registers; JRCXZ is the one jump on a value that leaves flags alone, hence RCX. */
 #define T H_R10
 #define A H_R11
+#define S H_RCX
 
 #define MAX_STUBS 160
 /* What one translation takes from the block arena at most: an op pair or a chain for each stub and instruction. */
@@ -42,8 +43,8 @@ struct translation {
 };
 
 /* Host register of a guest register, or H_NONE: in memory. */
-static const uint8_t translate_host_of[16] = { H_RAX, H_RCX, H_RDX, H_RBX, H_R15, H_RBP, H_RSI, H_RDI,
-                                     H_R8,  H_R9,  H_NONE, H_NONE, H_R12, H_R13, H_R14, H_NONE };
+static const uint8_t translate_host_of[16] = { H_RAX, H_R14, H_RDX, H_RBX,  H_R15,  H_RBP, H_RSI,  H_RDI,
+                                               H_R8,  H_R9,  H_NONE, H_NONE, H_R12, H_R13, H_NONE, H_NONE };
 
 void translate_add_stub(struct translation *x, enum stub_kind kind, uint8_t *jump, uint8_t *back, const struct op *op,
                         uint64_t target);

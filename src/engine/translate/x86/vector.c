@@ -126,7 +126,7 @@ bool translate_vector(struct translation *x, const struct x86_insn *insn, const 
                 return false;
             break;
         case OPERAND_GPR8H:
-            if (insn->has_mem)
+            if (insn->has_mem || translate_host_of[o->reg] != o->reg)
                 return false;
             break;
         case OPERAND_VEC:
