@@ -218,6 +218,62 @@ static void test_transmit(void **state)
     assert_int_equal(g.msi_seen[0x42], wire.sent);
 }
 
+static void send_some(unsigned count)
+{
+    guest_put(&g, out, &(struct net_header){0}, HEADER);
+    for (unsigned i = 0; i < count; i++)
+        ring_add(&tx, &(struct buffer){out, HEADER + 60, false}, 1);
+    ring_notify(&tx);
+    guest_run_loop(&g);
+}
+
+static void take_used(gpa_t used_event)
+{
+    uint32_t head, used;
+    while (ring_used(&tx, &head, &used))
+        ;
+    guest_put16(&g, used_event, tx.seen);
+}
+
+/* Nobody waits for the end of what was sent: one interrupt for many, none that is not needed. */
+static void test_late_interrupts(void **state)
+{
+    start(BIT(VIRTIO_RING_F_EVENT_IDX));
+    const gpa_t used_event = tx.avail + 4 + 2 * tx.size;
+    send_some(3);
+    send_some(2);
+    assert_int_equal(wire.sent, 5);
+    assert_int_equal(g.msi_seen[0x42], 0);
+    guest_run(&g);
+    assert_int_equal(g.msi_seen[0x42], 1);
+    take_used(used_event);
+
+    /* The driver looks by itself before the time is up. */
+    send_some(2);
+    take_used(used_event);
+    guest_run(&g);
+    assert_int_equal(wire.sent, 7);
+    assert_int_equal(g.msi_seen[0x42], 1);
+
+    /* A pause or a reset does not lose it: it is sent before. */
+    send_some(1);
+    pthread_mutex_lock(&g.m.lock);
+    int ret = machine_pause_devices(&g.m);
+    pthread_mutex_unlock(&g.m.lock);
+    assert_int_equal(ret, 0);
+    assert_int_equal(g.msi_seen[0x42], 2);
+    pthread_mutex_lock(&g.m.lock);
+    machine_resume_devices(&g.m);
+    pthread_mutex_unlock(&g.m.lock);
+    guest_run(&g);
+    take_used(used_event);
+    assert_int_equal(g.msi_seen[0x42], 2);
+    send_some(1);
+    driver_set_status(&d, 0);
+    guest_run(&g);
+    assert_int_equal(g.msi_seen[0x42], 3);
+}
+
 static void test_transmit_any_layout(void **state)
 {
     uint8_t frame[1514];
@@ -600,6 +656,7 @@ int main(void)
         TEST(test_configuration),
         TEST(test_features),
         TEST(test_transmit),
+        TEST(test_late_interrupts),
         TEST(test_transmit_any_layout),
         TEST(test_bad_frames_are_lost),
         TEST(test_backend_is_full),

@@ -353,6 +353,8 @@ static void test_flags(void **state)
     struct fixture *f = *state;
     pass_one(f);
     assert_true(virtq_wants_interrupt(&f->q));
+    /* Nothing new: nothing to tell. */
+    assert_false(virtq_wants_interrupt(&f->q));
     put16(f, AVAIL, VRING_AVAIL_F_NO_INTERRUPT);
     pass_one(f);
     assert_false(virtq_wants_interrupt(&f->q));
@@ -389,6 +391,13 @@ static void test_event_index(void **state)
     pass_one(f);
     pass_one(f);
     assert_true(virtq_wants_interrupt(&f->q));
+
+    /* So many since the last look that the indexes could mislead: better one too many. */
+    put16(f, used_event, (uint16_t)(f->q.used_idx - 1));
+    for (unsigned i = 0; i < 65536; i++)
+        pass_one(f);
+    assert_true(virtq_wants_interrupt(&f->q));
+    assert_false(virtq_wants_interrupt(&f->q));
 
     assert_false(virtq_notify_on(&f->q));
     assert_int_equal(get(f, avail_event, 2), f->avail_idx);

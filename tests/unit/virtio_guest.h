@@ -36,7 +36,9 @@ void guest_get(struct guest *g, gpa_t at, void *data, size_t len);
 uint16_t guest_get16(struct guest *g, gpa_t at);
 uint32_t guest_get32(struct guest *g, gpa_t at);
 void guest_put16(struct guest *g, gpa_t at, uint16_t v);
-/* Runs the event loop until nothing is scheduled any more (or for a bounded number of rounds). */
+/* Runs the event loop until nothing is scheduled any more, or for a bounded number of rounds. */
+void guest_run_loop(struct guest *g);
+/* The same, and then the time passes that delayed interrupts take. */
 void guest_run(struct guest *g);
 
 /* The driver's side of one device. */

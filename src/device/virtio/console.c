@@ -2,8 +2,8 @@
  * virtio-console: one port (virtio 1.2 §5.3), without the multiport feature.
  *
  * Output that the host does not take now stays in the ring: the guest waits. Input that the guest
- * has no buffers for stays with the console. Loop thread, but for the emergency write (§5.3.4),
- * which a vCPU does.
+ * has no buffers for stays with the console. Loop thread, but for output, which begins in the
+ * vCPU's.
  */
 #include "device/virtio/virtio.h"
 
@@ -72,7 +72,7 @@ static void transmit(struct virtio_console *p, struct virtq *q)
             virtio_push(&p->v, q, c, 0);
         }
     } while (ret == 0 && virtq_notify_on(q));
-    virtio_signal(&p->v, q);
+    virtio_signal_later(&p->v, q);
 }
 
 static void process(struct virtio_device *v, struct virtq *q)
@@ -158,6 +158,8 @@ static const struct virtio_ops ops = {
     .id = 3,
     .pci_class = 0x078000,
     .process = process,
+    /* Linux spins, with interrupts off, until the buffer is back. */
+    .at_once = 1 << TRANSMIT,
     .reset = reset,
     .config_read = config_read,
     .config_write = config_write,

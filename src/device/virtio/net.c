@@ -172,7 +172,7 @@ static void transmit(struct nic *n, struct virtq *q)
             virtio_push(&n->v, q, &n->chain, 0);
         }
     } while (ret == 0 && virtq_notify_on(q));
-    virtio_signal(&n->v, q);
+    virtio_signal_later(&n->v, q);
 }
 
 static void writable(void *opaque)

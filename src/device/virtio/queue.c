@@ -256,6 +256,8 @@ int virtq_publish(struct virtq *q)
     uint8_t *used = map_used(q);
     if (!used)
         return guest_error(q, "a ring outside of RAM");
+    if ((uint16_t)(q->used_idx - q->signalled_used) + q->staged > INT16_MAX)
+        q->overrun = true;
     q->used_idx += q->staged;
     q->staged = 0;
     store16(used + 2, q->used_idx);
@@ -272,18 +274,16 @@ void virtq_unstage(struct virtq *q)
 bool virtq_wants_interrupt(struct virtq *q)
 {
     const uint8_t *avail = map_avail(q);
-    if (!avail)
-        return false;
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     uint16_t now = q->used_idx, before = q->signalled_used;
-    bool valid = q->signalled_valid;
+    bool overrun = q->overrun;
+    if (!avail || (now == before && !overrun))
+        return false;
     q->signalled_used = now;
-    q->signalled_valid = true;
-    if (now == before)
-        return false; /* nothing came back: devices ask after each look into the ring */
+    q->overrun = false;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
     if (!q->event_idx)
         return !(load16(avail) & VRING_AVAIL_F_NO_INTERRUPT);
-    return !valid || vring_need_event(load16(avail + avail_used_event(q)), now, before);
+    return overrun || vring_need_event(load16(avail + avail_used_event(q)), now, before);
 }
 
 static void set_used_flags(struct virtq *q, uint16_t flags)
@@ -337,7 +337,7 @@ void virtq_save(const struct virtq *q, struct state_writer *w)
     state_put_u64(w, field(name, q, "last_avail"), q->last_avail);
     state_put_u64(w, field(name, q, "used_idx"), q->used_idx);
     state_put_u64(w, field(name, q, "signalled_used"), q->signalled_used);
-    state_put_u64(w, field(name, q, "signalled_valid"), q->signalled_valid);
+    state_put_u64(w, field(name, q, "overrun"), q->overrun);
 }
 
 /* Gets an integer of at most max. */
@@ -355,14 +355,13 @@ static int get(const struct state_reader *r, const struct virtq *q, const char *
 
 int virtq_load(struct virtq *q, const struct state_reader *r, unsigned vectors)
 {
-    uint64_t size, vector, enabled, desc, avail, used, last_avail, used_idx, signalled, valid;
+    uint64_t size, vector, enabled, desc, avail, used, last_avail, used_idx, signalled, overrun;
     if (get(r, q, "size", q->max_size, &size) || get(r, q, "vector", UINT16_MAX, &vector) ||
         get(r, q, "enabled", 1, &enabled) || get(r, q, "desc", UINT64_MAX, &desc) ||
         get(r, q, "avail", UINT64_MAX, &avail) || get(r, q, "used", UINT64_MAX, &used) ||
         get(r, q, "last_avail", UINT16_MAX, &last_avail) ||
         get(r, q, "used_idx", UINT16_MAX, &used_idx) ||
-        get(r, q, "signalled_used", UINT16_MAX, &signalled) ||
-        get(r, q, "signalled_valid", 1, &valid))
+        get(r, q, "signalled_used", UINT16_MAX, &signalled) || get(r, q, "overrun", 1, &overrun))
         return -EINVAL;
 
     virtq_reset(q);
@@ -380,6 +379,6 @@ int virtq_load(struct virtq *q, const struct state_reader *r, unsigned vectors)
     q->last_avail = (uint16_t)last_avail;
     q->used_idx = (uint16_t)used_idx;
     q->signalled_used = (uint16_t)signalled;
-    q->signalled_valid = valid;
+    q->overrun = overrun;
     return 0;
 }

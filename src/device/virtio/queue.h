@@ -45,8 +45,8 @@ struct virtq {
     /* Progress. */
     uint16_t last_avail;     /* next entry of the available ring to take */
     uint16_t used_idx;       /* next entry of the used ring to fill */
-    uint16_t signalled_used; /* used_idx at the last look at used_event… */
-    bool signalled_valid;    /* …if there has been one */
+    uint16_t signalled_used; /* used_idx when virtq_wants_interrupt() was asked last… */
+    bool overrun;            /* …too long ago to compare with: the answer is yes */
     uint16_t staged;         /* used entries written but not yet published */
     unsigned in_flight;      /* chains taken and not given back */
     unsigned budget;         /* chains that virtio_pop() still hands out in this round */

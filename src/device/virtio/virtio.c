@@ -61,9 +61,15 @@ void virtio_kick(struct virtio_device *v, struct virtq *q)
     if (!virtio_queue_ready(v, q))
         return;
     v->kicked |= UINT32_C(1) << q->index;
-    /* The one place that says where queues are processed: in the event loop, not in the vCPU's
-     * thread. */
     loop_schedule(v->machine->loop, &v->call);
+}
+
+static void process(struct virtio_device *v, struct virtq *q)
+{
+    if (!virtio_queue_ready(v, q))
+        return;
+    q->budget = ROUND_IN_QUEUE_SIZES * q->size;
+    v->ops->process(v, q);
 }
 
 static void process_kicked(void *opaque)
@@ -75,10 +81,7 @@ static void process_kicked(void *opaque)
         if (!(v->kicked & bit))
             continue;
         v->kicked &= ~bit;
-        if (!virtio_queue_ready(v, q))
-            continue;
-        q->budget = ROUND_IN_QUEUE_SIZES * q->size;
-        v->ops->process(v, q);
+        process(v, q);
     }
 }
 
@@ -112,6 +115,24 @@ void virtio_signal(struct virtio_device *v, struct virtq *q)
         v->interrupt(v, q);
 }
 
+static void signal_now(void *opaque)
+{
+    struct virtio_device *v = opaque;
+    timer_disarm(v->machine->clock, &v->signal_timer);
+    for (unsigned i = 0; i < v->queue_count; i++)
+        if (v->signal_later >> i & 1)
+            virtio_signal(v, &v->queue[i]);
+    v->signal_later = 0;
+}
+
+void virtio_signal_later(struct virtio_device *v, struct virtq *q)
+{
+    v->signal_later |= UINT32_C(1) << q->index;
+    if (!timer_armed(&v->signal_timer))
+        timer_arm(v->machine->clock, &v->signal_timer,
+                  clock_now(v->machine->clock) + VIRTIO_SIGNAL_DELAY_NS);
+}
+
 void virtio_config_changed(struct virtio_device *v)
 {
     v->config_generation++;
@@ -136,6 +157,7 @@ static void drain(struct virtio_device *v)
     refresh_running(v);
     if (v->ops->drain)
         v->ops->drain(v);
+    signal_now(v);
     v->draining = nested;
 }
 
@@ -226,7 +248,12 @@ void virtio_set_status(struct virtio_device *v, uint8_t status)
 
 void virtio_notify(struct virtio_device *v, unsigned queue)
 {
-    if (queue < v->queue_count)
+    if (queue >= v->queue_count)
+        return;
+    /* The one place that says where queues are processed: rather not in the vCPU's thread. */
+    if (v->ops->at_once >> queue & 1)
+        process(v, &v->queue[queue]);
+    else
         virtio_kick(v, &v->queue[queue]);
 }
 
@@ -274,6 +301,7 @@ int virtio_init(struct virtio_device *v, struct machine *m, struct pci_host *hos
     v->offered |= COMMON_FEATURES;
     v->queue_count = queues;
     v->call = (struct loop_call){.fn = process_kicked, .opaque = v};
+    timer_init(&v->signal_timer, signal_now, v);
     for (unsigned i = 0; i < queues; i++) {
         v->queue[i] = (struct virtq){
             .memory = &m->memory, .owner = v->dev.id, .index = i, .max_size = (uint16_t)queue_size};

@@ -15,6 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/clock.h"
 #include "base/loop.h"
 #include "device/device.h"
 #include "device/irq.h"
@@ -61,9 +62,13 @@ struct virtio_ops {
     void (*set_features)(struct virtio_device *);
     /*
      * Chains may have become available in q, which is enabled: take them with virtio_pop(). Loop
-     * thread. Also called for each enabled queue after DRIVER_OK and after a resume.
+     * thread, or a vCPU's for the queues in at_once. Also called for each enabled queue after
+     * DRIVER_OK and after a resume.
      */
     void (*process)(struct virtio_device *, struct virtq *q);
+    /* Bits of queues whose drivers wait actively for the end: processed before the notification
+     * returns. It must be short. */
+    uint32_t at_once;
     /* Wait until all chains that were taken are given back. NULL: none is ever kept beyond
      * process(). */
     void (*drain)(struct virtio_device *);
@@ -103,6 +108,8 @@ struct virtio_device {
     bool running;          /* what ops->running() was told last */
     uint32_t kicked;       /* queues to process */
     struct loop_call call; /* processes them */
+    uint32_t signal_later; /* queues with an interrupt to consider when the timer fires */
+    struct timer signal_timer;
 
     /* The PCI transport: pci.c only. */
     struct virtio_pci {
@@ -141,6 +148,13 @@ void virtio_push(struct virtio_device *v, struct virtq *q, const struct virtq_ch
                  uint64_t len);
 /* After one or more chains were published: interrupt the driver if it wants that. */
 void virtio_signal(struct virtio_device *v, struct virtq *q);
+/*
+ * The same for chains whose end no one waits for, such as what was sent: the interrupt comes a
+ * little (VIRTIO_SIGNAL_DELAY_NS) later, one for all that ended by then, and none if the driver has
+ * seen them by itself, as drivers do that send more or wait actively.
+ */
+#define VIRTIO_SIGNAL_DELAY_NS 100000
+void virtio_signal_later(struct virtio_device *v, struct virtq *q);
 /* Process q from the event loop soon. Any number of calls are one. */
 void virtio_kick(struct virtio_device *v, struct virtq *q);
 /* The device's configuration space changed: new generation, interrupt. */
