@@ -54,7 +54,7 @@ static void probe_kvm(struct finding *f)
     } else {
         close(vm);
         f->usable = true;
-        snprintf(f->text, sizeof(f->text), "/dev/kvm makes machines");
+        snprintf(f->text, sizeof(f->text), "/dev/kvm makes machines; no engine uses it yet");
     }
     close(fd);
 }
