@@ -44,7 +44,8 @@ struct guest {
     unsigned code_calls;
     gpa_t code_gpa;
     unsigned code_len;
-    unsigned mapping_calls;
+    /* What the mapping_changed hook was told since the test cleared it. */
+    bool user_code_moved, supervisor_code_moved;
 };
 
 /* cmocka fixtures: *state is a struct guest *. The vCPU is in 32-bit protected mode without paging, CPL 0, flat. */

@@ -97,7 +97,7 @@ static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
     jumps->tag[i] = -op->rip;
     jumps->code[i] = b->code;
     t->jumps_now = jumps;
-    t->jumps_used = true;
+    t->jumps_used[cpu->cpl == 3] = true;
     t->entered++;
     next = t->enter(t, b->code);
     if ((uintptr_t)next & 1)
@@ -147,12 +147,14 @@ static void on_unlink(struct block *from, const struct block *to)
         }
 }
 
-static void empty_jumps(struct translator *t)
+/* mode: 0 the supervisor's, 1 the user's. */
+static void empty_jumps(struct translator *t, unsigned mode)
 {
-    for (unsigned mode = 0; mode < 2; mode++)
-        for (unsigned i = 0; i < TRANSLATE_JUMPS; i++)
-            t->jumps[mode].tag[i] = -(uint64_t)(i ^ 1);     /* matches nothing with this index */
-    t->jumps_used = false;
+    if (!t->jumps_used[mode])
+        return;
+    for (unsigned i = 0; i < TRANSLATE_JUMPS; i++)
+        t->jumps[mode].tag[i] = -(uint64_t)(i ^ 1);     /* matches nothing with this index */
+    t->jumps_used[mode] = false;
 }
 
 static void on_flushed(struct interp *it)
@@ -160,7 +162,8 @@ static void on_flushed(struct interp *it)
     struct translator *t = (struct translator *)it;
 
     code_reset(&t->code);
-    empty_jumps(t);
+    empty_jumps(t, 0);
+    empty_jumps(t, 1);
 }
 
 static const struct block_hooks block_hooks = {
@@ -170,12 +173,14 @@ static const struct block_hooks block_hooks = {
     .flushed = on_flushed,
 };
 
-static void mapping_changed(struct x86_cpu *cpu)
+static void mapping_changed(struct x86_cpu *cpu, bool user, bool supervisor)
 {
     struct translator *t = translator_of(cpu);
 
-    if (t->jumps_used)
-        empty_jumps(t);
+    if (supervisor)
+        empty_jumps(t, 0);
+    if (user)
+        empty_jumps(t, 1);
 }
 
 static const struct x86_engine_hooks cpu_hooks = {
@@ -223,7 +228,10 @@ static int translate_create(struct vcpu *vcpu)
     if (err)
         goto out;
     translate_emit_runtime(t);
-    empty_jumps(t);
+    for (unsigned mode = 0; mode < 2; mode++) {
+        t->jumps_used[mode] = true;
+        empty_jumps(t, mode);
+    }
     t->it.block_hooks = &block_hooks;
     err = interp_setup(&t->it, vcpu, &cpu_hooks);
     t->it.cpu.native_mxcsr_host = 0x1f80;

@@ -44,7 +44,7 @@ struct translator {
     struct code_memory code;
     struct jump_table *jumps;   /* [0] kernel, [1] user */
     struct jump_table *jumps_now;       /* the one in force while translated code runs */
-    bool jumps_used;
+    bool jumps_used[2];         /* not empty */
     uint64_t tlb_mask;          /* PEXT masks */
     uint64_t jump_mask;
     uint64_t page_mask;

@@ -46,6 +46,7 @@ enum { VIEW_USER, VIEW_KERNEL, VIEW_KERNEL_AC, VIEWS };   /* KERNEL: SMAP bites;
 
 #define X86_TLB_SPACES 8
 #define X86_TLB_LOCALS 62
+#define X86_TLB_FETCHED 16384       /* bits */
 
 /* One set of the soft TLB and what flushing it needs to know; all but the set itself is space.c's. */
 struct x86_tlb {
@@ -53,6 +54,7 @@ struct x86_tlb {
     uint64_t large[16];         /* which ranges were filled from large pages (hashed): INVLPG there drops all of the page */
     uint16_t local[X86_TLB_LOCALS]; /* supervisor's sets: entries that are not global… */
     uint16_t locals;            /* …and how many; more than fit: all may be */
+    uint64_t *fetched;          /* fetch sets: pages that entries were made for since it was empty (hashed); else NULL */
     uint8_t view;
     bool dirty;                 /* may hold entries; a clean one needs no flush */
 } __attribute__((aligned(64)));
@@ -60,6 +62,7 @@ struct x86_tlb {
 /* User mode has sets of its own for each of several address spaces (PCID), and for fetches apart from data. */
 struct x86_tlb_space {
     struct x86_tlb data, fetch;
+    uint64_t fetched[X86_TLB_FETCHED / 64];
     uint64_t cr3_key;           /* PCID and validity */
     uint64_t used;              /* for replacement */
 };
@@ -67,6 +70,7 @@ struct x86_tlb_space {
 /* The supervisor's sets are shared by all address spaces: a change of CR3 drops only what is not global. */
 struct x86_tlbs {
     struct x86_tlb kernel, kernel_ac, kernel_fetch;
+    uint64_t kernel_fetched[X86_TLB_FETCHED / 64];
     struct x86_tlb_space space[X86_TLB_SPACES];
 };
 
@@ -79,8 +83,12 @@ struct x86_engine_hooks {
      * overlaps [gpa, gpa+len), for all vCPUs.
      */
     void (*code_written)(struct x86_cpu *cpu, gpa_t gpa, unsigned len);
-    /* Virtual-to-physical mappings or the mode changed: cached virtual-address lookups are void (jump caches). */
-    void (*mapping_changed)(struct x86_cpu *cpu);
+    /*
+     * What the engine remembers of where code is by virtual address (jump caches) is void, for user mode or for the
+     * supervisor or both: pages that were fetched from were flushed, or another address space is in force. Not called for
+     * changes of CPL or code size.
+     */
+    void (*mapping_changed)(struct x86_cpu *cpu, bool user, bool supervisor);
 };
 
 struct x86_cpu {

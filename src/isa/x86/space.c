@@ -36,9 +36,11 @@ int x86_tlb_create(struct x86_cpu *cpu)
     set_init(&tlbs->kernel, VIEW_KERNEL);
     set_init(&tlbs->kernel_ac, VIEW_KERNEL_AC);
     set_init(&tlbs->kernel_fetch, VIEW_KERNEL);
+    tlbs->kernel_fetch.fetched = tlbs->kernel_fetched;
     for (unsigned i = 0; i < X86_TLB_SPACES; i++) {
         set_init(&tlbs->space[i].data, VIEW_USER);
         set_init(&tlbs->space[i].fetch, VIEW_USER);
+        tlbs->space[i].fetch.fetched = tlbs->space[i].fetched;
     }
     /* All vCPUs write the same here, and nobody writes it otherwise. */
     tlb_init(&x86_checking_set);
@@ -62,20 +64,25 @@ static void flush_set(struct x86_tlb *t)
         return;
     tlb_flush(&t->set);
     memset(t->large, 0, sizeof(t->large));
+    if (t->fetched)
+        memset(t->fetched, 0, X86_TLB_FETCHED / 8);
     t->locals = 0;
     t->dirty = false;
 }
 
-/* Drops what is not global from a supervisor's set. */
-static void flush_local(struct x86_tlb *t)
+/* Drops what is not global from a supervisor's set. True if there was something. */
+static bool flush_local(struct x86_tlb *t)
 {
-    if (t->locals > X86_TLB_LOCALS) {
+    unsigned locals = t->locals;
+
+    if (locals > X86_TLB_LOCALS) {
         flush_set(t);
-        return;
+        return true;
     }
-    for (unsigned i = 0; i < t->locals; i++)
+    for (unsigned i = 0; i < locals; i++)
         tlb_flush_index(&t->set, t->local[i]);
     t->locals = 0;
+    return locals != 0;
 }
 
 static void note_local(struct x86_tlb *t, gva_t va)
@@ -111,16 +118,26 @@ static bool maybe_large(const struct x86_tlb *t, gva_t va, unsigned shift)
     return t->large[h / 64] >> (h % 64) & 1;
 }
 
-static void flush_page(struct x86_tlb *t, gva_t va)
+static unsigned fetched_hash(gva_t va)
+{
+    return (unsigned)((va >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ull >> 50) % X86_TLB_FETCHED;
+}
+
+/* False when certainly no entry of the page was made since the set was empty, even if another took its place since. */
+static bool flush_page(struct x86_tlb *t, gva_t va)
 {
     if (!t->dirty)
-        return;
-    if (maybe_large(t, va, 30))
+        return false;
+    if (maybe_large(t, va, 30)) {
         tlb_flush_range(&t->set, align_down(va, GIB(1)), GIB(1));
-    else if (maybe_large(t, va, 22))
+        return true;
+    }
+    if (maybe_large(t, va, 22)) {
         tlb_flush_range(&t->set, align_down(va, MIB(4)), MIB(4));
-    else
-        tlb_flush_page(&t->set, va);
+        return true;
+    }
+    tlb_flush_page(&t->set, va);
+    return !t->fetched || (t->fetched[fetched_hash(va) / 64] >> (fetched_hash(va) % 64) & 1);
 }
 
 /* ---- address spaces ---- */
@@ -130,10 +147,10 @@ static uint64_t key_in_force(const struct x86_cpu *cpu)
     return KEY_VALID | (cpu->s.cr4 & CR4_PCIDE ? cpu->s.cr3 & 0xfff : 0);
 }
 
-static void mapping_changed(struct x86_cpu *cpu)
+static void mapping_changed(struct x86_cpu *cpu, bool user, bool supervisor)
 {
-    if (cpu->hooks && cpu->hooks->mapping_changed)
-        cpu->hooks->mapping_changed(cpu);
+    if ((user || supervisor) && cpu->hooks && cpu->hooks->mapping_changed)
+        cpu->hooks->mapping_changed(cpu, user, supervisor);
 }
 
 static void flush_space(struct x86_tlb_space *space)
@@ -142,11 +159,19 @@ static void flush_space(struct x86_tlb_space *space)
     flush_set(&space->fetch);
 }
 
-static void flush_kernel_local(struct x86_cpu *cpu)
+/* True if that dropped code. */
+static bool flush_kernel_local(struct x86_cpu *cpu)
 {
     flush_local(&cpu->tlbs->kernel);
     flush_local(&cpu->tlbs->kernel_ac);
-    flush_local(&cpu->tlbs->kernel_fetch);
+    return flush_local(&cpu->tlbs->kernel_fetch);
+}
+
+static bool flush_kernel_page(struct x86_cpu *cpu, gva_t va)
+{
+    flush_page(&cpu->tlbs->kernel, va);
+    flush_page(&cpu->tlbs->kernel_ac, va);
+    return flush_page(&cpu->tlbs->kernel_fetch, va);
 }
 
 /* The space with this key; the least recently used one is recycled when there is none. */
@@ -189,43 +214,47 @@ void x86_tlb_flush_all(struct x86_cpu *cpu)
     cpu->space = find_space(cpu, key_in_force(cpu), &found);
     x86_load_pdptes(cpu, cpu->s.cr0, cpu->s.cr3, cpu->s.cr4);
     x86_update_mode(cpu);
-    mapping_changed(cpu);
+    mapping_changed(cpu, true, true);
 }
 
 void x86_tlb_flush_page(struct x86_cpu *cpu, gva_t va)
 {
-    flush_page(&cpu->tlbs->kernel, va);
-    flush_page(&cpu->tlbs->kernel_ac, va);
-    flush_page(&cpu->tlbs->kernel_fetch, va);
+    bool user = false, supervisor = flush_kernel_page(cpu, va);
+
     /* Global pages of the user are kept in whatever space they were filled in, so all are looked at. */
     for (unsigned i = 0; i < X86_TLB_SPACES; i++) {
-        flush_page(&cpu->tlbs->space[i].data, va);
-        flush_page(&cpu->tlbs->space[i].fetch, va);
+        struct x86_tlb_space *s = &cpu->tlbs->space[i];
+        flush_page(&s->data, va);
+        if (flush_page(&s->fetch, va) && s == cpu->space)
+            user = true;
     }
-    mapping_changed(cpu);
+    mapping_changed(cpu, user, supervisor);
 }
 
 void x86_tlb_load_cr3(struct x86_cpu *cpu, uint64_t old_cr3, bool no_flush)
 {
-    bool found;
+    bool found, user = false, supervisor;
     struct x86_tlb_space *space = find_space(cpu, key_in_force(cpu), &found);
 
     if (found && !(no_flush && (cpu->s.cr4 & CR4_PCIDE))) {
+        user = space->fetch.dirty;
         flush_space(space);
         cpu->tlb_flushes++;
     }
-    flush_kernel_local(cpu);
+    supervisor = flush_kernel_local(cpu);
     x86_load_pdptes(cpu, cpu->s.cr0, cpu->s.cr3, cpu->s.cr4);
     if (space != cpu->space) {
         cpu->space = space;
+        user = true;
         x86_update_mode(cpu);
     }
-    mapping_changed(cpu);
+    mapping_changed(cpu, user, supervisor);
 }
 
 void x86_tlb_invpcid(struct x86_cpu *cpu, unsigned type, unsigned pcid, gva_t va)
 {
     uint64_t key = KEY_VALID | pcid;
+    bool user = false, supervisor = false;
 
     if (type == 2) {
         x86_tlb_flush_all(cpu);
@@ -235,23 +264,19 @@ void x86_tlb_invpcid(struct x86_cpu *cpu, unsigned type, unsigned pcid, gva_t va
         cpu->tlb_flushes++;
     for (unsigned i = 0; i < X86_TLB_SPACES; i++) {
         struct x86_tlb_space *s = &cpu->tlbs->space[i];
+        bool code = false;
         if (type == 0 && s->cr3_key == key) {
             flush_page(&s->data, va);
-            flush_page(&s->fetch, va);
-        } else if (type == 3 || s->cr3_key == key) {
+            code = flush_page(&s->fetch, va);
+        } else if (type == 3 || (type == 1 && s->cr3_key == key)) {
+            code = s->fetch.dirty;
             flush_space(s);
         }
+        user = user || (code && s == cpu->space);
     }
-    if (type == 3 || cpu->space->cr3_key == key) {
-        if (type == 0) {
-            flush_page(&cpu->tlbs->kernel, va);
-            flush_page(&cpu->tlbs->kernel_ac, va);
-            flush_page(&cpu->tlbs->kernel_fetch, va);
-        } else {
-            flush_kernel_local(cpu);
-        }
-    }
-    mapping_changed(cpu);
+    if (type == 3 || cpu->space->cr3_key == key)
+        supervisor = type == 0 ? flush_kernel_page(cpu, va) : flush_kernel_local(cpu);
+    mapping_changed(cpu, user, supervisor);
 }
 
 void x86_tlb_drop_writes_to(struct x86_cpu *cpu, const void *host_page)
@@ -330,6 +355,7 @@ void x86_translate(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, enum x86_
     if (!w.global && t->view != VIEW_USER)
         note_local(t, va);
     if (access == ACCESS_EXEC) {
+        t->fetched[fetched_hash(va) / 64] |= 1ull << (fetched_hash(va) % 64);
         tlb_fill(set, va, page, TLB_EXEC);
         return;
     }
