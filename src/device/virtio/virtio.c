@@ -345,7 +345,6 @@ int virtio_device_resume(struct device *dev)
 void virtio_device_save(struct device *dev, struct state_writer *w)
 {
     struct virtio_device *v = from_device(dev);
-    state_put_u64(w, "offered", v->offered);
     state_put_u64(w, "features", v->features);
     state_put_u64(w, "status", v->status);
     state_put_u64(w, "config_generation", v->config_generation);
