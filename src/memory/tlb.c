@@ -2,9 +2,9 @@
  * The soft TLB's maintenance: see tlb.h for what an entry means.
  *
  * Runs in the thread of the vCPU that owns the set. A tag of zero is the cheapest one
- * that misses: it could only match page 0, whose index is 0, or, where an access wraps around the end of the address
- * space, the last page. So a set is cleared by filling it with zeros and giving the first and the last entry alone
- * their proper tags.
+ * that misses: it could only match page 0, whose index is 0, or, where an access wraps around the
+ * end of the address space, the last page. So a set is cleared by filling it with zeros and giving
+ * the first and the last entry alone their proper tags.
  */
 #include "memory/tlb.h"
 
@@ -31,7 +31,8 @@ void tlb_flush(struct tlb_set *set)
 /* Whether any kind of the entry is for this page. */
 static bool holds(const struct tlb_entry *e, uint64_t page_tag)
 {
-    return e->tag[TLB_READ] == page_tag || e->tag[TLB_WRITE] == page_tag || e->tag[TLB_EXEC] == page_tag;
+    return e->tag[TLB_READ] == page_tag || e->tag[TLB_WRITE] == page_tag ||
+           e->tag[TLB_EXEC] == page_tag;
 }
 
 void tlb_flush_page(struct tlb_set *set, gva_t va)

@@ -1,11 +1,12 @@
 /*
- * Guest accesses: page crossings, devices, pages of code, alignment checks, non-canonical addresses, atomics, fetch.
+ * Guest accesses: page crossings, devices, pages of code, alignment checks, non-canonical
+ * addresses, atomics, fetch.
  */
 #include "x86_guest.h"
 
 #include <string.h>
 
-#define VA 0x40000000ull            /* two pages that are not neighbours physically */
+#define VA  0x40000000ull /* two pages that are not neighbours physically */
 #define PA0 0x300000
 #define PA1 0x500000
 
@@ -81,7 +82,8 @@ static void faults_change_nothing(void **state)
         if (!round) {
             assert_int_equal(RAISED(g, x86_read64(cpu, VA + 0xff9)), X86_PF);
             assert_int_equal(cpu->exc_error, 0);
-            assert_int_equal(RAISED(g, x86_read_bytes(cpu, VA + 0xff0, block, sizeof(block))), X86_PF);
+            assert_int_equal(RAISED(g, x86_read_bytes(cpu, VA + 0xff0, block, sizeof(block))),
+                             X86_PF);
             assert_int_equal(cpu->s.cr2, VA + 0x1000);
         } else {
             assert_int_equal(RAISED(g, x86_read64(cpu, VA + 0xff9)), -1);
@@ -289,7 +291,8 @@ static void alignment(void **state)
         assert_int_equal(RAISED(g, x86_read16(cpu, VA + i)), i % 2 ? X86_AC : -1);
         assert_int_equal(RAISED(g, x86_write32(cpu, VA + i, 0)), i % 4 ? X86_AC : -1);
         assert_int_equal(RAISED(g, x86_write64(cpu, VA + i, 0)), i % 8 ? X86_AC : -1);
-        assert_int_equal(RAISED(g, x86_host_pointer(cpu, VA + i, 4, ACCESS_READ)), i % 4 ? X86_AC : -1);
+        assert_int_equal(RAISED(g, x86_host_pointer(cpu, VA + i, 4, ACCESS_READ)),
+                         i % 4 ? X86_AC : -1);
     }
     assert_int_equal(cpu->exc_error, 0);
     /* Accesses work and the set stays empty. */
@@ -330,17 +333,17 @@ static void non_canonical(void **state)
         uint8_t bytes[8];
         int vector;
     } cases[] = {
-        {{0x8b, 0x03}, X86_GP},                     /* mov (%rbx),%eax */
-        {{0x8b, 0x45, 0x00}, X86_SS},               /* mov 0(%rbp),%eax */
-        {{0x8b, 0x04, 0x24}, X86_SS},               /* mov (%rsp),%eax */
-        {{0x8b, 0x44, 0x2b, 0x00}, X86_GP},         /* mov 0(%rbx,%rbp),%eax: base rbx */
-        {{0x3e, 0x8b, 0x45, 0x00}, X86_SS},         /* a DS prefix means nothing in 64-bit mode */
-        {{0x64, 0x8b, 0x45, 0x00}, X86_GP},         /* but FS does */
-        {{0x50}, X86_SS},                           /* push %rax */
-        {{0xff, 0x33}, X86_GP},                     /* pushq (%rbx): its operand, the stack is good */
-        {{0xc3}, X86_SS},                           /* ret */
-        {{0xc9}, X86_SS},                           /* leave */
-        {{0xa5}, X86_GP},                           /* movsl */
+        {{0x8b, 0x03}, X86_GP},             /* mov (%rbx),%eax */
+        {{0x8b, 0x45, 0x00}, X86_SS},       /* mov 0(%rbp),%eax */
+        {{0x8b, 0x04, 0x24}, X86_SS},       /* mov (%rsp),%eax */
+        {{0x8b, 0x44, 0x2b, 0x00}, X86_GP}, /* mov 0(%rbx,%rbp),%eax: base rbx */
+        {{0x3e, 0x8b, 0x45, 0x00}, X86_SS}, /* a DS prefix means nothing in 64-bit mode */
+        {{0x64, 0x8b, 0x45, 0x00}, X86_GP}, /* but FS does */
+        {{0x50}, X86_SS},                   /* push %rax */
+        {{0xff, 0x33}, X86_GP},             /* pushq (%rbx): its operand, the stack is good */
+        {{0xc3}, X86_SS},                   /* ret */
+        {{0xc9}, X86_SS},                   /* leave */
+        {{0xa5}, X86_GP},                   /* movsl */
     };
 
     map_two(g);
@@ -462,9 +465,19 @@ int main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, guest_setup, guest_teardown)
     const struct CMUnitTest tests[] = {
-        TEST(sizes_and_crossings), TEST(faults_change_nothing), TEST(dirty_before_write), TEST(devices),
-        TEST(apic_window), TEST(code_pages), TEST(dirty_logging), TEST(alignment), TEST(smap), TEST(non_canonical),
-        TEST(fetch), TEST(wraps_at_4g), TEST(split_locks_are_released_by_faults),
+        TEST(sizes_and_crossings),
+        TEST(faults_change_nothing),
+        TEST(dirty_before_write),
+        TEST(devices),
+        TEST(apic_window),
+        TEST(code_pages),
+        TEST(dirty_logging),
+        TEST(alignment),
+        TEST(smap),
+        TEST(non_canonical),
+        TEST(fetch),
+        TEST(wraps_at_4g),
+        TEST(split_locks_are_released_by_faults),
     };
     return cmocka_run_group_tests_name("access", tests, NULL, NULL);
 }

@@ -1,6 +1,6 @@
 /*
- * Delivery of exceptions and interrupts: frames in every mode, faults of the delivery itself, double and triple
- * faults, and requests from outside.
+ * Delivery of exceptions and interrupts: frames in every mode, faults of the delivery itself,
+ * double and triple faults, and requests from outside.
  */
 #include "x86_guest.h"
 
@@ -8,7 +8,8 @@
 
 static void raise_and_deliver(struct guest *g, unsigned vector, bool has_error, uint32_t error)
 {
-    int got = RAISED(g, has_error ? x86_raise_error(&g->cpu, vector, error) : x86_raise(&g->cpu, vector));
+    int got =
+        RAISED(g, has_error ? x86_raise_error(&g->cpu, vector, error) : x86_raise(&g->cpu, vector));
     assert_int_equal(got, vector);
     x86_deliver_exception(&g->cpu);
 }
@@ -19,8 +20,8 @@ static uint64_t stack(struct guest *g, unsigned n, unsigned size)
 }
 
 /* The frame at RSP: [error,] rip, cs, flags, rsp, ss. */
-static void check_long_frame(struct guest *g, bool has_error, uint32_t error, uint64_t rip, unsigned cs, uint64_t flags,
-                             uint64_t rsp, unsigned ss)
+static void check_long_frame(struct guest *g, bool has_error, uint32_t error, uint64_t rip,
+                             unsigned cs, uint64_t flags, uint64_t rsp, unsigned ss)
 {
     unsigned at = 0;
     if (has_error)
@@ -36,7 +37,8 @@ static void long_mode_from_user(void **state)
 {
     struct guest *g = *state;
     struct x86_state *s = &g->cpu.s;
-    const uint64_t flags = RFLAGS_IF | RFLAGS_TF | RFLAGS_NT | RFLAGS_AC | RFLAGS_DF | RFLAGS_CF | RFLAGS_OF | RFLAGS_ZF | 2;
+    const uint64_t flags = RFLAGS_IF | RFLAGS_TF | RFLAGS_NT | RFLAGS_AC | RFLAGS_DF | RFLAGS_CF |
+                           RFLAGS_OF | RFLAGS_ZF | 2;
 
     for (unsigned wide = 0; wide < 2; wide++) {
         guest_system(g, GUEST_LONG);
@@ -47,8 +49,8 @@ static void long_mode_from_user(void **state)
         raise_and_deliver(g, X86_GP, true, 0x1234);
         /* Six words below the stack of the TSS. */
         assert_int_equal(s->gpr[RSP], KERNEL_STACK - 0x1000 - 48);
-        check_long_frame(g, true, 0x1234, USER_CODE, (wide ? SEL_UCODE64 : SEL_UCODE32) | 3, flags | RFLAGS_RF,
-                         USER_STACK - 5, SEL_UDATA | 3);
+        check_long_frame(g, true, 0x1234, USER_CODE, (wide ? SEL_UCODE64 : SEL_UCODE32) | 3,
+                         flags | RFLAGS_RF, USER_STACK - 5, SEL_UDATA | 3);
         assert_int_equal(s->rip, HANDLER(X86_GP));
         assert_int_equal(g->cpu.next_rip, HANDLER(X86_GP));
         assert_int_equal(g->cpu.cpl, 0);
@@ -56,7 +58,8 @@ static void long_mode_from_user(void **state)
         assert_int_equal(s->seg[SEG_CS].selector, SEL_KCODE);
         assert_int_equal(s->seg[SEG_SS].selector, 0);
         assert_true(s->seg[SEG_SS].attr & SEG_UNUSABLE);
-        assert_int_equal(x86_rflags(&g->cpu), RFLAGS_AC | RFLAGS_DF | RFLAGS_CF | RFLAGS_OF | RFLAGS_ZF | 2);
+        assert_int_equal(x86_rflags(&g->cpu),
+                         RFLAGS_AC | RFLAGS_DF | RFLAGS_CF | RFLAGS_OF | RFLAGS_ZF | 2);
         assert_int_equal(s->interrupt_shadow, 0);
         assert_int_equal(g->cpu.exceptions, wide + 1);
         /* The accessed bit of the code segment. */
@@ -75,7 +78,8 @@ static void long_mode_same_level(void **state)
         s->gpr[RSP] = KERNEL_STACK - low;
         raise_and_deliver(g, X86_UD, false, 0);
         assert_int_equal(s->gpr[RSP], ((KERNEL_STACK - low) & ~15ull) - 40);
-        check_long_frame(g, false, 0, 0x150000, SEL_KCODE, RFLAGS_IF | RFLAGS_RF | 2, KERNEL_STACK - low, SEL_KDATA);
+        check_long_frame(g, false, 0, 0x150000, SEL_KCODE, RFLAGS_IF | RFLAGS_RF | 2,
+                         KERNEL_STACK - low, SEL_KDATA);
         /* A trap gate leaves IF alone; SS stays. */
         assert_int_equal(x86_rflags(&g->cpu), RFLAGS_IF | 2);
         assert_int_equal(s->seg[SEG_SS].selector, SEL_KDATA);
@@ -95,8 +99,8 @@ static void long_mode_ist(void **state)
             uint64_t rsp = g->cpu.s.gpr[RSP], rip = g->cpu.s.rip;
             x86_deliver_interrupt(&g->cpu, 0x40);
             assert_int_equal(g->cpu.s.gpr[RSP], IST_STACK(ist) - 40);
-            check_long_frame(g, false, 0, rip, user ? SEL_UCODE64 | 3 : SEL_KCODE, RFLAGS_IF | 2, rsp,
-                             user ? SEL_UDATA | 3 : SEL_KDATA);
+            check_long_frame(g, false, 0, rip, user ? SEL_UCODE64 | 3 : SEL_KCODE, RFLAGS_IF | 2,
+                             rsp, user ? SEL_UDATA | 3 : SEL_KDATA);
             assert_true(g->cpu.s.rip == 0xffffffff80001234);
             assert_int_equal(g->cpu.s.seg[SEG_SS].selector, user ? 0 : SEL_KDATA);
         }
@@ -109,14 +113,15 @@ static void resume_flag(void **state)
     static const struct {
         uint8_t vector;
         bool has_error, rf;
-    } cases[] = {{X86_DE, false, true},  {X86_DB, false, false}, {X86_UD, false, true}, {X86_NM, false, true},
-                 {X86_GP, true, true},   {X86_PF, true, true},   {X86_MF, false, true}, {X86_AC, true, true},
-                 {X86_XM, false, true}};
+    } cases[] = {{X86_DE, false, true}, {X86_DB, false, false}, {X86_UD, false, true},
+                 {X86_NM, false, true}, {X86_GP, true, true},   {X86_PF, true, true},
+                 {X86_MF, false, true}, {X86_AC, true, true},   {X86_XM, false, true}};
 
     for (unsigned i = 0; i < ARRAY_SIZE(cases); i++) {
         guest_system(g, GUEST_LONG);
         raise_and_deliver(g, cases[i].vector, cases[i].has_error, 0);
-        assert_int_equal(stack(g, cases[i].has_error ? 3 : 2, 8) & RFLAGS_RF, cases[i].rf ? RFLAGS_RF : 0);
+        assert_int_equal(stack(g, cases[i].has_error ? 3 : 2, 8) & RFLAGS_RF,
+                         cases[i].rf ? RFLAGS_RF : 0);
     }
     /* #DB lets general detection rest. */
     guest_system(g, GUEST_LONG);
@@ -127,8 +132,20 @@ static void resume_flag(void **state)
 
 /* What is wrong with the way to the handler, and what INT n and an interrupt get for it. */
 enum defect {
-    BEYOND_LIMIT, WRONG_TYPE, GATE_DPL, GATE_ABSENT, NULL_CODE, CODE_BEYOND, CODE_IS_DATA, CODE_ABSENT, CODE_NOT_LONG,
-    CODE_OUTWARD, NO_TSS_ROOM, BAD_STACK, BAD_TARGET, DEFECTS,
+    BEYOND_LIMIT,
+    WRONG_TYPE,
+    GATE_DPL,
+    GATE_ABSENT,
+    NULL_CODE,
+    CODE_BEYOND,
+    CODE_IS_DATA,
+    CODE_ABSENT,
+    CODE_NOT_LONG,
+    CODE_OUTWARD,
+    NO_TSS_ROOM,
+    BAD_STACK,
+    BAD_TARGET,
+    DEFECTS,
 };
 
 static void break_gate(struct guest *g, enum defect defect)
@@ -139,20 +156,46 @@ static void break_gate(struct guest *g, enum defect defect)
     bool present = true;
 
     switch (defect) {
-    case BEYOND_LIMIT: s->idt.limit = 0x40 * 16 + 14; break;
-    case WRONG_TYPE: type = 12; break;
-    case GATE_DPL: dpl = 2; break;
-    case GATE_ABSENT: present = false; break;
-    case NULL_CODE: code = 3; break;
-    case CODE_BEYOND: code = 0x1000; break;
-    case CODE_IS_DATA: code = SEL_KDATA; break;
-    case CODE_ABSENT: code = SEL_ABSENT_CODE; break;
-    case CODE_NOT_LONG: code = SEL_KCODE_OTHER; break;
-    case CODE_OUTWARD: break;
-    case NO_TSS_ROOM: s->tr.limit = 10; break;
-    case BAD_STACK: guest_put(g, GUEST_TSS + 4, 0x800000001000, 8); break;
-    case BAD_TARGET: target = 0x800000000000; break;
-    case DEFECTS: break;
+    case BEYOND_LIMIT:
+        s->idt.limit = 0x40 * 16 + 14;
+        break;
+    case WRONG_TYPE:
+        type = 12;
+        break;
+    case GATE_DPL:
+        dpl = 2;
+        break;
+    case GATE_ABSENT:
+        present = false;
+        break;
+    case NULL_CODE:
+        code = 3;
+        break;
+    case CODE_BEYOND:
+        code = 0x1000;
+        break;
+    case CODE_IS_DATA:
+        code = SEL_KDATA;
+        break;
+    case CODE_ABSENT:
+        code = SEL_ABSENT_CODE;
+        break;
+    case CODE_NOT_LONG:
+        code = SEL_KCODE_OTHER;
+        break;
+    case CODE_OUTWARD:
+        break;
+    case NO_TSS_ROOM:
+        s->tr.limit = 10;
+        break;
+    case BAD_STACK:
+        guest_put(g, GUEST_TSS + 4, 0x800000001000, 8);
+        break;
+    case BAD_TARGET:
+        target = 0x800000000000;
+        break;
+    case DEFECTS:
+        break;
     }
     guest_gate(g, 0x40, code, target, type, dpl, present, 0);
 }
@@ -164,14 +207,22 @@ static void defects_on_the_way(void **state)
     const unsigned idt = 0x40 * 8 + 2;
     static const struct {
         uint8_t vector;
-        int error;                  /* -1: names the IDT entry */
+        int error; /* -1: names the IDT entry */
         bool software_only;
     } expect[DEFECTS] = {
-        [BEYOND_LIMIT] = {X86_GP, -1}, [WRONG_TYPE] = {X86_GP, -1}, [GATE_DPL] = {X86_GP, -1, true},
-        [GATE_ABSENT] = {X86_NP, -1}, [NULL_CODE] = {X86_GP, 0}, [CODE_BEYOND] = {X86_GP, 0x1000},
-        [CODE_IS_DATA] = {X86_GP, SEL_KDATA}, [CODE_ABSENT] = {X86_NP, SEL_ABSENT_CODE},
-        [CODE_NOT_LONG] = {X86_GP, SEL_KCODE_OTHER}, [CODE_OUTWARD] = {X86_GP, SEL_UCODE64},
-        [NO_TSS_ROOM] = {X86_TS, SEL_TSS}, [BAD_STACK] = {X86_SS, 0}, [BAD_TARGET] = {X86_GP, 0},
+        [BEYOND_LIMIT] = {X86_GP, -1},
+        [WRONG_TYPE] = {X86_GP, -1},
+        [GATE_DPL] = {X86_GP, -1, true},
+        [GATE_ABSENT] = {X86_NP, -1},
+        [NULL_CODE] = {X86_GP, 0},
+        [CODE_BEYOND] = {X86_GP, 0x1000},
+        [CODE_IS_DATA] = {X86_GP, SEL_KDATA},
+        [CODE_ABSENT] = {X86_NP, SEL_ABSENT_CODE},
+        [CODE_NOT_LONG] = {X86_GP, SEL_KCODE_OTHER},
+        [CODE_OUTWARD] = {X86_GP, SEL_UCODE64},
+        [NO_TSS_ROOM] = {X86_TS, SEL_TSS},
+        [BAD_STACK] = {X86_SS, 0},
+        [BAD_TARGET] = {X86_GP, 0},
     };
 
     for (unsigned defect = 0; defect < DEFECTS; defect++) {
@@ -195,9 +246,11 @@ static void defects_on_the_way(void **state)
             assert_int_equal(s->rip, HANDLER(0x40));
             continue;
         }
-        /* As an interrupt: the fault's own handler runs, EXT is set, the place to return to is the same. */
+        /* As an interrupt: the fault's own handler runs, EXT is set, the place to return to is the
+         * same. */
         if (defect == NO_TSS_ROOM || defect == BAD_STACK) {
-            /* The fault needs the same stack: contributory is not the first event, so it is raised, then doubles. */
+            /* The fault needs the same stack: contributory is not the first event, so it is raised,
+             * then doubles. */
             x86_deliver_interrupt(&g->cpu, 0x40);
             assert_int_equal(s->activity, X86_SHUTDOWN);
             s->activity = X86_RUNNING;
@@ -224,7 +277,8 @@ static void conforming_handlers_keep_the_level(void **state)
     assert_int_equal(g->cpu.cpl, 3);
     assert_int_equal(g->cpu.s.seg[SEG_CS].selector, SEL_CONFORMING | 3);
     assert_int_equal(g->cpu.s.gpr[RSP], USER_STACK - 40);
-    check_long_frame(g, false, 0, USER_CODE + 2, SEL_UCODE64 | 3, RFLAGS_IF | 2, USER_STACK, SEL_UDATA | 3);
+    check_long_frame(g, false, 0, USER_CODE + 2, SEL_UCODE64 | 3, RFLAGS_IF | 2, USER_STACK,
+                     SEL_UDATA | 3);
 }
 
 /* The stack of a handler's gate points nowhere, so that its delivery is a page fault. */
@@ -243,9 +297,10 @@ static void double_faults(void **state)
         uint8_t second;
         bool twice;
     } cases[] = {
-        {X86_DE, NP, true},  {X86_DE, PF, false}, {X86_TS, NP, true},  {X86_SS, NP, true},  {X86_GP, NP, true},
-        {X86_GP, PF, false}, {X86_PF, NP, true},  {X86_PF, PF, true},  {X86_UD, NP, false}, {X86_UD, PF, false},
-        {X86_DB, NP, false}, {X86_AC, NP, false}, {X86_MF, PF, false}, {X86_NM, NP, false},
+        {X86_DE, NP, true},  {X86_DE, PF, false}, {X86_TS, NP, true},  {X86_SS, NP, true},
+        {X86_GP, NP, true},  {X86_GP, PF, false}, {X86_PF, NP, true},  {X86_PF, PF, true},
+        {X86_UD, NP, false}, {X86_UD, PF, false}, {X86_DB, NP, false}, {X86_AC, NP, false},
+        {X86_MF, PF, false}, {X86_NM, NP, false},
     };
 
     for (unsigned i = 0; i < ARRAY_SIZE(cases); i++) {
@@ -316,18 +371,21 @@ static void protected_mode_frames(void **state)
             uint64_t rip = s->rip, cs = s->seg[SEG_CS].selector, rsp = s->gpr[RSP];
             raise_and_deliver(g, X86_GP, true, 0x77);
             uint64_t mask = size == 4 ? UINT32_MAX : 0xffff;
-            assert_int_equal(s->gpr[RSP], (user ? KERNEL_STACK - 0x1000 : KERNEL_STACK) - (user ? 6 : 4) * size);
+            assert_int_equal(s->gpr[RSP],
+                             (user ? KERNEL_STACK - 0x1000 : KERNEL_STACK) - (user ? 6 : 4) * size);
             assert_int_equal(stack(g, 0, size), 0x77);
             assert_int_equal(stack(g, 1, size), rip & mask);
             assert_int_equal(stack(g, 2, size), cs);
-            assert_int_equal(stack(g, 3, size), (RFLAGS_IF | RFLAGS_TF | RFLAGS_SF | 0x3002 | RFLAGS_RF) & mask);
+            assert_int_equal(stack(g, 3, size),
+                             (RFLAGS_IF | RFLAGS_TF | RFLAGS_SF | 0x3002 | RFLAGS_RF) & mask);
             if (user) {
                 assert_int_equal(stack(g, 4, size), rsp & mask);
                 assert_int_equal(stack(g, 5, size), SEL_UDATA | 3);
             }
             assert_int_equal(s->seg[SEG_SS].selector, SEL_KDATA);
             assert_int_equal(s->rip, size == 4 ? 0x151234 : 0x1234);
-            assert_int_equal(x86_rflags(&g->cpu), RFLAGS_SF | 0x3002 | (types[i] & 1 ? RFLAGS_IF : 0));
+            assert_int_equal(x86_rflags(&g->cpu),
+                             RFLAGS_SF | 0x3002 | (types[i] & 1 ? RFLAGS_IF : 0));
             assert_int_equal(g->cpu.cpl, 0);
         }
     }
@@ -437,7 +495,8 @@ static void software_interrupts(void **state)
     struct guest *g = *state;
     static const struct {
         uint8_t bytes[2], len, vector;
-    } cases[] = {{{0xcd, 0x80}, 2, 0x80}, {{0xcc}, 1, X86_BP}, {{0xf1}, 1, X86_DB}, {{0xcd, 0x03}, 2, 3}};
+    } cases[] = {
+        {{0xcd, 0x80}, 2, 0x80}, {{0xcc}, 1, X86_BP}, {{0xf1}, 1, X86_DB}, {{0xcd, 0x03}, 2, 3}};
 
     for (unsigned i = 0; i < ARRAY_SIZE(cases); i++) {
         guest_system(g, GUEST_LONG);
@@ -448,7 +507,8 @@ static void software_interrupts(void **state)
         struct x86_insn insn = guest_insn(g, cases[i].bytes, cases[i].len);
         assert_int_equal(RAISED(g, x86_insn_int(&g->cpu, &insn)), -1);
         assert_int_equal(g->cpu.next_rip, HANDLER(cases[i].vector));
-        check_long_frame(g, false, 0, USER_CODE + cases[i].len, SEL_UCODE64 | 3, RFLAGS_IF | 2, USER_STACK, SEL_UDATA | 3);
+        check_long_frame(g, false, 0, USER_CODE + cases[i].len, SEL_UCODE64 | 3, RFLAGS_IF | 2,
+                         USER_STACK, SEL_UDATA | 3);
     }
     /* INTO looks at OF. */
     for (unsigned of = 0; of < 2; of++) {
@@ -639,10 +699,22 @@ int main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, guest_setup, guest_teardown)
     const struct CMUnitTest tests[] = {
-        TEST(long_mode_from_user), TEST(long_mode_same_level), TEST(long_mode_ist), TEST(resume_flag),
-        TEST(defects_on_the_way), TEST(conforming_handlers_keep_the_level), TEST(double_faults), TEST(triple_faults),
-        TEST(protected_mode_frames), TEST(protected_mode_stacks), TEST(real_mode), TEST(software_interrupts),
-        TEST(interrupts_wait_for_permission), TEST(halt_ends), TEST(nmi_until_iret), TEST(single_step),
+        TEST(long_mode_from_user),
+        TEST(long_mode_same_level),
+        TEST(long_mode_ist),
+        TEST(resume_flag),
+        TEST(defects_on_the_way),
+        TEST(conforming_handlers_keep_the_level),
+        TEST(double_faults),
+        TEST(triple_faults),
+        TEST(protected_mode_frames),
+        TEST(protected_mode_stacks),
+        TEST(real_mode),
+        TEST(software_interrupts),
+        TEST(interrupts_wait_for_permission),
+        TEST(halt_ends),
+        TEST(nmi_until_iret),
+        TEST(single_step),
         TEST(init_and_start),
     };
     return cmocka_run_group_tests_name("exception", tests, NULL, NULL);

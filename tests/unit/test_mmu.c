@@ -1,6 +1,6 @@
 /*
- * Paging: permissions in every mode against a table of rights, accessed and dirty bits, reserved bits, address spaces and
- * flushes. Accesses through the TLB are in test_access.c.
+ * Paging: permissions in every mode against a table of rights, accessed and dirty bits, reserved
+ * bits, address spaces and flushes. Accesses through the TLB are in test_access.c.
  */
 #include "x86_guest.h"
 
@@ -11,36 +11,45 @@
 struct layout {
     enum paging mode;
     uint64_t size;
-    unsigned leaf_level, levels;    /* levels that hold permissions */
+    unsigned leaf_level, levels; /* levels that hold permissions */
 };
 
 static const struct layout layouts[] = {
-    {PAGING_32, KIB(4), 1, 2},      {PAGING_32, MIB(4), 2, 2},      {PAGING_PAE, KIB(4), 1, 2},
-    {PAGING_PAE, MIB(2), 2, 2},     {PAGING_4LEVEL, KIB(4), 1, 4},  {PAGING_4LEVEL, MIB(2), 2, 4},
+    {PAGING_32, KIB(4), 1, 2},     {PAGING_32, MIB(4), 2, 2},     {PAGING_PAE, KIB(4), 1, 2},
+    {PAGING_PAE, MIB(2), 2, 2},    {PAGING_4LEVEL, KIB(4), 1, 4}, {PAGING_4LEVEL, MIB(2), 2, 4},
     {PAGING_4LEVEL, GIB(1), 3, 4},
 };
 
-/* Rows: page of the supervisor or user, read-only or writable. Columns: who asks. SDM vol. 3A 4.6.1, by hand. */
+/* Rows: page of the supervisor or user, read-only or writable. Columns: who asks. SDM vol.
+ * 3A 4.6.1, by hand. */
 enum who { USER, KERNEL_WP, KERNEL_NO_WP, SMAP_WP, SMAP_NO_WP };
 static const char *const data_rights[4][5] = {
-    /*         USER  K,WP  K,!WP SMAP  SMAP,!WP */
-    /* S ro */ {"",  "r",  "rw", "r",  "rw"},
-    /* S rw */ {"",  "rw", "rw", "rw", "rw"},
-    /* U ro */ {"r", "r",  "rw", "",   ""},
-    /* U rw */ {"rw","rw", "rw", "",   ""},
+    /*          USER  K,WP  K,!WP SMAP  SMAP,!WP */
+    /* clang-format off */
+    /* S ro */ {"",   "r",  "rw", "r",  "rw"},
+    /* S rw */ {"",   "rw", "rw", "rw", "rw"},
+    /* U ro */ {"r",  "r",  "rw", "",   ""},
+    /* U rw */ {"rw", "rw", "rw", "",   ""},
+    /* clang-format on */
 };
 enum fetcher { FETCH_USER, FETCH_KERNEL, FETCH_SMEP };
 static const bool fetch_rights[4][3] = {
-    {false, true, true}, {false, true, true}, {true, true, false}, {true, true, false},
+    {false, true, true},
+    {false, true, true},
+    {true, true, false},
+    {true, true, false},
 };
 
-static bool allowed(unsigned page, bool nx, enum x86_access access, unsigned view, bool wp, bool smap, bool smep)
+static bool allowed(unsigned page, bool nx, enum x86_access access, unsigned view, bool wp,
+                    bool smap, bool smep)
 {
     if (access == ACCESS_EXEC)
-        return !nx && fetch_rights[page][view == VIEW_USER ? FETCH_USER : smep ? FETCH_SMEP : FETCH_KERNEL];
-    enum who who = view == VIEW_USER                ? USER
+        return !nx && fetch_rights[page][view == VIEW_USER ? FETCH_USER
+                                         : smep            ? FETCH_SMEP
+                                                           : FETCH_KERNEL];
+    enum who who = view == VIEW_USER             ? USER
                    : view == VIEW_KERNEL && smap ? (wp ? SMAP_WP : SMAP_NO_WP)
-                                                    : (wp ? KERNEL_WP : KERNEL_NO_WP);
+                                                 : (wp ? KERNEL_WP : KERNEL_NO_WP);
     return strchr(data_rights[page][who], access == ACCESS_WRITE ? 'w' : 'r') != NULL;
 }
 
@@ -57,14 +66,16 @@ static void put_entry(void *e, enum paging mode, uint64_t v)
 }
 
 /* One page with one level that restricts it: each access by each accessor. */
-static void check_page(struct guest *g, const struct layout *l, void *leaf, gva_t va, gpa_t pa, unsigned page, bool nx)
+static void check_page(struct guest *g, const struct layout *l, void *leaf, gva_t va, gpa_t pa,
+                       unsigned page, bool nx)
 {
     uint64_t fresh = get_entry(leaf, l->mode);
 
     for (unsigned bits = 0; bits < 8; bits++) {
         bool wp = bits & 1, smap = bits & 2, smep = bits & 4;
         g->cpu.s.cr0 = (g->cpu.s.cr0 & ~CR0_WP) | (wp ? CR0_WP : 0);
-        g->cpu.s.cr4 = (g->cpu.s.cr4 & ~(CR4_SMAP | CR4_SMEP)) | (smap ? CR4_SMAP : 0) | (smep ? CR4_SMEP : 0);
+        g->cpu.s.cr4 =
+            (g->cpu.s.cr4 & ~(CR4_SMAP | CR4_SMEP)) | (smap ? CR4_SMAP : 0) | (smep ? CR4_SMEP : 0);
         for (unsigned view = 0; view < VIEWS; view++) {
             for (unsigned access = ACCESS_READ; access <= ACCESS_EXEC; access++) {
                 gpa_t gpa = 0;
@@ -109,7 +120,9 @@ static void permissions(void **state)
                     void *leaf = guest_map(g, at, pa, l->size, PTE_W | PTE_U, PTE_W | PTE_U);
                     void *e = guest_entry(g, at, level, PTE_W | PTE_U);
                     uint64_t v = get_entry(e, l->mode) & ~(PTE_W | PTE_U);
-                    put_entry(e, l->mode, v | (page & 1 ? PTE_W : 0) | (page & 2 ? PTE_U : 0) | (nx ? PTE_NX : 0));
+                    put_entry(e, l->mode,
+                              v | (page & 1 ? PTE_W : 0) | (page & 2 ? PTE_U : 0) |
+                                  (nx ? PTE_NX : 0));
                     check_page(g, l, leaf, at, pa, page, nx);
                 }
             }
@@ -131,7 +144,8 @@ static void upper_levels_get_accessed(void **state)
     uint64_t *pde = (uint64_t *)guest_ram(g, *pdpte & GUEST_PAGE_MASK);
 
     /* A write to a read-only page leaves no trace. */
-    assert_int_equal(x86_walk(&g->cpu, 0x7000, ACCESS_WRITE, VIEW_USER, &gpa, &size, &error), -EFAULT);
+    assert_int_equal(x86_walk(&g->cpu, 0x7000, ACCESS_WRITE, VIEW_USER, &gpa, &size, &error),
+                     -EFAULT);
     assert_false((*pml4e | *pdpte | *pde | get_entry(leaf, PAGING_4LEVEL)) & (PTE_A | PTE_D));
     assert_int_equal(x86_walk(&g->cpu, 0x7000, ACCESS_READ, VIEW_USER, &gpa, &size, &error), 0);
     assert_true(*pml4e & *pdpte & *pde & get_entry(leaf, PAGING_4LEVEL) & PTE_A);
@@ -161,7 +175,8 @@ static void not_present_at_each_level(void **state)
             void *e = guest_entry(g, 0, level, PTE_W | PTE_U);
             /* All other bits set, so only P is asked. */
             put_entry(e, l->mode, ~PTE_P);
-            assert_int_equal(x86_walk(&g->cpu, 0, ACCESS_WRITE, VIEW_USER, &gpa, &size, &error), -EFAULT);
+            assert_int_equal(x86_walk(&g->cpu, 0, ACCESS_WRITE, VIEW_USER, &gpa, &size, &error),
+                             -EFAULT);
             assert_int_equal(error, PF_WRITE | PF_USER);
         }
     }
@@ -253,7 +268,8 @@ static void addresses_of_large_pages(void **state)
 
     guest_paging(g, PAGING_32);
     guest_map(g, 0x40000000, 0x3f00c00000, MIB(4), PTE_W, PTE_W);
-    assert_int_equal(x86_walk(&g->cpu, 0x403fffff, ACCESS_READ, VIEW_KERNEL, &gpa, &size, &error), 0);
+    assert_int_equal(x86_walk(&g->cpu, 0x403fffff, ACCESS_READ, VIEW_KERNEL, &gpa, &size, &error),
+                     0);
     assert_int_equal(gpa, 0x3f00ffffff);
     /* PS means nothing without CR4.PSE: the entry points to a table then. */
     g->cpu.s.cr4 &= ~CR4_PSE;
@@ -264,7 +280,8 @@ static void addresses_of_large_pages(void **state)
 
     /* Without paging, and with 32 bits of address at most. */
     g->cpu.s.cr0 &= ~CR0_PG;
-    assert_int_equal(x86_walk(&g->cpu, 0x1fffff123, ACCESS_WRITE, VIEW_USER, &gpa, &size, &error), 0);
+    assert_int_equal(x86_walk(&g->cpu, 0x1fffff123, ACCESS_WRITE, VIEW_USER, &gpa, &size, &error),
+                     0);
     assert_int_equal(gpa, 0xfffff123);
 }
 
@@ -277,12 +294,15 @@ static void page_directory_pointers(void **state)
 
     guest_paging(g, PAGING_PAE);
     guest_map(g, 0x40000000, 0x200000, KIB(4), PTE_W, PTE_W);
-    assert_int_equal(x86_walk(&g->cpu, 0x40000000, ACCESS_READ, VIEW_KERNEL, &gpa, &size, &error), 0);
+    assert_int_equal(x86_walk(&g->cpu, 0x40000000, ACCESS_READ, VIEW_KERNEL, &gpa, &size, &error),
+                     0);
     /* They are the processor's until CR3 is loaded. */
     guest_put(g, GUEST_ROOT + 8, 0, 8);
-    assert_int_equal(x86_walk(&g->cpu, 0x40000000, ACCESS_READ, VIEW_KERNEL, &gpa, &size, &error), 0);
+    assert_int_equal(x86_walk(&g->cpu, 0x40000000, ACCESS_READ, VIEW_KERNEL, &gpa, &size, &error),
+                     0);
     x86_tlb_load_cr3(&g->cpu, GUEST_ROOT, false);
-    assert_int_equal(x86_walk(&g->cpu, 0x40000000, ACCESS_READ, VIEW_KERNEL, &gpa, &size, &error), -EFAULT);
+    assert_int_equal(x86_walk(&g->cpu, 0x40000000, ACCESS_READ, VIEW_KERNEL, &gpa, &size, &error),
+                     -EFAULT);
     assert_int_equal(error, 0);
 
     const struct x86_state *s = &g->cpu.s;
@@ -384,7 +404,8 @@ static void address_spaces(void **state)
     g->cpu.s.cr4 |= CR4_PCIDE | CR4_PGE;
     x86_tlb_flush_all(&g->cpu);
     for (unsigned i = 1; i <= 3; i++)
-        guest_map(g, i * 0x1000, 0x200000 + i * 0x1000, KIB(4), PTE_U | (i == 3 ? PTE_G : 0), PTE_U);
+        guest_map(g, i * 0x1000, 0x200000 + i * 0x1000, KIB(4), PTE_U | (i == 3 ? PTE_G : 0),
+                  PTE_U);
     guest_set_cpl(g, 3);
 
     /* Entries of a PCID survive loads of others, and loads of it that keep them. */
@@ -438,7 +459,8 @@ static void address_spaces(void **state)
     assert_false(read_misses(g, 0x1000));
 }
 
-/* The supervisor's entries: global ones stay across loads of CR3, others never outlive their address space. */
+/* The supervisor's entries: global ones stay across loads of CR3, others never outlive their
+ * address space. */
 static void supervisor_spaces(void **state)
 {
     struct guest *g = *state;
@@ -453,7 +475,8 @@ static void supervisor_spaces(void **state)
         /* From few to many pages that are not global. */
         for (unsigned n = 1; n <= 128; n *= 2) {
             for (unsigned i = 0; i <= n; i++) {
-                guest_map(g, kernel + i * 0x1000, 0x200000 + i * 0x1000, KIB(4), i == n ? PTE_G : 0, 0);
+                guest_map(g, kernel + i * 0x1000, 0x200000 + i * 0x1000, KIB(4), i == n ? PTE_G : 0,
+                          0);
                 x86_tlb_flush_page(&g->cpu, kernel + i * 0x1000);
             }
             for (unsigned how = 0; how < (pcide ? 4 : 1); how++) {
@@ -497,7 +520,8 @@ static void supervisor_spaces(void **state)
     assert_true(read_misses(g, kernel));
 }
 
-/* What the engine remembers of code is void exactly when a page it came from is flushed, or the user's address space changes. */
+/* What the engine remembers of code is void exactly when a page it came from is flushed, or the
+ * user's address space changes. */
 static bool code_moved(struct guest *g, bool user)
 {
     bool moved = user ? g->user_code_moved : g->supervisor_code_moved;
@@ -588,13 +612,15 @@ static void reads_prepare_writes(void **state)
     for (unsigned i = 0; i < 32; i++) {
         bool dirty = i & 1, writable = i & 2, seen = i & 4, code = i & 8, logging = i & 16;
         guest_paging(g, PAGING_4LEVEL);
-        uint64_t *leaf = guest_map(g, va, 0x200000, KIB(4), (writable ? PTE_W : 0) | (dirty ? PTE_D : 0), PTE_W);
+        uint64_t *leaf =
+            guest_map(g, va, 0x200000, KIB(4), (writable ? PTE_W : 0) | (dirty ? PTE_D : 0), PTE_W);
         uint64_t before = *leaf | PTE_A;
         flags = guest_flags(g, 0x200000);
         atomic_store(flags, (seen ? PAGE_WRITABLE : 0) | (code ? PAGE_CODE : 0));
         atomic_store(&g->machine.memory.dirty_logging, logging);
         x86_read8(&g->cpu, va);
-        assert_int_equal(tlb_lookup(g->cpu.tlb, va, 1, TLB_WRITE) != NULL, dirty && writable && seen && !code && !logging);
+        assert_int_equal(tlb_lookup(g->cpu.tlb, va, 1, TLB_WRITE) != NULL,
+                         dirty && writable && seen && !code && !logging);
         assert_int_equal(*leaf, before);
         assert_false(atomic_load(flags) & PAGE_DIRTY);
     }
@@ -609,7 +635,8 @@ static void more_pcids_than_spaces(void **state)
     x86_tlb_flush_all(&g->cpu);
     uint64_t *leaf = guest_map(g, 0x1000, 0, KIB(4), PTE_U, PTE_U);
     guest_set_cpl(g, 3);
-    /* Each PCID sees what was mapped when it filled its entry, or something newer: never another's older one. */
+    /* Each PCID sees what was mapped when it filled its entry, or something newer: never another's
+     * older one. */
     unsigned seen[40] = {0};
     for (unsigned round = 1; round <= 400; round++) {
         unsigned pcid = (round * round * 7 + round) % 40;

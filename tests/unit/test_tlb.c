@@ -1,4 +1,5 @@
-/* The soft TLB by itself: what hits, what misses, and that no address ever matches an entry that is not its own. */
+/* The soft TLB by itself: what hits, what misses, and that no address ever matches an entry that is
+ * not its own. */
 #include <stdarg.h>
 #include <stddef.h>
 #include <setjmp.h>
@@ -11,7 +12,7 @@
 #include "memory/tlb.h"
 
 static struct tlb_set *set;
-static uint8_t *host;               /* four host pages */
+static uint8_t *host; /* four host pages */
 
 static int setup(void **state)
 {
@@ -34,8 +35,22 @@ static bool hits(gva_t va, unsigned size, enum tlb_kind kind)
 }
 
 static const gva_t interesting[] = {
-    0, 1, 0xfff, 0x1000, 0x1fff, 0x2000, 0x3ff000, 0x400000, 0x7ffffffff000, 0x7fffffffffff, 0x800000000000,
-    0xffff7fffffffffff, 0xffff800000000000, 0xffffffffffc00000, 0xfffffffffffff000, 0xffffffffffffffff,
+    0,
+    1,
+    0xfff,
+    0x1000,
+    0x1fff,
+    0x2000,
+    0x3ff000,
+    0x400000,
+    0x7ffffffff000,
+    0x7fffffffffff,
+    0x800000000000,
+    0xffff7fffffffffff,
+    0xffff800000000000,
+    0xffffffffffc00000,
+    0xfffffffffffff000,
+    0xffffffffffffffff,
 };
 
 static void empty_sets_miss(void **state)
@@ -130,7 +145,8 @@ static void writes_are_dropped(void **state)
     tlb_fill(set, 0x7000, host, TLB_EXEC);
     tlb_drop_writes_to(set, host);
     assert_false(hits(0x5000, 1, TLB_WRITE) || hits(0xffff800000009000, 1, TLB_WRITE));
-    assert_true(hits(0x5000, 1, TLB_READ) && hits(0x6000, 1, TLB_WRITE) && hits(0x7000, 1, TLB_EXEC));
+    assert_true(hits(0x5000, 1, TLB_READ) && hits(0x6000, 1, TLB_WRITE) &&
+                hits(0x7000, 1, TLB_EXEC));
     tlb_drop_writes(set);
     assert_false(hits(0x6000, 1, TLB_WRITE));
     assert_true(hits(0x5000, 1, TLB_READ) && hits(0x7000, 1, TLB_EXEC));
@@ -140,7 +156,8 @@ int main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(empty_sets_miss), TEST(an_entry_is_for_one_page_and_kind), TEST(fills_replace), TEST(flushes),
+        TEST(empty_sets_miss),    TEST(an_entry_is_for_one_page_and_kind),
+        TEST(fills_replace),      TEST(flushes),
         TEST(writes_are_dropped),
     };
     return cmocka_run_group_tests_name("tlb", tests, NULL, NULL);

@@ -1,6 +1,6 @@
 /*
- * Control transfers between segments and levels, and the loading of segment registers: results, and the error of every
- * check, with the state unchanged by it.
+ * Control transfers between segments and levels, and the loading of segment registers: results, and
+ * the error of every check, with the state unchanged by it.
  */
 #include "x86_guest.h"
 
@@ -29,11 +29,13 @@ static int run_bytes(struct guest *g, x86_semantics_fn *fn, const void *bytes, u
 static void put_frame(struct guest *g, unsigned size, unsigned n, const uint64_t *words)
 {
     for (unsigned i = 0; i < n; i++)
-        guest_put(g, g->cpu.s.seg[SEG_SS].base + g->cpu.s.gpr[RSP] + (gpa_t)i * size, words[i], size);
+        guest_put(g, g->cpu.s.seg[SEG_SS].base + g->cpu.s.gpr[RSP] + (gpa_t)i * size, words[i],
+                  size);
 }
 
-#define FRAME(g, size, ...) \
-    put_frame(g, size, sizeof((uint64_t[]){__VA_ARGS__}) / sizeof(uint64_t), (const uint64_t[]){__VA_ARGS__})
+#define FRAME(g, size, ...)                                                  \
+    put_frame(g, size, sizeof((uint64_t[]){__VA_ARGS__}) / sizeof(uint64_t), \
+              (const uint64_t[]){__VA_ARGS__})
 
 static int iretq(struct guest *g)
 {
@@ -44,13 +46,15 @@ static void iret_to_user(void **state)
 {
     struct guest *g = *state;
     struct x86_cpu *cpu = &g->cpu;
-    const uint64_t flags = RFLAGS_IF | RFLAGS_TF | RFLAGS_AC | RFLAGS_ID | RFLAGS_DF | RFLAGS_ARITH | RFLAGS_RF | RFLAGS_NT;
+    const uint64_t flags = RFLAGS_IF | RFLAGS_TF | RFLAGS_AC | RFLAGS_ID | RFLAGS_DF |
+                           RFLAGS_ARITH | RFLAGS_RF | RFLAGS_NT;
 
     guest_system(g, GUEST_LONG);
     x86_set_rflags(cpu, 0);
     cpu->s.seg[SEG_FS] = (struct x86_seg){.base = 0x1234, .attr = SEG_UNUSABLE};
     cpu->s.seg[SEG_DS] = cpu->s.seg[SEG_SS];
-    FRAME(g, 8, 0x7fffffffffff, SEL_UCODE64 | 3, flags | 0x3000 | 1ull << 40, 0x300ff8, SEL_UDATA | 3);
+    FRAME(g, 8, 0x7fffffffffff, SEL_UCODE64 | 3, flags | 0x3000 | 1ull << 40, 0x300ff8,
+          SEL_UDATA | 3);
     assert_int_equal(iretq(g), -1);
     assert_int_equal(cpu->next_rip, 0x7fffffffffff);
     assert_int_equal(cpu->cpl, 3);
@@ -115,7 +119,7 @@ static void iret_checks(void **state)
     } cases[] = {
         {0, 0, SEL_UDATA | 3, X86_GP, 0},
         {0, 3, SEL_UDATA | 3, X86_GP, 0},
-        {0, 0x1003, SEL_UDATA | 3, X86_GP, 0},              /* beyond the table: error 0x1000, see below */
+        {0, 0x1003, SEL_UDATA | 3, X86_GP, 0}, /* beyond the table: error 0x1000, see below */
         {0, SEL_UDATA | 3, SEL_UDATA | 3, X86_GP, SEL_UDATA},
         {0, SEL_KCODE | 3, SEL_UDATA | 3, X86_GP, SEL_KCODE},
         {0, SEL_UCODE64, SEL_KDATA, X86_GP, SEL_UCODE64},
@@ -126,7 +130,7 @@ static void iret_checks(void **state)
         {0, SEL_UCODE64 | 3, SEL_KDATA | 3, X86_GP, SEL_KDATA},
         {0, SEL_UCODE64 | 3, SEL_UCODE32 | 3, X86_GP, SEL_UCODE32},
         {0, SEL_KCODE, SEL_ABSENT_DATA, X86_SS, SEL_ABSENT_DATA},
-        {0, SEL_KCODE_OTHER, 0, X86_GP, 0},                 /* a null SS only for 64-bit code */
+        {0, SEL_KCODE_OTHER, 0, X86_GP, 0}, /* a null SS only for 64-bit code */
         {0x800000000000, SEL_UCODE64 | 3, SEL_UDATA | 3, X86_GP, 0},
     };
 
@@ -157,7 +161,8 @@ static void iret_flags_by_privilege(void **state)
 {
     struct guest *g = *state;
     struct x86_cpu *cpu = &g->cpu;
-    const uint64_t always = RFLAGS_ARITH | RFLAGS_TF | RFLAGS_DF | RFLAGS_NT | RFLAGS_RF | RFLAGS_AC | RFLAGS_ID;
+    const uint64_t always =
+        RFLAGS_ARITH | RFLAGS_TF | RFLAGS_DF | RFLAGS_NT | RFLAGS_RF | RFLAGS_AC | RFLAGS_ID;
 
     for (unsigned cpl = 0; cpl <= 3; cpl += 3) {
         for (unsigned iopl = 0; iopl <= 3; iopl++) {
@@ -166,7 +171,8 @@ static void iret_flags_by_privilege(void **state)
                 guest_enter_user(g, true);
             x86_set_rflags(cpu, iopl << 12);
             g->cpu.s.gpr[RSP] = cpl ? USER_STACK : KERNEL_STACK;
-            FRAME(g, 8, 0x201000, cpl ? SEL_UCODE64 | 3 : SEL_KCODE, 0x3fffd7, 0x300000, cpl ? SEL_UDATA | 3 : SEL_KDATA);
+            FRAME(g, 8, 0x201000, cpl ? SEL_UCODE64 | 3 : SEL_KCODE, 0x3fffd7, 0x300000,
+                  cpl ? SEL_UDATA | 3 : SEL_KDATA);
             assert_int_equal(iretq(g), -1);
             uint64_t want = always | 2 | (cpl <= iopl ? RFLAGS_IF : 0);
             want |= cpl == 0 ? 0x3000 | RFLAGS_VIF | RFLAGS_VIP : iopl << 12;
@@ -320,17 +326,20 @@ static void sysenter_and_back(void **state)
 /* ---- far JMP, CALL, RET ---- */
 
 /* jmp or call *(%rax): the pointer at 0x151000. */
-static int far_indirect(struct guest *g, bool call, unsigned size, uint64_t offset, unsigned selector)
+static int far_indirect(struct guest *g, bool call, unsigned size, uint64_t offset,
+                        unsigned selector)
 {
     static const char *const jmp[] = {[2] = "\x66\xff\x28", [4] = "\xff\x28", [8] = "\x48\xff\x28"};
-    static const char *const call_[] = {[2] = "\x66\xff\x18", [4] = "\xff\x18", [8] = "\x48\xff\x18"};
+    static const char *const call_[] = {
+        [2] = "\x66\xff\x18", [4] = "\xff\x18", [8] = "\x48\xff\x18"};
     const char *bytes = call ? call_[size] : jmp[size];
     gpa_t at = g->cpu.cpl == 3 ? USER_CODE + 0x1000 : 0x151000;
 
     guest_put(g, at, offset, size);
     guest_put(g, at + size, selector, 2);
     g->cpu.s.gpr[RAX] = at;
-    return run_bytes(g, call ? x86_insn_call_far : x86_insn_jmp_far, bytes, (unsigned)strlen(bytes));
+    return run_bytes(g, call ? x86_insn_call_far : x86_insn_jmp_far, bytes,
+                     (unsigned)strlen(bytes));
 }
 
 static void far_direct(void **state)
@@ -354,14 +363,21 @@ static void far_direct(void **state)
             uint8_t vector;
             uint16_t error;
         } cases[] = {
-            {0, X86_GP, 0}, {2, X86_GP, 0}, {0x1000, X86_GP, 0x1000}, {SEL_KDATA, X86_GP, SEL_KDATA},
-            {SEL_KCODE | 1, X86_GP, SEL_KCODE}, {SEL_UCODE64, X86_GP, SEL_UCODE64},
-            {SEL_ABSENT_CODE, X86_NP, SEL_ABSENT_CODE}, {SEL_TSS, X86_GP, SEL_TSS}, {4, X86_GP, 4},
+            {0, X86_GP, 0},
+            {2, X86_GP, 0},
+            {0x1000, X86_GP, 0x1000},
+            {SEL_KDATA, X86_GP, SEL_KDATA},
+            {SEL_KCODE | 1, X86_GP, SEL_KCODE},
+            {SEL_UCODE64, X86_GP, SEL_UCODE64},
+            {SEL_ABSENT_CODE, X86_NP, SEL_ABSENT_CODE},
+            {SEL_TSS, X86_GP, SEL_TSS},
+            {4, X86_GP, 4},
         };
         for (unsigned i = 0; i < ARRAY_SIZE(cases); i++) {
             guest_system(g, GUEST_LONG);
             guest_gdt(g, SEL_TSS, guest_desc(0, 0x67, 0x89));
-            assert_int_equal(far_indirect(g, call, 4, 0x151234, cases[i].selector), cases[i].vector);
+            assert_int_equal(far_indirect(g, call, 4, 0x151234, cases[i].selector),
+                             cases[i].vector);
             assert_int_equal(cpu->exc_error, cases[i].error);
         }
         /* A conforming segment of the kernel runs at the caller's level. */
@@ -382,7 +398,8 @@ static void far_direct(void **state)
         cpu->amd = true;
         guest_put(g, 0x151004, SEL_KCODE, 2);
         cpu->s.gpr[RAX] = 0x151000;
-        assert_int_equal(far_indirect(g, call, 8, 0x151000 | (uint64_t)SEL_KCODE << 32, 0x5555), -1);
+        assert_int_equal(far_indirect(g, call, 8, 0x151000 | (uint64_t)SEL_KCODE << 32, 0x5555),
+                         -1);
         assert_int_equal(cpu->next_rip, 0x151000);
         cpu->amd = false;
 
@@ -397,11 +414,13 @@ static void far_direct(void **state)
     }
 }
 
-static void put_call_gate(struct guest *g, unsigned selector, uint64_t offset, unsigned type, unsigned dpl, unsigned count,
-                          bool present)
+static void put_call_gate(struct guest *g, unsigned selector, uint64_t offset, unsigned type,
+                          unsigned dpl, unsigned count, bool present)
 {
-    guest_gdt(g, SEL_FREE, (offset & 0xffff) | (uint64_t)selector << 16 | (uint64_t)count << 32 | (uint64_t)type << 40 |
-                               (uint64_t)dpl << 45 | (uint64_t)present << 47 | (offset >> 16 & 0xffff) << 48);
+    guest_gdt(g, SEL_FREE,
+              (offset & 0xffff) | (uint64_t)selector << 16 | (uint64_t)count << 32 |
+                  (uint64_t)type << 40 | (uint64_t)dpl << 45 | (uint64_t)present << 47 |
+                  (offset >> 16 & 0xffff) << 48);
     guest_gdt(g, SEL_FREE + 8, offset >> 32);
 }
 
@@ -435,14 +454,19 @@ static void call_gates(void **state)
         uint8_t vector;
         uint16_t error;
     } cases[] = {
-        {SEL_KCODE, 12, 2, true, X86_GP, SEL_FREE},     {SEL_KCODE, 12, 3, false, X86_NP, SEL_FREE},
-        {SEL_KCODE, 4, 3, true, X86_GP, SEL_FREE},      {0, 12, 3, true, X86_GP, 0},
-        {SEL_KDATA, 12, 3, true, X86_GP, SEL_KDATA},    {SEL_KCODE_OTHER, 12, 3, true, X86_GP, SEL_KCODE_OTHER},
-        {SEL_ABSENT_CODE, 12, 3, true, X86_NP, SEL_ABSENT_CODE}, {SEL_KCODE, 5, 3, true, X86_GP, SEL_FREE},
+        {SEL_KCODE, 12, 2, true, X86_GP, SEL_FREE},
+        {SEL_KCODE, 12, 3, false, X86_NP, SEL_FREE},
+        {SEL_KCODE, 4, 3, true, X86_GP, SEL_FREE},
+        {0, 12, 3, true, X86_GP, 0},
+        {SEL_KDATA, 12, 3, true, X86_GP, SEL_KDATA},
+        {SEL_KCODE_OTHER, 12, 3, true, X86_GP, SEL_KCODE_OTHER},
+        {SEL_ABSENT_CODE, 12, 3, true, X86_NP, SEL_ABSENT_CODE},
+        {SEL_KCODE, 5, 3, true, X86_GP, SEL_FREE},
     };
     for (unsigned i = 0; i < ARRAY_SIZE(cases); i++) {
         guest_system(g, GUEST_LONG);
-        put_call_gate(g, cases[i].selector, 0x151000, cases[i].type, cases[i].dpl, 0, cases[i].present);
+        put_call_gate(g, cases[i].selector, 0x151000, cases[i].type, cases[i].dpl, 0,
+                      cases[i].present);
         guest_enter_user(g, true);
         assert_int_equal(far_indirect(g, true, 4, 0, SEL_FREE | 3), cases[i].vector);
         assert_int_equal(cpu->exc_error, cases[i].error);
@@ -457,7 +481,8 @@ static void call_gates(void **state)
     assert_int_equal(run_bytes(g, x86_insn_call_far, call, 7), -1);
     uint64_t sp = cpu->s.gpr[RSP];
     assert_int_equal(sp, KERNEL_STACK - 0x1000 - 28);
-    const uint32_t want[] = {USER_CODE + 7, SEL_UCODE32 | 3, 0x111, 0x222, 0x333, USER_STACK, SEL_UDATA | 3};
+    const uint32_t want[] = {USER_CODE + 7, SEL_UCODE32 | 3, 0x111,        0x222,
+                             0x333,         USER_STACK,      SEL_UDATA | 3};
     assert_memory_equal(guest_ram(g, sp), want, sizeof(want));
     assert_int_equal(run_bytes(g, x86_insn_ret_far, "\xca\x0c\x00", 3), -1);
     assert_int_equal(cpu->s.gpr[RSP], USER_STACK + 12);
@@ -533,22 +558,22 @@ static void segment_loads(void **state)
 
     static const struct {
         unsigned cpl, selector, attr;
-        int data, stack;            /* vector for ES and for SS; -1: fine */
+        int data, stack; /* vector for ES and for SS; -1: fine */
     } cases[] = {
-        {0, SEL_FREE, 0x4092, -1, -1},          /* writable data */
-        {0, SEL_FREE, 0x4090, -1, X86_GP},      /* read-only data */
-        {0, SEL_FREE, 0x4096, -1, -1},          /* expand-down */
-        {0, SEL_FREE, 0x409a, -1, X86_GP},      /* readable code */
-        {0, SEL_FREE, 0x4098, X86_GP, X86_GP},  /* execute-only code */
-        {0, SEL_FREE, 0x0089, X86_GP, X86_GP},  /* system */
-        {0, SEL_FREE, 0x4012, X86_NP, X86_SS},  /* not present */
-        {0, SEL_FREE | 3, 0x4092, X86_GP, X86_GP},      /* RPL 3 on DPL 0 */
+        {0, SEL_FREE, 0x4092, -1, -1},             /* writable data */
+        {0, SEL_FREE, 0x4090, -1, X86_GP},         /* read-only data */
+        {0, SEL_FREE, 0x4096, -1, -1},             /* expand-down */
+        {0, SEL_FREE, 0x409a, -1, X86_GP},         /* readable code */
+        {0, SEL_FREE, 0x4098, X86_GP, X86_GP},     /* execute-only code */
+        {0, SEL_FREE, 0x0089, X86_GP, X86_GP},     /* system */
+        {0, SEL_FREE, 0x4012, X86_NP, X86_SS},     /* not present */
+        {0, SEL_FREE | 3, 0x4092, X86_GP, X86_GP}, /* RPL 3 on DPL 0 */
         {0, SEL_FREE | 3, 0x40f2, -1, X86_GP},
         {0, SEL_FREE, 0x40f2, -1, X86_GP},
         {3, SEL_FREE | 3, 0x40f2, -1, -1},
-        {3, SEL_FREE, 0x40f2, -1, X86_GP},      /* SS wants RPL = CPL */
+        {3, SEL_FREE, 0x40f2, -1, X86_GP}, /* SS wants RPL = CPL */
         {3, SEL_FREE, 0x4092, X86_GP, X86_GP},
-        {3, SEL_FREE | 3, 0x409e, -1, X86_GP},  /* conforming code asks nobody */
+        {3, SEL_FREE | 3, 0x409e, -1, X86_GP}, /* conforming code asks nobody */
         {3, SEL_FREE | 3, 0x409a, X86_GP, X86_GP},
     };
     for (unsigned i = 0; i < ARRAY_SIZE(cases); i++) {
@@ -722,19 +747,19 @@ static void effective_addresses(void **state)
     guest_system(g, GUEST_LONG);
     cpu->s.gpr[RBX] = 0xffffffff00000010;
     cpu->s.gpr[RCX] = 0x100;
-    struct x86_insn insn = guest_insn(g, "\x8b\x44\xcb\xf0", 4);      /* mov -16(%rbx,%rcx,8),%eax */
+    struct x86_insn insn = guest_insn(g, "\x8b\x44\xcb\xf0", 4); /* mov -16(%rbx,%rcx,8),%eax */
     assert_true(x86_effective(cpu, &insn) == 0xffffffff00000800);
     insn = guest_insn(g, "\x67\x8b\x44\xcb\xf0", 5);
     assert_int_equal(x86_effective(cpu, &insn), 0x800);
-    insn = guest_insn(g, "\x8b\x05\x00\x01\x00\x00", 6);              /* mov 0x100(%rip),%eax */
+    insn = guest_insn(g, "\x8b\x05\x00\x01\x00\x00", 6); /* mov 0x100(%rip),%eax */
     assert_int_equal(x86_effective(cpu, &insn), 0x150106);
     cpu->s.seg[SEG_FS].base = 0x7f0000000000;
-    insn = guest_insn(g, "\x64\x48\x8b\x04\x25\xf8\xff\xff\xff", 9);  /* mov %fs:-8,%rax */
+    insn = guest_insn(g, "\x64\x48\x8b\x04\x25\xf8\xff\xff\xff", 9); /* mov %fs:-8,%rax */
     assert_int_equal(x86_linear(cpu, &insn, 8, false), 0x7efffffffff8);
     guest_system(g, GUEST_REAL);
     cpu->s.gpr[RBX] = 0xfff0;
     cpu->s.gpr[RSI] = 0x20;
-    insn = guest_insn(g, "\x8b\x00", 2);                              /* mov (%bx,%si),%ax */
+    insn = guest_insn(g, "\x8b\x00", 2); /* mov (%bx,%si),%ax */
     assert_int_equal(x86_linear(cpu, &insn, 2, false), 0x20010);
 }
 
@@ -742,10 +767,21 @@ int main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, guest_setup, guest_teardown)
     const struct CMUnitTest tests[] = {
-        TEST(iret_to_user), TEST(iret_in_kernel), TEST(iret_checks), TEST(iret_flags_by_privilege),
-        TEST(iret_in_protected_mode), TEST(syscall_and_back), TEST(sysenter_and_back), TEST(far_direct),
-        TEST(call_gates), TEST(far_returns), TEST(segment_loads), TEST(system_segments), TEST(limits),
-        TEST(pushes_and_pops), TEST(effective_addresses),
+        TEST(iret_to_user),
+        TEST(iret_in_kernel),
+        TEST(iret_checks),
+        TEST(iret_flags_by_privilege),
+        TEST(iret_in_protected_mode),
+        TEST(syscall_and_back),
+        TEST(sysenter_and_back),
+        TEST(far_direct),
+        TEST(call_gates),
+        TEST(far_returns),
+        TEST(segment_loads),
+        TEST(system_segments),
+        TEST(limits),
+        TEST(pushes_and_pops),
+        TEST(effective_addresses),
     };
     return cmocka_run_group_tests_name("transfer", tests, NULL, NULL);
 }

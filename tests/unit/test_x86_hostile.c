@@ -1,6 +1,7 @@
 /*
- * A guest with random tables: whatever descriptors, gates, TSS, page tables and registers hold, deliveries and transfers
- * end, in a state that the rest can go on from. Most use: under the sanitizers. The seed is fixed, so a failure repeats.
+ * A guest with random tables: whatever descriptors, gates, TSS, page tables and registers hold,
+ * deliveries and transfers end, in a state that the rest can go on from. Most use: under the
+ * sanitizers. The seed is fixed, so a failure repeats.
  */
 #include "x86_guest.h"
 
@@ -31,9 +32,32 @@ static bool chance(unsigned percent)
 static uint64_t address(void)
 {
     static const uint64_t favourites[] = {
-        0, 1, 0xfff, 0xffe, 0x10000, GUEST_GDT, GUEST_IDT, GUEST_TSS, KERNEL_STACK, USER_STACK, USER_CODE, MIB(2), MIB(4),
-        MIB(16), DEVICE_BASE, 0xfee00000, 0xffffffff, 0x100000000, 0x7ffffffffff8, 0x7fffffffffff, 0x800000000000,
-        0xffff7fffffffffff, 0xffff800000000000, 0xfffffffffffffff8, 0xffffffffffffffff, HIGH_RAM_BASE,
+        0,
+        1,
+        0xfff,
+        0xffe,
+        0x10000,
+        GUEST_GDT,
+        GUEST_IDT,
+        GUEST_TSS,
+        KERNEL_STACK,
+        USER_STACK,
+        USER_CODE,
+        MIB(2),
+        MIB(4),
+        MIB(16),
+        DEVICE_BASE,
+        0xfee00000,
+        0xffffffff,
+        0x100000000,
+        0x7ffffffffff8,
+        0x7fffffffffff,
+        0x800000000000,
+        0xffff7fffffffffff,
+        0xffff800000000000,
+        0xfffffffffffffff8,
+        0xffffffffffffffff,
+        HIGH_RAM_BASE,
     };
     uint64_t a = favourites[pick(ARRAY_SIZE(favourites))];
     return chance(50) ? a : chance(50) ? a + pick(64) - 32 : random64() >> pick(64);
@@ -47,14 +71,17 @@ static unsigned selector(void)
 /* A descriptor or gate: sound ones with a few bits wrong are the interesting ones. */
 static uint64_t descriptor(void)
 {
-    static const uint32_t attrs[] = {0xa09a, 0xa0fa, 0xc09a, 0xc0fa, 0xc092, 0xc0f2, 0xa09e, 0x009a, 0x0092, 0x0089, 0x008b,
-                                     0x0082, 0x008c, 0x00ec, 0x0084, 0x0085, 0x008e, 0x00ee, 0x0096, 0xc0f6};
+    static const uint32_t attrs[] = {0xa09a, 0xa0fa, 0xc09a, 0xc0fa, 0xc092, 0xc0f2, 0xa09e,
+                                     0x009a, 0x0092, 0x0089, 0x008b, 0x0082, 0x008c, 0x00ec,
+                                     0x0084, 0x0085, 0x008e, 0x00ee, 0x0096, 0xc0f6};
     if (chance(10))
         return random64();
-    uint64_t d = guest_desc(chance(60) ? 0 : (uint32_t)address(), chance(60) ? UINT32_MAX : (uint32_t)address(),
-                            attrs[pick(ARRAY_SIZE(attrs))]);
+    uint64_t d =
+        guest_desc(chance(60) ? 0 : (uint32_t)address(),
+                   chance(60) ? UINT32_MAX : (uint32_t)address(), attrs[pick(ARRAY_SIZE(attrs))]);
     if (desc_type(d) >= 12 || (!desc_s(d) && desc_type(d) >= 4))
-        d = (d & 0x0000ff0000000000) | (address() & 0xffff) | (uint64_t)selector() << 16 | random64() << 56;
+        d = (d & 0x0000ff0000000000) | (address() & 0xffff) | (uint64_t)selector() << 16 |
+            random64() << 56;
     return chance(20) ? d ^ 1ull << pick(64) : d;
 }
 
@@ -67,8 +94,8 @@ static void fill_tables(struct guest *g)
         guest_put(g, GUEST_LDT + i * 8, descriptor(), 8);
     for (unsigned v = 0; v < 64; v++)
         if (chance(25))
-            guest_gate(g, v, selector(), address(), chance(90) ? 14 + pick(2) : pick(16), pick(4), chance(90),
-                       chance(80) ? 0 : pick(8));
+            guest_gate(g, v, selector(), address(), chance(90) ? 14 + pick(2) : pick(16), pick(4),
+                       chance(90), chance(80) ? 0 : pick(8));
     for (unsigned i = 0; i < 0x68; i += 4)
         if (chance(20))
             guest_put(g, GUEST_TSS + i, address(), 4);
@@ -95,7 +122,8 @@ static void random_registers(struct guest *g)
     if (chance(10))
         s->tr.limit = pick(0x80);
     if (chance(20))
-        s->ldtr = (struct x86_seg){.base = GUEST_LDT, .limit = pick(0x50), .attr = 0x82, .selector = SEL_LDT};
+        s->ldtr = (struct x86_seg){
+            .base = GUEST_LDT, .limit = pick(0x50), .attr = 0x82, .selector = SEL_LDT};
     if (chance(30))
         s->cr4 ^= (chance(50) ? CR4_SMAP : CR4_SMEP);
     if (chance(30))
@@ -143,12 +171,22 @@ static const struct {
     x86_semantics_fn *fn;
     uint8_t bytes[4], len;
 } transfers[] = {
-    {x86_insn_iret, {0x48, 0xcf}, 2},     {x86_insn_iret, {0xcf}, 1},           {x86_insn_iret, {0x66, 0xcf}, 2},
-    {x86_insn_ret_far, {0x48, 0xcb}, 2},  {x86_insn_ret_far, {0xca, 4, 0}, 3},  {x86_insn_ret_far, {0x66, 0xcb}, 2},
-    {x86_insn_jmp_far, {0xff, 0x28}, 2},  {x86_insn_jmp_far, {0x48, 0xff, 0x28}, 3},
-    {x86_insn_call_far, {0xff, 0x18}, 2}, {x86_insn_call_far, {0x48, 0xff, 0x18}, 3},
-    {x86_insn_int, {0xcd, 0x20}, 2},      {x86_insn_int, {0xcc}, 1},            {x86_insn_int, {0xf1}, 1},
-    {x86_insn_syscall, {0x0f, 0x05}, 2},  {x86_insn_sysret, {0x0f, 0x07}, 2},   {x86_insn_sysenter, {0x0f, 0x34}, 2},
+    {x86_insn_iret, {0x48, 0xcf}, 2},
+    {x86_insn_iret, {0xcf}, 1},
+    {x86_insn_iret, {0x66, 0xcf}, 2},
+    {x86_insn_ret_far, {0x48, 0xcb}, 2},
+    {x86_insn_ret_far, {0xca, 4, 0}, 3},
+    {x86_insn_ret_far, {0x66, 0xcb}, 2},
+    {x86_insn_jmp_far, {0xff, 0x28}, 2},
+    {x86_insn_jmp_far, {0x48, 0xff, 0x28}, 3},
+    {x86_insn_call_far, {0xff, 0x18}, 2},
+    {x86_insn_call_far, {0x48, 0xff, 0x18}, 3},
+    {x86_insn_int, {0xcd, 0x20}, 2},
+    {x86_insn_int, {0xcc}, 1},
+    {x86_insn_int, {0xf1}, 1},
+    {x86_insn_syscall, {0x0f, 0x05}, 2},
+    {x86_insn_sysret, {0x0f, 0x07}, 2},
+    {x86_insn_sysenter, {0x0f, 0x34}, 2},
     {x86_insn_sysexit, {0x0f, 0x35}, 2},
 };
 
@@ -210,10 +248,12 @@ static void one(struct guest *g, enum guest_mode mode)
             x86_deliver_interrupt(&g->cpu, pick(64));
             break;
         case 2:
-            if (g->cpu.s.cr0 & CR0_PE && RAISED(g, {
+            if (g->cpu.s.cr0 & CR0_PE &&
+                RAISED(g, {
                     if (chance(80))
-                        x86_load_segment(&g->cpu, (unsigned[]){SEG_ES, SEG_SS, SEG_DS, SEG_FS, SEG_GS}[pick(5)],
-                                         (uint16_t)selector());
+                        x86_load_segment(
+                            &g->cpu, (unsigned[]){SEG_ES, SEG_SS, SEG_DS, SEG_FS, SEG_GS}[pick(5)],
+                            (uint16_t)selector());
                     else if (chance(50))
                         x86_load_ldt(&g->cpu, (uint16_t)selector());
                     else
@@ -255,7 +295,8 @@ static void random_page_tables(void **state)
         fill_tables(g);
         random_registers(g);
         for (unsigned n = 0; n < 40; n++) {
-            /* Through the tables' own virtual address now and then: they change under the walker's feet. */
+            /* Through the tables' own virtual address now and then: they change under the walker's
+             * feet. */
             gva_t va = chance(30) ? GUEST_ROOT + pick(0x8000) : address();
             uint8_t buf[256];
             if (g->cpu.code_size != 8)
@@ -263,15 +304,28 @@ static void random_page_tables(void **state)
             unsigned len = 1 + pick(256), size = 1u << pick(4);
             int vector = RAISED(g, {
                 switch (pick(6)) {
-                case 0: x86_read_slow(&g->cpu, g->cpu.tlb, va, size); break;
-                case 1: x86_write_slow(&g->cpu, g->cpu.tlb, va, random64(), size); break;
-                case 2: x86_read_bytes(&g->cpu, va, buf, len); break;
-                case 3: x86_fetch(&g->cpu, va, buf); break;
-                case 4: x86_probe_write(&g->cpu, va, len); break;
-                default: x86_host_pointer(&g->cpu, va, size, pick(3)); break;
+                case 0:
+                    x86_read_slow(&g->cpu, g->cpu.tlb, va, size);
+                    break;
+                case 1:
+                    x86_write_slow(&g->cpu, g->cpu.tlb, va, random64(), size);
+                    break;
+                case 2:
+                    x86_read_bytes(&g->cpu, va, buf, len);
+                    break;
+                case 3:
+                    x86_fetch(&g->cpu, va, buf);
+                    break;
+                case 4:
+                    x86_probe_write(&g->cpu, va, len);
+                    break;
+                default:
+                    x86_host_pointer(&g->cpu, va, size, pick(3));
+                    break;
                 }
             });
-            assert_true(vector == -1 || vector == X86_PF || vector == X86_GP || vector == X86_SS || vector == X86_AC);
+            assert_true(vector == -1 || vector == X86_PF || vector == X86_GP || vector == X86_SS ||
+                        vector == X86_AC);
             good += vector == -1;
         }
         x86_tlb_flush_page(&g->cpu, address());

@@ -39,7 +39,8 @@ static void mapping_changed(struct x86_cpu *cpu, bool user, bool supervisor)
     g->supervisor_code_moved = g->supervisor_code_moved || supervisor;
 }
 
-static const struct x86_engine_hooks hooks = {.code_written = code_written, .mapping_changed = mapping_changed};
+static const struct x86_engine_hooks hooks = {.code_written = code_written,
+                                              .mapping_changed = mapping_changed};
 
 int guest_setup(void **state)
 {
@@ -87,7 +88,8 @@ void guest_set_cpl(struct guest *g, unsigned cpl)
     bool wide = s->efer & EFER_LMA;
 
     for (unsigned i = 0; i < 6; i++)
-        s->seg[i] = (struct x86_seg){.limit = UINT32_MAX, .attr = 0xc093 | cpl << 5, .selector = (uint16_t)(0x10 | cpl)};
+        s->seg[i] = (struct x86_seg){
+            .limit = UINT32_MAX, .attr = 0xc093 | cpl << 5, .selector = (uint16_t)(0x10 | cpl)};
     s->seg[SEG_CS].attr = (wide ? 0xa09b : 0xc09b) | cpl << 5;
     s->seg[SEG_CS].selector = (uint16_t)(8 | cpl);
     x86_update_mode(&g->cpu);
@@ -99,7 +101,9 @@ void guest_paging(struct guest *g, enum paging mode)
 
     memset(guest_ram(g, GUEST_ROOT), 0, GUEST_GDT - GUEST_ROOT);
     g->next_table = GUEST_TABLES;
-    s->efer = mode == PAGING_32 ? 0 : mode == PAGING_PAE ? EFER_NXE : EFER_NXE | EFER_LME | EFER_LMA;
+    s->efer = mode == PAGING_32    ? 0
+              : mode == PAGING_PAE ? EFER_NXE
+                                   : EFER_NXE | EFER_LME | EFER_LMA;
     s->cr4 = (mode == PAGING_32 ? CR4_PSE : CR4_PAE) | CR4_OSFXSR;
     s->cr0 |= CR0_PG | CR0_PE;
     s->cr3 = GUEST_ROOT;
@@ -209,11 +213,12 @@ void guest_gdt(struct guest *g, unsigned selector, uint64_t desc)
     guest_put(g, GUEST_GDT + (selector & ~7u), desc, 8);
 }
 
-void guest_gate(struct guest *g, unsigned vector, unsigned selector, uint64_t offset, unsigned type, unsigned dpl,
-                bool present, unsigned ist)
+void guest_gate(struct guest *g, unsigned vector, unsigned selector, uint64_t offset, unsigned type,
+                unsigned dpl, bool present, unsigned ist)
 {
-    uint64_t low = (offset & 0xffff) | (uint64_t)selector << 16 | (uint64_t)ist << 32 | (uint64_t)type << 40 |
-                   (uint64_t)dpl << 45 | (uint64_t)present << 47 | (offset >> 16 & 0xffff) << 48;
+    uint64_t low = (offset & 0xffff) | (uint64_t)selector << 16 | (uint64_t)ist << 32 |
+                   (uint64_t)type << 40 | (uint64_t)dpl << 45 | (uint64_t)present << 47 |
+                   (offset >> 16 & 0xffff) << 48;
 
     if (g->cpu.s.efer & EFER_LMA) {
         guest_put(g, GUEST_IDT + vector * 16, low, 8);
@@ -239,7 +244,8 @@ void guest_system(struct guest *g, enum guest_mode mode)
         for (unsigned v = 0; v < 256; v++)
             guest_put(g, v * 4, 0x10000000u + v * 0x10, 4);
         for (unsigned i = 0; i < 6; i++)
-            s->seg[i] = (struct x86_seg){.base = 0x20000, .limit = 0xffff, .attr = 0x93, .selector = 0x2000};
+            s->seg[i] = (struct x86_seg){
+                .base = 0x20000, .limit = 0xffff, .attr = 0x93, .selector = 0x2000};
         s->seg[SEG_CS].attr = 0x9b;
         s->gpr[RSP] = 0x1000;
         s->rip = 0x345;

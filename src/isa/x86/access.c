@@ -3,8 +3,8 @@
  * devices, pages of decoded code, alignment checks; blocks of bytes; instruction fetch.
  *
  * Runs in the vCPU's thread. Everything that can fault is found out before the first byte
- * is written or the first device is touched. Devices are reached with no lock held: the bus takes the
- * machine lock itself.
+ * is written or the first device is touched. Devices are reached with no lock held: the bus takes
+ * the machine lock itself.
  */
 #include <pthread.h>
 #include <string.h>
@@ -16,7 +16,7 @@
 #include "isa/x86/mmu.h"
 
 /* A block of at most two pages' length touches at most three. */
-#define MAX_BLOCK 8192u
+#define MAX_BLOCK  8192u
 #define MAX_PLACES 3
 
 static unsigned room(gva_t va)
@@ -31,7 +31,8 @@ static gva_t next_page(const struct x86_cpu *cpu, gva_t va)
     return cpu->code_size != 8 && va <= UINT32_MAX ? (uint32_t)next : next;
 }
 
-/* #AC: only the checking set is ever asked to look. Vectors and areas of odd sizes have alignment rules of their own. */
+/* #AC: only the checking set is ever asked to look. Vectors and areas of odd sizes have alignment
+ * rules of their own. */
 static void check_alignment(struct x86_cpu *cpu, const struct tlb_set *set, gva_t va, unsigned size)
 {
     if (set == &x86_checking_set && (size == 2 || size == 4 || size == 8) && (va & (size - 1)))
@@ -61,7 +62,8 @@ void x86_raise_non_canonical(struct x86_cpu *cpu, gva_t va)
     struct x86_insn insn;
     bool gp;
 
-    /* Rare enough to look at the instruction again. Without side effects: it was fetched once already. */
+    /* Rare enough to look at the instruction again. Without side effects: it was fetched once
+     * already. */
     for (gva_t at = cpu->s.rip; n < X86_MAX_INSN; n++, at++) {
         gpa_t gpa;
         if (x86_walk_quiet(cpu, at, &gpa) < 0 || memory_read(cpu->mem, gpa, &bytes[n], 1) < 0)
@@ -82,7 +84,8 @@ void x86_raise_non_canonical(struct x86_cpu *cpu, gva_t va)
     x86_raise_error(cpu, through_ss ? X86_SS : X86_GP, 0);
 }
 
-/* An access that ends beyond the canonical addresses raises for that before its first page is looked at. */
+/* An access that ends beyond the canonical addresses raises for that before its first page is
+ * looked at. */
 static void check_end(struct x86_cpu *cpu, gva_t va, unsigned len)
 {
     gva_t last = va + len - 1;
@@ -160,7 +163,8 @@ static void read_place(struct x86_cpu *cpu, const struct x86_place *p, void *buf
         mmio_read_block(cpu, p->gpa, buf, len);
 }
 
-static void write_place(struct x86_cpu *cpu, const struct x86_place *p, const void *buf, unsigned len)
+static void write_place(struct x86_cpu *cpu, const struct x86_place *p, const void *buf,
+                        unsigned len)
 {
     if (p->host) {
         memcpy(p->host, buf, len);
@@ -187,7 +191,8 @@ static uint64_t load_operand(struct x86_cpu *cpu, const struct x86_place *p, uns
     }
 }
 
-static void store_operand(struct x86_cpu *cpu, const struct x86_place *p, uint64_t value, unsigned size)
+static void store_operand(struct x86_cpu *cpu, const struct x86_place *p, uint64_t value,
+                          unsigned size)
 {
     if (!p->host) {
         mmio_write(cpu, p->gpa, value, size);
@@ -228,7 +233,8 @@ uint64_t x86_read_slow(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, unsig
     return value;
 }
 
-void x86_write_slow(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, uint64_t value, unsigned size)
+void x86_write_slow(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, uint64_t value,
+                    unsigned size)
 {
     struct x86_place p[2];
     unsigned first = room(va);
@@ -285,7 +291,8 @@ void x86_read_bytes_in(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, void 
     }
 }
 
-void x86_write_bytes_in(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, const void *buf, unsigned len)
+void x86_write_bytes_in(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, const void *buf,
+                        unsigned len)
 {
     struct x86_place p[MAX_PLACES];
     const uint8_t *from = buf;
@@ -372,9 +379,9 @@ void x86_rmw_done(struct x86_cpu *cpu, gva_t va, unsigned len, void *pointer)
 }
 
 /*
- * Serializes split and device RMW among the vCPUs of all machines in the process. Plain stores of other vCPUs are not
- * held off: on a real bus lock they would be, but code that mixes both on one operand is not what split locks are for.
- * The machine lock may be taken inside.
+ * Serializes split and device RMW among the vCPUs of all machines in the process. Plain stores of
+ * other vCPUs are not held off: on a real bus lock they would be, but code that mixes both on one
+ * operand is not what split locks are for. The machine lock may be taken inside.
  */
 static pthread_mutex_t split_mutex = PTHREAD_MUTEX_INITIALIZER;
 static __thread bool split_held;
@@ -431,7 +438,8 @@ unsigned x86_fetch(struct x86_cpu *cpu, gva_t va, uint8_t bytes[X86_MAX_INSN])
     read_place(cpu, &p, bytes, first);
     if (first == len)
         return len;
-    /* What of the next page is needed only decoding tells, so its faults wait until somebody asks for its bytes. */
+    /* What of the next page is needed only decoding tells, so its faults wait until somebody asks
+     * for its bytes. */
     gva_t next = next_page(cpu, va);
     const void *more = tlb_lookup(cpu->tlb_fetch, next, len - first, TLB_EXEC);
     if (!more)

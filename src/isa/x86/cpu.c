@@ -35,8 +35,8 @@ static void read_model(struct x86_cpu *cpu)
     }
 }
 
-int x86_cpu_init(struct x86_cpu *cpu, struct machine *m, struct lapic *lapic, const struct x86_cpu_model *model,
-                 unsigned index)
+int x86_cpu_init(struct x86_cpu *cpu, struct machine *m, struct lapic *lapic,
+                 const struct x86_cpu_model *model, unsigned index)
 {
     memset(cpu, 0, sizeof(*cpu));
     cpu->machine = m;
@@ -104,13 +104,15 @@ void x86_update_mode(struct x86_cpu *cpu)
         cpu->code_base = cs->base;
         cpu->code_size = cs->attr & SEG_DB ? 4 : 2;
         cpu->stack_size = ss->attr & SEG_DB ? 4 : 2;
-        cpu->flat = cs->base == 0 && cs->limit == UINT32_MAX && (cs->attr & (SEG_P | SEG_S | 0xa)) == (SEG_P | SEG_S | 0xa)
-                    && flat_data(ss) && flat_data(&s->seg[SEG_DS]) && flat_data(&s->seg[SEG_ES]);
+        cpu->flat = cs->base == 0 && cs->limit == UINT32_MAX &&
+                    (cs->attr & (SEG_P | SEG_S | 0xa)) == (SEG_P | SEG_S | 0xa) && flat_data(ss) &&
+                    flat_data(&s->seg[SEG_DS]) && flat_data(&s->seg[SEG_ES]);
     }
 
     if (cpu->cpl == 3) {
         cpu->tlb_fetch = &cpu->space->fetch.set;
-        cpu->tlb = (s->rflags & RFLAGS_AC) && (s->cr0 & CR0_AM) ? &x86_checking_set : &cpu->space->data.set;
+        cpu->tlb = (s->rflags & RFLAGS_AC) && (s->cr0 & CR0_AM) ? &x86_checking_set
+                                                                : &cpu->space->data.set;
     } else {
         cpu->tlb_fetch = &cpu->tlbs->kernel_fetch.set;
         cpu->tlb = x86_kernel_set(cpu, s->rflags & RFLAGS_AC);
@@ -121,7 +123,8 @@ void x86_update_mode(struct x86_cpu *cpu)
         trap |= 1;
     if ((s->cr0 & (CR0_TS | CR0_EM)) || !(s->cr4 & CR4_OSFXSR))
         trap |= 2;
-    if ((s->cr0 & CR0_TS) || !(s->cr0 & CR0_PE) || !(s->cr4 & CR4_OSXSAVE) || (s->xcr0 & 0x6) != 0x6)
+    if ((s->cr0 & CR0_TS) || !(s->cr0 & CR0_PE) || !(s->cr4 & CR4_OSXSAVE) ||
+        (s->xcr0 & 0x6) != 0x6)
         trap |= 4;
     if ((trap & 4) || (s->xcr0 & 0xe6) != 0xe6)
         trap |= 8;

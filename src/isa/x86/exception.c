@@ -3,10 +3,11 @@
  * what other threads ask of the vCPU at an instruction boundary.
  *
  * SDM vol. 3A ch. 6. The vCPU's thread. Delivery changes registers only when all of it has
- * succeeded; a fault in the middle is caught by a jump buffer of its own and combined with the event
- * being delivered as table 6-5 says.
+ * succeeded; a fault in the middle is caught by a jump buffer of its own and combined with the
+ * event being delivered as table 6-5 says.
  *
- * Hardware task switching is not offered: a task gate raises #TS with the TSS's selector (in long mode it is #GP anyway).
+ * Hardware task switching is not offered: a task gate raises #TS with the TSS's selector (in long
+ * mode it is #GP anyway).
  */
 #include <string.h>
 
@@ -20,22 +21,23 @@
 #define DR7_GD 0x2000u
 
 enum event_kind {
-    EVENT_EXCEPTION,            /* of the processor */
-    EVENT_INTERRUPT,            /* external, NMI */
-    EVENT_SOFTWARE,             /* INT n, INT3, INTO: the gate's DPL counts */
-    EVENT_ICEBP,                /* INT1: like an exception */
+    EVENT_EXCEPTION, /* of the processor */
+    EVENT_INTERRUPT, /* external, NMI */
+    EVENT_SOFTWARE,  /* INT n, INT3, INTO: the gate's DPL counts */
+    EVENT_ICEBP,     /* INT1: like an exception */
 };
 
 struct event {
     uint8_t vector, kind;
     bool has_error;
     uint32_t error;
-    uint64_t rip;               /* to return to */
+    uint64_t rip; /* to return to */
 };
 
 /* ---- raising ---- */
 
-_Noreturn static void raise_now(struct x86_cpu *cpu, unsigned vector, bool has_error, uint32_t error)
+_Noreturn static void raise_now(struct x86_cpu *cpu, unsigned vector, bool has_error,
+                                uint32_t error)
 {
     x86_split_unlock(cpu);
     cpu->exc_vector = (uint8_t)vector;
@@ -76,20 +78,21 @@ static uint32_t idt_error(const struct event *e)
 }
 
 /*
- * RFLAGS as pushed: faults set RF, so that the instruction is not stopped by its breakpoint again. Otherwise the
- * instruction before has cleared it, which engines do not do at each instruction.
+ * RFLAGS as pushed: faults set RF, so that the instruction is not stopped by its breakpoint again.
+ * Otherwise the instruction before has cleared it, which engines do not do at each instruction.
  */
 static uint64_t pushed_flags(const struct x86_cpu *cpu, const struct event *e)
 {
     uint64_t flags = x86_rflags(cpu) & ~(uint64_t)RFLAGS_RF;
-    bool fault = e->kind == EVENT_EXCEPTION && e->vector != X86_DB && e->vector != X86_BP && e->vector != X86_OF &&
-                 e->vector != X86_DF && e->vector != X86_MC;
+    bool fault = e->kind == EVENT_EXCEPTION && e->vector != X86_DB && e->vector != X86_BP &&
+                 e->vector != X86_OF && e->vector != X86_DF && e->vector != X86_MC;
 
     return fault ? flags | RFLAGS_RF : flags;
 }
 
 /* The last step of each kind of delivery. */
-static void enter_handler(struct x86_cpu *cpu, const struct x86_seg *cs, uint64_t rip, bool mask_interrupts)
+static void enter_handler(struct x86_cpu *cpu, const struct x86_seg *cs, uint64_t rip,
+                          bool mask_interrupts)
 {
     uint64_t clear = RFLAGS_TF | RFLAGS_NT | RFLAGS_RF | RFLAGS_VM;
 
@@ -109,7 +112,8 @@ static void deliver_real(struct x86_cpu *cpu, const struct event *e)
 
     if (e->vector * 4u + 3 > cpu->s.idt.limit)
         x86_raise(cpu, X86_GP);
-    uint32_t entry = x86_read32_in(cpu, x86_system_set(cpu), (uint32_t)(cpu->s.idt.base + e->vector * 4u));
+    uint32_t entry =
+        x86_read32_in(cpu, x86_system_set(cpu), (uint32_t)(cpu->s.idt.base + e->vector * 4u));
     if ((entry & 0xffff) > cs.limit)
         x86_raise(cpu, X86_GP);
 
@@ -125,9 +129,11 @@ static void deliver_real(struct x86_cpu *cpu, const struct event *e)
 }
 
 /*
- * Checks the gate's code segment. Returns the privilege level of the handler and the descriptor, its accessed bit set.
+ * Checks the gate's code segment. Returns the privilege level of the handler and the descriptor,
+ * its accessed bit set.
  */
-static unsigned handler_segment(struct x86_cpu *cpu, const struct event *e, uint16_t selector, uint64_t *d)
+static unsigned handler_segment(struct x86_cpu *cpu, const struct event *e, uint16_t selector,
+                                uint64_t *d)
 {
     uint32_t error = (selector & 0xfffcu) | ext_bit(e);
 
@@ -201,8 +207,9 @@ static void deliver_protected(struct x86_cpu *cpu, const struct event *e)
         x86_raise_error(cpu, X86_GP, idt_error(e));
     uint64_t gate = x86_read64_in(cpu, x86_system_set(cpu), at);
     unsigned type = desc_type(gate);
-    if (desc_s(gate) || (type != DESC_INT_GATE && type != DESC_TRAP_GATE && type != DESC_INT_GATE16 &&
-                         type != DESC_TRAP_GATE16 && type != DESC_TASK_GATE))
+    if (desc_s(gate) ||
+        (type != DESC_INT_GATE && type != DESC_TRAP_GATE && type != DESC_INT_GATE16 &&
+         type != DESC_TRAP_GATE16 && type != DESC_TASK_GATE))
         x86_raise_error(cpu, X86_GP, idt_error(e));
     if (e->kind == EVENT_SOFTWARE && desc_dpl(gate) < cpu->cpl)
         x86_raise_error(cpu, X86_GP, idt_error(e));
@@ -266,7 +273,8 @@ static bool page_fault(const struct event *e)
     return e->kind == EVENT_EXCEPTION && e->vector == X86_PF;
 }
 
-/* What is delivered after second was raised during the delivery of first (SDM table 6-5). False: shutdown. */
+/* What is delivered after second was raised during the delivery of first (SDM table 6-5). False:
+ * shutdown. */
 static bool combine(struct event *first, const struct event *second)
 {
     bool serious = contributory(second) || page_fault(second);
@@ -437,7 +445,8 @@ void x86_handle_requests(struct x86_cpu *cpu)
     if (cpu->s.nmi_pending && !cpu->s.nmi_blocked && cpu->s.activity != X86_SHUTDOWN)
         handle_nmi(cpu);
     /* While IF is clear the request is dropped: who sets IF asks again. */
-    if (!(request & REQUEST_INTR) || !(cpu->s.rflags & RFLAGS_IF) || cpu->s.activity == X86_SHUTDOWN)
+    if (!(request & REQUEST_INTR) || !(cpu->s.rflags & RFLAGS_IF) ||
+        cpu->s.activity == X86_SHUTDOWN)
         return;
     /* A handler behind a trap gate can be interrupted at once by a higher priority. */
     if (handle_interrupt(cpu) && (cpu->s.rflags & RFLAGS_IF))

@@ -1,10 +1,10 @@
 /*
  * Paging: the page walk.
  *
- * SDM vol. 3A ch. 4. Runs in the vCPU's thread. Page tables are guest RAM that other vCPUs and devices change
- * at any time: each entry is read once, and its accessed and dirty bits are set by compare-exchange with
- * the value the walk went by; when that fails the walk starts over. A paging-structure entry outside RAM reads as all
- * ones, which has reserved bits set.
+ * SDM vol. 3A ch. 4. Runs in the vCPU's thread. Page tables are guest RAM that other vCPUs and
+ * devices change at any time: each entry is read once, and its accessed and dirty bits are set by
+ * compare-exchange with the value the walk went by; when that fails the walk starts over. A
+ * paging-structure entry outside RAM reads as all ones, which has reserved bits set.
  */
 #include "isa/x86/mmu.h"
 
@@ -14,13 +14,13 @@
 
 #include "base/util.h"
 
-#define PTE_P 0x001ull
-#define PTE_W 0x002ull
-#define PTE_U 0x004ull
-#define PTE_A 0x020ull
-#define PTE_D 0x040ull
+#define PTE_P  0x001ull
+#define PTE_W  0x002ull
+#define PTE_U  0x004ull
+#define PTE_A  0x020ull
+#define PTE_D  0x040ull
 #define PTE_PS 0x080ull
-#define PTE_G 0x100ull
+#define PTE_G  0x100ull
 #define PTE_NX (1ull << 63)
 
 #define MAX_LEVELS 5
@@ -55,7 +55,8 @@ static void read_slot(struct x86_cpu *cpu, struct slot *s, gpa_t gpa, unsigned s
                          : __atomic_load_n((uint32_t *)s->host, __ATOMIC_RELAXED);
 }
 
-/* Sets bits in an entry unless they are set. False when the entry is not any more what the walk saw. */
+/* Sets bits in an entry unless they are set. False when the entry is not any more what the walk
+ * saw. */
 static bool set_bits(struct x86_cpu *cpu, const struct slot *s, uint64_t bits, unsigned size)
 {
     if ((s->value & bits) == bits)
@@ -63,8 +64,8 @@ static bool set_bits(struct x86_cpu *cpu, const struct slot *s, uint64_t bits, u
     bool same;
     if (size == 8) {
         uint64_t old = s->value;
-        same = __atomic_compare_exchange_n((uint64_t *)s->host, &old, old | bits, false, __ATOMIC_SEQ_CST,
-                                           __ATOMIC_RELAXED);
+        same = __atomic_compare_exchange_n((uint64_t *)s->host, &old, old | bits, false,
+                                           __ATOMIC_SEQ_CST, __ATOMIC_RELAXED);
     } else {
         uint32_t old = (uint32_t)s->value;
         same = __atomic_compare_exchange_n((uint32_t *)s->host, &old, old | (uint32_t)bits, false,
@@ -76,8 +77,8 @@ static bool set_bits(struct x86_cpu *cpu, const struct slot *s, uint64_t bits, u
 }
 
 /* Whether the combined permissions of all levels allow the access; SDM vol. 3A 4.6.1. */
-static bool permitted(const struct x86_cpu *cpu, enum x86_access access, unsigned view, bool user, bool writable,
-                      bool nx)
+static bool permitted(const struct x86_cpu *cpu, enum x86_access access, unsigned view, bool user,
+                      bool writable, bool nx)
 {
     const struct x86_state *s = &cpu->s;
 
@@ -102,14 +103,15 @@ static uint32_t error_code(const struct x86_cpu *cpu, enum x86_access access, un
         e |= PF_WRITE;
     if (view == VIEW_USER)
         e |= PF_USER;
-    if (access == ACCESS_EXEC && ((s->cr4 & CR4_SMEP) || ((s->cr4 & CR4_PAE) && (s->efer & EFER_NXE))))
+    if (access == ACCESS_EXEC &&
+        ((s->cr4 & CR4_SMEP) || ((s->cr4 & CR4_PAE) && (s->efer & EFER_NXE))))
         e |= PF_FETCH;
     return e;
 }
 
 /* 4- and 5-level paging, and PAE paging below its page directory pointers. */
-static int walk_wide(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view, bool quiet,
-                     struct x86_walk_result *w, uint32_t *error)
+static int walk_wide(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view,
+                     bool quiet, struct x86_walk_result *w, uint32_t *error)
 {
     const struct x86_state *s = &cpu->s;
     const uint64_t address_bits = (1ull << cpu->phys_bits) - 1;
@@ -185,13 +187,14 @@ again:
     if (!set_bits(cpu, &slot[level], access == ACCESS_WRITE ? PTE_A | PTE_D : PTE_A, 8))
         goto again;
     w->global = (slot[level].value & PTE_G) && (s->cr4 & CR4_PGE);
-    w->write_ready = (slot[level].value & PTE_D) && permitted(cpu, ACCESS_WRITE, view, user, writable, nx);
+    w->write_ready =
+        (slot[level].value & PTE_D) && permitted(cpu, ACCESS_WRITE, view, user, writable, nx);
     return 0;
 }
 
 /* Two levels of 4-byte entries. */
-static int walk_narrow(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view, bool quiet,
-                       struct x86_walk_result *w, uint32_t *error)
+static int walk_narrow(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view,
+                       bool quiet, struct x86_walk_result *w, uint32_t *error)
 {
     const struct x86_state *s = &cpu->s;
     struct slot pde, pte;
@@ -233,12 +236,13 @@ again:
     if (!set_bits(cpu, leaf, access == ACCESS_WRITE ? PTE_A | PTE_D : PTE_A, 4))
         goto again;
     w->global = (leaf->value & PTE_G) && (s->cr4 & CR4_PGE);
-    w->write_ready = (leaf->value & PTE_D) && permitted(cpu, ACCESS_WRITE, view, user, writable, false);
+    w->write_ready =
+        (leaf->value & PTE_D) && permitted(cpu, ACCESS_WRITE, view, user, writable, false);
     return 0;
 }
 
-static int walk(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view, bool quiet, struct x86_walk_result *w,
-                uint32_t *error)
+static int walk(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view, bool quiet,
+                struct x86_walk_result *w, uint32_t *error)
 {
     if (!(cpu->s.efer & EFER_LMA))
         va = (uint32_t)va;
@@ -251,15 +255,15 @@ static int walk(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned 
     return walk_narrow(cpu, va, access, view, quiet, w, error);
 }
 
-int x86_walk_for_fill(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view, struct x86_walk_result *w,
-                      uint32_t *error)
+int x86_walk_for_fill(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view,
+                      struct x86_walk_result *w, uint32_t *error)
 {
     cpu->page_walks++;
     return walk(cpu, va, access, view, false, w, error);
 }
 
-int x86_walk(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view, gpa_t *gpa, uint64_t *page_size,
-             uint32_t *error)
+int x86_walk(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view, gpa_t *gpa,
+             uint64_t *page_size, uint32_t *error)
 {
     struct x86_walk_result w;
 

@@ -8,11 +8,11 @@
 #include "isa/x86/cpu.h"
 
 /* Bits of a page fault's error code. */
-#define PF_PRESENT 0x01u
-#define PF_WRITE 0x02u
-#define PF_USER 0x04u
+#define PF_PRESENT  0x01u
+#define PF_WRITE    0x02u
+#define PF_USER     0x04u
 #define PF_RESERVED 0x08u
-#define PF_FETCH 0x10u
+#define PF_FETCH    0x10u
 
 /* Whether a linear address is canonical for the paging mode in force (CR4.LA57). */
 static inline bool x86_canonical(const struct x86_cpu *cpu, uint64_t va)
@@ -28,8 +28,8 @@ static inline struct tlb_set *x86_kernel_set(const struct x86_cpu *cpu, bool ac)
 }
 
 /*
- * The TLB set for implicit supervisor accesses (GDT, LDT, IDT, TSS): those never may touch user pages under
- * SMAP, whatever AC says (SDM vol. 3A 4.6.1).
+ * The TLB set for implicit supervisor accesses (GDT, LDT, IDT, TSS): those never may touch user
+ * pages under SMAP, whatever AC says (SDM vol. 3A 4.6.1).
  */
 static inline struct tlb_set *x86_system_set(const struct x86_cpu *cpu)
 {
@@ -43,19 +43,21 @@ static inline struct tlb_set *x86_set_for_cpl(const struct x86_cpu *cpu, unsigne
 }
 
 /*
- * A set that misses always: cpu->tlb while alignment is checked (CPL 3, CR0.AM, RFLAGS.AC), so that every access comes
- * to the slow path, which uses the user's set then. Read only.
+ * A set that misses always: cpu->tlb while alignment is checked (CPL 3, CR0.AM, RFLAGS.AC), so that
+ * every access comes to the slow path, which uses the user's set then. Read only.
  */
 extern struct tlb_set x86_checking_set;
 
 /*
- * PAE paging keeps four page directory pointers in the processor. To be called before CR0, CR3 or CR4 are committed, with
- * their new values: -EINVAL when they turn PAE paging on (or load CR3 under it) with reserved bits in a present entry, which
- * is #GP(0); 0 otherwise, with the entries loaded if PAE paging is to be in force.
+ * PAE paging keeps four page directory pointers in the processor. To be called before CR0, CR3 or
+ * CR4 are committed, with their new values: -EINVAL when they turn PAE paging on (or load CR3 under
+ * it) with reserved bits in a present entry, which is #GP(0); 0 otherwise, with the entries loaded
+ * if PAE paging is to be in force.
  */
 int x86_load_pdptes(struct x86_cpu *cpu, uint64_t cr0, uint64_t cr3, uint64_t cr4);
 
-/* INVPCID types 0…3 (operands already checked): 0 address in pcid, 1 pcid, 2 all, 3 all but global. */
+/* INVPCID types 0…3 (operands already checked): 0 address in pcid, 1 pcid, 2 all, 3 all but global.
+ */
 void x86_tlb_invpcid(struct x86_cpu *cpu, unsigned type, unsigned pcid, gva_t va);
 
 /* The TLB's memory, empty and for the current CR3. 0 or -ENOMEM. */
@@ -64,38 +66,42 @@ void x86_tlb_destroy(struct x86_cpu *cpu);
 
 /* Where an access goes, page by page. */
 struct x86_place {
-    uint8_t *host;              /* the byte at va, NULL: not RAM */
-    gpa_t gpa;                  /* valid when host is NULL or code is true */
-    bool code;                  /* a write to a page that holds decoded code: tell after writing */
+    uint8_t *host; /* the byte at va, NULL: not RAM */
+    gpa_t gpa;     /* valid when host is NULL or code is true */
+    bool code;     /* a write to a page that holds decoded code: tell after writing */
 };
-/* Translates for the given set and fills the TLB. Raises #PF, and #GP or #SS for a non-canonical address. */
+/* Translates for the given set and fills the TLB. Raises #PF, and #GP or #SS for a non-canonical
+ * address. */
 void x86_translate(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, enum x86_access access,
                    struct x86_place *place);
 
-/* Raises #GP(0) or #SS(0) for a non-canonical data address, by whether the current instruction reached it through SS. */
+/* Raises #GP(0) or #SS(0) for a non-canonical data address, by whether the current instruction
+ * reached it through SS. */
 _Noreturn void x86_raise_non_canonical(struct x86_cpu *cpu, gva_t va);
 
 /* A walk that succeeded, for filling the TLB. */
 struct x86_walk_result {
     gpa_t gpa;
     uint64_t page_size;
-    bool global;                /* stays when CR3 is loaded */
-    bool write_ready;           /* the same view may write, and the dirty bit is set already */
+    bool global;      /* stays when CR3 is loaded */
+    bool write_ready; /* the same view may write, and the dirty bit is set already */
 };
-int x86_walk_for_fill(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view, struct x86_walk_result *w,
-                      uint32_t *error);
+int x86_walk_for_fill(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view,
+                      struct x86_walk_result *w, uint32_t *error);
 
-/* What a store to guest memory by the processor itself (page tables) must tell. len bytes at gpa were written. */
+/* What a store to guest memory by the processor itself (page tables) must tell. len bytes at gpa
+ * were written. */
 void x86_phys_written(struct x86_cpu *cpu, gpa_t gpa, unsigned len, _Atomic uint8_t *flags);
 
 /*
- * The host page to execute at va, which it makes known to cpu->tlb_fetch. NULL when the code is not in RAM: x86_fetch gets
- * its bytes. Raises what a fetch of the byte at va raises.
+ * The host page to execute at va, which it makes known to cpu->tlb_fetch. NULL when the code is not
+ * in RAM: x86_fetch gets its bytes. Raises what a fetch of the byte at va raises.
  */
 const uint8_t *x86_fetch_pointer(struct x86_cpu *cpu, gva_t va);
 
 /* Blocks in a given set; as x86_read_bytes() and x86_write_bytes(). */
 void x86_read_bytes_in(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, void *buf, unsigned len);
-void x86_write_bytes_in(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, const void *buf, unsigned len);
+void x86_write_bytes_in(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, const void *buf,
+                        unsigned len);
 
 #endif

@@ -72,7 +72,8 @@ static uint64_t width_mask(unsigned width)
 }
 
 /* The linear address of size bytes at offset in a stack. */
-static gva_t stack_linear(struct x86_cpu *cpu, const struct x86_stack *st, uint64_t offset, unsigned size)
+static gva_t stack_linear(struct x86_cpu *cpu, const struct x86_stack *st, uint64_t offset,
+                          unsigned size)
 {
     if (st->width == 8) {
         if (!x86_canonical(cpu, offset) || !x86_canonical(cpu, offset + size - 1))
@@ -152,7 +153,8 @@ uint64_t x86_pop(struct x86_cpu *cpu, unsigned size)
     return value;
 }
 
-void x86_stack_from_tss(struct x86_cpu *cpu, unsigned cpl, unsigned ist, uint32_t ext, struct x86_stack *st)
+void x86_stack_from_tss(struct x86_cpu *cpu, unsigned cpl, unsigned ist, uint32_t ext,
+                        struct x86_stack *st)
 {
     const struct x86_seg *tr = &cpu->s.tr;
     uint32_t ts_error = (tr->selector & 0xfffcu) | ext;
@@ -188,8 +190,8 @@ void x86_stack_from_tss(struct x86_cpu *cpu, unsigned cpl, unsigned ist, uint32_
 
     uint32_t ss_error = (ss & 0xfffcu) | ext;
     uint64_t d;
-    if (selector_null(ss) || !x86_read_descriptor(cpu, ss, &d) || (ss & 3u) != cpl || desc_dpl(d) != cpl ||
-        !desc_is_writable_data(d))
+    if (selector_null(ss) || !x86_read_descriptor(cpu, ss, &d) || (ss & 3u) != cpl ||
+        desc_dpl(d) != cpl || !desc_is_writable_data(d))
         x86_raise_error(cpu, X86_TS, ss_error);
     if (!desc_present(d))
         x86_raise_error(cpu, X86_SS, ss_error);
@@ -344,12 +346,14 @@ void x86_load_ldt(struct x86_cpu *cpu, uint16_t selector)
         cpu->s.ldtr = (struct x86_seg){.attr = SEG_UNUSABLE, .selector = selector};
         return;
     }
-    if ((selector & 4) || !x86_read_descriptor(cpu, selector, &d) || desc_s(d) || desc_type(d) != DESC_LDT)
+    if ((selector & 4) || !x86_read_descriptor(cpu, selector, &d) || desc_s(d) ||
+        desc_type(d) != DESC_LDT)
         x86_raise_error(cpu, X86_GP, error);
     if (!desc_present(d))
         x86_raise_error(cpu, X86_NP, error);
     uint64_t base = system_base(cpu, selector, d, error);
-    cpu->s.ldtr = (struct x86_seg){.base = base, .limit = desc_limit(d), .attr = desc_attr(d), .selector = selector};
+    cpu->s.ldtr = (struct x86_seg){
+        .base = base, .limit = desc_limit(d), .attr = desc_attr(d), .selector = selector};
 }
 
 void x86_load_task_register(struct x86_cpu *cpu, uint16_t selector)
@@ -366,5 +370,6 @@ void x86_load_task_register(struct x86_cpu *cpu, uint16_t selector)
         x86_raise_error(cpu, X86_NP, error);
     uint64_t base = system_base(cpu, selector, d, error);
     set_type_bits(cpu, selector, 2);
-    cpu->s.tr = (struct x86_seg){.base = base, .limit = desc_limit(d), .attr = desc_attr(d) | 2, .selector = selector};
+    cpu->s.tr = (struct x86_seg){
+        .base = base, .limit = desc_limit(d), .attr = desc_attr(d) | 2, .selector = selector};
 }

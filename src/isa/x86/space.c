@@ -2,10 +2,11 @@
  * The soft TLB of an x86 vCPU: which set serves which address space and privilege, what each
  * architectural flush drops, and filling from a page walk.
  *
- * SDM vol. 3A 4.10. The vCPU's thread. User mode has a data and a fetch set for each of the last X86_TLB_SPACES
- * PCIDs (without PCIDs: one space, flushed when CR3 is loaded). The supervisor's sets are shared by all address spaces
- * and keep global pages across loads of CR3, so that the kernel does not start cold after each context
- * switch; what is not global in them belongs to the current address space and is dropped when it is left.
+ * SDM vol. 3A 4.10. The vCPU's thread. User mode has a data and a fetch set for each of the last
+ * X86_TLB_SPACES PCIDs (without PCIDs: one space, flushed when CR3 is loaded). The supervisor's
+ * sets are shared by all address spaces and keep global pages across loads of CR3, so that the
+ * kernel does not start cold after each context switch; what is not global in them belongs to the
+ * current address space and is dropped when it is left.
  */
 #include <errno.h>
 #include <string.h>
@@ -98,8 +99,8 @@ static void note_local(struct x86_tlb *t, gva_t va)
 }
 
 /*
- * A filter with one bit per hash of a large page's number: no false negatives. 2 MiB pages are kept by their
- * 4 MiB range, to be one case with those of 32-bit paging.
+ * A filter with one bit per hash of a large page's number: no false negatives. 2 MiB pages are kept
+ * by their 4 MiB range, to be one case with those of 32-bit paging.
  */
 static unsigned large_hash(gva_t va, unsigned shift)
 {
@@ -123,7 +124,8 @@ static unsigned fetched_hash(gva_t va)
     return (unsigned)((va >> GUEST_PAGE_SHIFT) * 0x9e3779b97f4a7c15ull >> 50) % X86_TLB_FETCHED;
 }
 
-/* False when certainly no entry of the page was made since the set was empty, even if another took its place since. */
+/* False when certainly no entry of the page was made since the set was empty, even if another took
+ * its place since. */
 static bool flush_page(struct x86_tlb *t, gva_t va)
 {
     if (!t->dirty)
@@ -221,7 +223,8 @@ void x86_tlb_flush_page(struct x86_cpu *cpu, gva_t va)
 {
     bool user = false, supervisor = flush_kernel_page(cpu, va);
 
-    /* Global pages of the user are kept in whatever space they were filled in, so all are looked at. */
+    /* Global pages of the user are kept in whatever space they were filled in, so all are looked
+     * at. */
     for (unsigned i = 0; i < X86_TLB_SPACES; i++) {
         struct x86_tlb_space *s = &cpu->tlbs->space[i];
         flush_page(&s->data, va);
@@ -293,8 +296,8 @@ void x86_tlb_drop_writes_to(struct x86_cpu *cpu, const void *host_page)
 /* ---- translation and fill ---- */
 
 /*
- * Whether the write tag may be filled. The other side is a decoder that sets PAGE_CODE and then looks at PAGE_WRITABLE:
- * one of the two always sees the other's flag.
+ * Whether the write tag may be filled. The other side is a decoder that sets PAGE_CODE and then
+ * looks at PAGE_WRITABLE: one of the two always sees the other's flag.
  */
 static bool may_write_unseen(struct x86_cpu *cpu, _Atomic uint8_t *flags)
 {

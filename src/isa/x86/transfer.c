@@ -1,11 +1,12 @@
 /*
  * Control transfers between code segments and privilege levels.
  *
- * SDM vol. 2 (the instructions' pages) and vol. 3A 5.8; AMD's differences from APM vol. 3 where the model's vendor
- * is AMD. The vCPU's thread. Each function finds out everything that can fault first, then commits.
+ * SDM vol. 2 (the instructions' pages) and vol. 3A 5.8; AMD's differences from APM vol. 3 where the
+ * model's vendor is AMD. The vCPU's thread. Each function finds out everything that can fault
+ * first, then commits.
  *
- * Not offered: hardware task switching (task gates and TSS as targets: #GP; IRET with NT set: #TS) and
- * virtual-8086 mode (IRET that would enter it: #GP).
+ * Not offered: hardware task switching (task gates and TSS as targets: #GP; IRET with NT set: #TS)
+ * and virtual-8086 mode (IRET that would enter it: #GP).
  */
 #include "isa/x86/transfer.h"
 
@@ -16,8 +17,8 @@
 /* Flat segments as SYSCALL and its relatives make them: present, G; code additionally L or D. */
 #define FLAT_CODE64 0xa09bu
 #define FLAT_CODE32 0xc09bu
-#define FLAT_DATA 0xc093u
-#define FLAT_DPL3 0x0060u
+#define FLAT_DATA   0xc093u
+#define FLAT_DPL3   0x0060u
 
 static struct x86_seg flat_segment(unsigned selector, uint32_t attr)
 {
@@ -45,8 +46,8 @@ static void commit_cs(struct x86_cpu *cpu, const struct x86_seg *cs, uint64_t ri
 
 /* ---- far JMP and CALL ---- */
 
-static void far_pointer(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned size, uint16_t *selector,
-                        uint64_t *offset)
+static void far_pointer(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned size,
+                        uint16_t *selector, uint64_t *offset)
 {
     if (!insn->has_mem) {
         *offset = (uint64_t)insn->imm[0] & (size == 2 ? 0xffff : UINT32_MAX);
@@ -66,7 +67,8 @@ static unsigned far_size(const struct x86_cpu *cpu, const struct x86_insn *insn)
     return insn->op_size == 8 && cpu->amd ? 4 : insn->op_size;
 }
 
-static void far_real(struct x86_cpu *cpu, uint16_t selector, uint64_t offset, unsigned size, bool call)
+static void far_real(struct x86_cpu *cpu, uint16_t selector, uint64_t offset, unsigned size,
+                     bool call)
 {
     struct x86_seg cs = cpu->s.seg[SEG_CS];
     struct x86_stack st;
@@ -109,7 +111,8 @@ static void far_gate(struct x86_cpu *cpu, uint16_t gate_selector, uint64_t gate,
 
     if (desc_dpl(gate) < cpu->cpl || (gate_selector & 3u) > desc_dpl(gate))
         x86_raise_error(cpu, X86_GP, error);
-    if (cpu->long_mode && (!x86_read_descriptor_high(cpu, gate_selector, &high) || (high >> 40 & 0x1f)))
+    if (cpu->long_mode &&
+        (!x86_read_descriptor_high(cpu, gate_selector, &high) || (high >> 40 & 0x1f)))
         x86_raise_error(cpu, X86_GP, error);
     if (!desc_present(gate))
         x86_raise_error(cpu, X86_NP, error);
@@ -239,7 +242,8 @@ static struct x86_seg return_target(struct x86_cpu *cpu, uint16_t selector)
 }
 
 /* The stack segment of a return to privilege level cpl. */
-static struct x86_seg return_stack(struct x86_cpu *cpu, uint16_t selector, unsigned cpl, bool to_64bit)
+static struct x86_seg return_stack(struct x86_cpu *cpu, uint16_t selector, unsigned cpl,
+                                   bool to_64bit)
 {
     uint32_t error = selector & 0xfffcu;
     uint64_t d;
@@ -249,8 +253,8 @@ static struct x86_seg return_stack(struct x86_cpu *cpu, uint16_t selector, unsig
             x86_raise_error(cpu, X86_GP, 0);
         return (struct x86_seg){.attr = SEG_UNUSABLE | cpl << 5, .selector = selector};
     }
-    if (!x86_read_descriptor(cpu, selector, &d) || (selector & 3u) != cpl || !desc_is_writable_data(d) ||
-        desc_dpl(d) != cpl)
+    if (!x86_read_descriptor(cpu, selector, &d) || (selector & 3u) != cpl ||
+        !desc_is_writable_data(d) || desc_dpl(d) != cpl)
         x86_raise_error(cpu, X86_GP, error);
     if (!desc_present(d))
         x86_raise_error(cpu, X86_SS, error);
@@ -258,7 +262,8 @@ static struct x86_seg return_stack(struct x86_cpu *cpu, uint16_t selector, unsig
     return x86_seg_from_desc(selector, d);
 }
 
-/* Data segments that the outer level may not use become null. Bases stay: those of FS and GS matter in 64-bit mode. */
+/* Data segments that the outer level may not use become null. Bases stay: those of FS and GS matter
+ * in 64-bit mode. */
 static void drop_segments(struct x86_cpu *cpu, unsigned cpl)
 {
     static const uint8_t data[] = {SEG_ES, SEG_DS, SEG_FS, SEG_GS};
@@ -274,7 +279,8 @@ static void drop_segments(struct x86_cpu *cpu, unsigned cpl)
 }
 
 /* The width of the stack pointer under new CS and SS. */
-static unsigned stack_width(const struct x86_cpu *cpu, const struct x86_seg *cs, const struct x86_seg *ss)
+static unsigned stack_width(const struct x86_cpu *cpu, const struct x86_seg *cs,
+                            const struct x86_seg *ss)
 {
     return cpu->long_mode && (cs->attr & SEG_L) ? 8 : ss->attr & SEG_DB ? 4 : 2;
 }
@@ -282,7 +288,8 @@ static unsigned stack_width(const struct x86_cpu *cpu, const struct x86_seg *cs,
 void x86_insn_ret_far(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     unsigned size = insn->op_size;
-    uint16_t release = insn->visible && insn->operand[0].kind == OPERAND_IMM ? (uint16_t)insn->imm[0] : 0;
+    uint16_t release =
+        insn->visible && insn->operand[0].kind == OPERAND_IMM ? (uint16_t)insn->imm[0] : 0;
     struct x86_stack st;
 
     x86_stack_current(cpu, &st);
@@ -324,7 +331,8 @@ void x86_insn_ret_far(struct x86_cpu *cpu, const struct x86_insn *insn)
 static uint64_t returned_flags(const struct x86_cpu *cpu, uint64_t popped, unsigned size)
 {
     uint64_t old = x86_rflags(cpu);
-    uint64_t change = RFLAGS_ARITH | RFLAGS_TF | RFLAGS_DF | RFLAGS_NT | RFLAGS_RF | RFLAGS_AC | RFLAGS_ID;
+    uint64_t change =
+        RFLAGS_ARITH | RFLAGS_TF | RFLAGS_DF | RFLAGS_NT | RFLAGS_RF | RFLAGS_AC | RFLAGS_ID;
 
     if (cpu->cpl <= (old & RFLAGS_IOPL) >> 12)
         change |= RFLAGS_IF;
@@ -516,7 +524,8 @@ void x86_insn_sysexit(struct x86_cpu *cpu, const struct x86_insn *insn)
 
     unsigned selector = s->sysenter_cs & 0xffff;
     unsigned cs = selector + (to_64bit ? 32 : 16);
-    s->seg[SEG_CS] = flat_segment((cs & 0xffff) | 3, (to_64bit ? FLAT_CODE64 : FLAT_CODE32) | FLAT_DPL3);
+    s->seg[SEG_CS] =
+        flat_segment((cs & 0xffff) | 3, (to_64bit ? FLAT_CODE64 : FLAT_CODE32) | FLAT_DPL3);
     s->seg[SEG_SS] = flat_segment(((cs + 8) & 0xffff) | 3, FLAT_DATA | FLAT_DPL3);
     cpu->next_rip = to_64bit ? s->gpr[RDX] : (uint32_t)s->gpr[RDX];
     s->gpr[RSP] = to_64bit ? s->gpr[RCX] : (uint32_t)s->gpr[RCX];

@@ -10,8 +10,8 @@
 void x86_insn_jmp_far(struct x86_cpu *cpu, const struct x86_insn *insn);
 void x86_insn_call_far(struct x86_cpu *cpu, const struct x86_insn *insn);
 void x86_insn_ret_far(struct x86_cpu *cpu, const struct x86_insn *insn);
-void x86_insn_iret(struct x86_cpu *cpu, const struct x86_insn *insn);       /* IRET, IRETD, IRETQ */
-void x86_insn_int(struct x86_cpu *cpu, const struct x86_insn *insn);        /* INT n, INT1, INT3, INTO */
+void x86_insn_iret(struct x86_cpu *cpu, const struct x86_insn *insn); /* IRET, IRETD, IRETQ */
+void x86_insn_int(struct x86_cpu *cpu, const struct x86_insn *insn);  /* INT n, INT1, INT3, INTO */
 void x86_insn_syscall(struct x86_cpu *cpu, const struct x86_insn *insn);
 void x86_insn_sysret(struct x86_cpu *cpu, const struct x86_insn *insn);
 void x86_insn_sysenter(struct x86_cpu *cpu, const struct x86_insn *insn);
