@@ -29,9 +29,9 @@ struct code_page {
     struct code_page *next_hash;
 };
 
-static unsigned block_hash(uint64_t rip, const uint8_t *host)
+static unsigned block_hash(const uint8_t *host)
 {
-    uint64_t h = (rip ^ (uint64_t)(uintptr_t)host >> 12 << 5) * 0x9e3779b97f4a7c15ull;
+    uint64_t h = (uint64_t)(uintptr_t)host * 0x9e3779b97f4a7c15ull;
 
     return (unsigned)(h >> 49);
 }
@@ -169,8 +169,8 @@ static void unlink_from_page(struct interp *it, struct block *b, gpa_t gpa)
 
 void block_kill(struct interp *it, struct block *b)
 {
-    struct jump_entry *e = &it->jump[jump_index(b->rip)];
-    struct block **p = &it->hash[block_hash(b->rip, b->host)];
+    struct jump_entry *e = &it->jump[jump_index(b->host)];
+    struct block **p = &it->hash[block_hash(b->host)];
 
     if (b->dead)
         return;
@@ -290,10 +290,8 @@ static int lower_bytes(struct interp *it, struct op *op, const uint8_t *bytes, u
 }
 
 /* An op that is no instruction: goes on at rip. */
-static struct op end_op(const struct x86_cpu *cpu, uint64_t rip, unsigned insns)
+static struct op end_op(uint64_t rip, unsigned insns)
 {
-    if (cpu->code_size < 8)
-        rip = (uint32_t)rip;
     return (struct op){ .fn = op_end, .rip = rip, .imm = rip, .n = (uint16_t)insns, .aux = BLOCK_SELF };
 }
 
@@ -303,11 +301,11 @@ static const struct op *finish(struct interp *it, uint64_t rip, const uint8_t *h
 {
     unsigned prologue = it->block_hooks && !host2;
     struct block *b = block_alloc(it, sizeof(*b) + (count + prologue) * sizeof(struct op));
-    struct block **head = &it->hash[block_hash(rip, host)];
+    struct block **head = &it->hash[block_hash(host)];
     _Atomic uint8_t *flags;
     unsigned first = GUEST_PAGE_SIZE - (unsigned)((uintptr_t)host & (GUEST_PAGE_SIZE - 1));
 
-    *b = (struct block){ .rip = rip, .host = host, .host2 = host2, .bytes = (uint16_t)bytes,
+    *b = (struct block){ .origin = block_origin(&it->cpu), .host = host, .host2 = host2, .bytes = (uint16_t)bytes,
                          .ops = (uint16_t)(count + prologue),
                          .mode = (uint8_t)interp_mode(&it->cpu), .next_hash = *head };
     b->gpa = host_to_gpa(it->cpu.mem, host, &flags);
@@ -334,12 +332,11 @@ static const struct op *build_scratch(struct interp *it, uint64_t rip, const uin
     struct block *b = it->scratch;
     bool ends;
 
-    b->rip = rip;
     b->op[0] = (struct op){ .rip = rip };
     it->arena_reserve = true;           /* lower() takes its memory from beside the arena */
     lower_bytes(it, &b->op[0], bytes, len, &ends);
     it->arena_reserve = false;
-    b->op[1] = end_op(&it->cpu, rip + b->op[0].len, 1);
+    b->op[1] = end_op(rip + b->op[0].len, 1);
     b->op[1].fn = op_leave;
     for (unsigned i = 0; i < 2; i++)
         if (b->op[i].aux == BLOCK_SELF)
@@ -368,7 +365,7 @@ static unsigned fetch_whole(struct x86_cpu *cpu, gva_t va, uint8_t bytes[X86_MAX
 static const struct op *build_crossing(struct interp *it, uint64_t rip, const uint8_t *host, unsigned room)
 {
     struct x86_cpu *cpu = &it->cpu;
-    gva_t va = cpu->code_base + rip;
+    gva_t va = cpu->code_base + cpu->code_page + rip;
     uint8_t bytes[X86_MAX_INSN];
     unsigned n = fetch_whole(cpu, va, bytes), count = 0;
     const uint8_t *second = tlb_lookup(cpu->tlb_fetch, (va & GUEST_PAGE_MASK) + GUEST_PAGE_SIZE, 1, TLB_EXEC);
@@ -392,14 +389,14 @@ static const struct op *build_crossing(struct interp *it, uint64_t rip, const ui
     if (ops[1].len <= room || n <= room)        /* undecodable before the page's end */
         return finish(it, rip, host, NULL, ops + 1, 1, MIN(room, 1u));
     if (!ends)
-        ops[count++] = end_op(cpu, rip + ops[1].len, 1);
+        ops[count++] = end_op(rip + ops[1].len, 1);
     return finish(it, rip, host, second, ops, count, ops[1].len);
 }
 
 static const struct op *build(struct interp *it, uint64_t rip, const uint8_t *host)
 {
     struct x86_cpu *cpu = &it->cpu;
-    unsigned room = GUEST_PAGE_SIZE - (unsigned)((cpu->code_base + rip) & (GUEST_PAGE_SIZE - 1));
+    unsigned room = GUEST_PAGE_SIZE - (unsigned)rip;
     struct op ops[MAX_BLOCK_INSNS + 1];
     unsigned insns = 0, offset = 0;
     _Atomic uint8_t *flags;
@@ -412,7 +409,7 @@ static const struct op *build(struct interp *it, uint64_t rip, const uint8_t *ho
         struct op *op = &ops[insns];
         unsigned len = MIN(room - offset, X86_MAX_INSN);
 
-        *op = (struct op){ .rip = cpu->code_size == 8 ? rip + offset : (uint32_t)(rip + offset), .n = (uint16_t)insns };
+        *op = (struct op){ .rip = rip + offset, .n = (uint16_t)insns };
         if (lower_bytes(it, op, host + offset, len, &ends) && len < X86_MAX_INSN) {
             if (insns == 0)
                 return build_crossing(it, rip, host, room);
@@ -424,7 +421,7 @@ static const struct op *build(struct interp *it, uint64_t rip, const uint8_t *ho
     }
     if (ends)
         return finish(it, rip, host, NULL, ops, insns, offset);
-    ops[insns] = end_op(cpu, rip + offset, insns);
+    ops[insns] = end_op(rip + offset, insns);
     return finish(it, rip, host, NULL, ops, insns + 1, offset);
 }
 
@@ -432,20 +429,22 @@ const struct op *block_find_slow(struct x86_cpu *cpu, uint64_t rip)
 {
     struct interp *it = interp_of(cpu);
     gva_t va = cpu->code_base + rip;
+    unsigned offset = va & (GUEST_PAGE_SIZE - 1);
     const uint8_t *host = tlb_lookup(cpu->tlb_fetch, va, 1, TLB_EXEC);
     const struct op *op = NULL;
 
+    cpu->code_page = rip - offset;
     if (!host) {
         host = x86_fetch_pointer(cpu, va);
         if (!host) {
             uint8_t bytes[X86_MAX_INSN];
             unsigned n = fetch_whole(cpu, va, bytes);
 
-            return build_scratch(it, rip, bytes, n);
+            return build_scratch(it, offset, bytes, n);
         }
     }
-    for (struct block *b = it->hash[block_hash(rip, host)]; b; b = b->next_hash)
-        if (b->rip == rip && b->host == host && b->mode == interp_mode(cpu)) {
+    for (struct block *b = it->hash[block_hash(host)]; b; b = b->next_hash)
+        if (b->host == host && b->mode == interp_mode(cpu) && b->origin == block_origin(cpu)) {
             op = b->op;
             break;
         }
@@ -454,18 +453,21 @@ const struct op *block_find_slow(struct x86_cpu *cpu, uint64_t rip)
             it->flush_wanted = true;
             return &exit_op;
         }
-        op = build(it, rip, host);
+        op = build(it, offset, host);
         if (op == it->scratch->op)
             return op;
     }
-    it->jump[jump_index(rip)] = (struct jump_entry){ rip, host, op, interp_mode(cpu) };
+    it->jump[jump_index(host)] = (struct jump_entry){ block_origin(cpu), host, op, interp_mode(cpu) };
     return op;
 }
 
 const struct op *block_step(struct x86_cpu *cpu)
 {
+    gva_t va = cpu->code_base + cpu->s.rip;
+    unsigned offset = va & (GUEST_PAGE_SIZE - 1);
     uint8_t bytes[X86_MAX_INSN];
-    unsigned n = fetch_whole(cpu, cpu->code_base + cpu->s.rip, bytes);
+    unsigned n = fetch_whole(cpu, va, bytes);
 
-    return build_scratch(interp_of(cpu), cpu->s.rip, bytes, n);
+    cpu->code_page = cpu->s.rip - offset;
+    return build_scratch(interp_of(cpu), offset, bytes, n);
 }

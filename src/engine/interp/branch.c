@@ -9,31 +9,32 @@
 
 #define FORM1_OF(n) { [FORM_R] = n##_r, [FORM_B] = n##_b, [FORM_X] = n##_x, [FORM_G] = n##_g }
 
-/* Counts are up to date and s.rip is the target. Links the block's successor when it may. */
+/* Counts are up to date; offset: the target's, from cpu->code_page. Links the block's successor when it may. */
 static __attribute__((noinline)) const struct op *follow_slow(struct x86_cpu *cpu, struct block *block, unsigned slot,
-                                                              uint64_t target)
+                                                              uint64_t offset)
 {
+    uint64_t target = page_rip(cpu, offset);
     const struct op *found;
 
     cpu->s.rip = target;
     if (atomic_load_explicit(&cpu->request, memory_order_relaxed))
         return NULL;
     found = block_find(cpu, target);
-    if (!((target ^ block->rip) & GUEST_PAGE_MASK) && !block->dead && block_linkable(found))
+    if (offset < GUEST_PAGE_SIZE && !block->dead && block_linkable(found))
         block->link[slot] = found;
     GO(found);
 }
 
-#define FOLLOW(slot, target) \
+#define FOLLOW(slot, offset) \
     do { \
         struct block *block_ = op->aux; \
         const struct op *link_ = block_->link[slot]; \
         if (likely(link_ && !atomic_load_explicit(&cpu->request, memory_order_relaxed))) \
             GO(link_); \
-        return follow_slow(cpu, block_, slot, target); \
+        return follow_slow(cpu, block_, slot, offset); \
     } while (0)
 
-/* A block that ends without a branch: op->imm is the next instruction's address. */
+/* A block that ends without a branch: op->imm is where the next instruction is. */
 const struct op *op_end(struct x86_cpu *cpu, const struct op *op)
 {
     cpu->insns += op->n;
@@ -73,24 +74,36 @@ const struct op *op_jmp(struct x86_cpu *cpu, const struct op *op)
     FOLLOW(1, op->imm);
 }
 
-/* LOOPNE, LOOPE, LOOP, JrCXZ by op->sub 0…3; op->scale is the address size in bytes. */
-const struct op *op_loop(struct x86_cpu *cpu, const struct op *op)
+/* LOOPNE, LOOPE, LOOP, JrCXZ by kind 0…3; op->scale is the address size in bytes. Counts down. */
+static bool loop_taken(struct x86_cpu *cpu, const struct op *op, unsigned kind)
 {
-    uint64_t rcx = cpu->s.gpr[RCX];
     bool taken;
 
-    if (op->sub == 3) {
-        taken = x86_get_gpr(cpu, RCX, op->scale) == 0;
-    } else {
-        rcx--;
-        x86_set_gpr(cpu, RCX, rcx, op->scale);
-        taken = x86_get_gpr(cpu, RCX, op->scale) != 0;
-        if (op->sub < 2)
-            taken = taken && condition(cpu->arith, 4) == (op->sub == 1);
-    }
+    if (kind == 3)
+        return x86_get_gpr(cpu, RCX, op->scale) == 0;
+    x86_set_gpr(cpu, RCX, cpu->s.gpr[RCX] - 1, op->scale);
+    taken = x86_get_gpr(cpu, RCX, op->scale) != 0;
+    return kind < 2 ? taken && condition(cpu->arith, 4) == (kind == 1) : taken;
+}
+
+const struct op *op_loop(struct x86_cpu *cpu, const struct op *op)
+{
+    bool taken = loop_taken(cpu, op, op->sub);
+
     cpu->insns += op->n + 1u;
     if (taken)
         FOLLOW(1, op->imm);
+    FOLLOW(0, op->rip + op->len);
+}
+
+/* A target cut to 16 bits: Jcc by op->sub 0…15, LOOP and its like from 16 on. */
+const struct op *op_branch16(struct x86_cpu *cpu, const struct op *op)
+{
+    bool taken = op->sub < 16 ? condition(cpu->arith, op->sub) : loop_taken(cpu, op, op->sub - 16u);
+
+    if (taken)
+        BRANCH_TO((uint16_t)page_rip(cpu, op->imm));
+    cpu->insns += op->n + 1u;
     FOLLOW(0, op->rip + op->len);
 }
 
@@ -106,7 +119,7 @@ static __attribute__((noinline, cold)) const struct op *bad_target(struct x86_cp
 
 MEM_HANDLER(call64)
 {
-    ST(64, cpu->s.gpr[RSP] - 8, op->rip + op->len);
+    ST(64, cpu->s.gpr[RSP] - 8, op_rip(cpu, op) + op->len);
     cpu->s.gpr[RSP] -= 8;
     cpu->insns += op->n + 1u;
     FOLLOW(1, op->imm);
@@ -148,7 +161,7 @@ MEM_HANDLER(call_r)
     uint64_t target = R64(op->src);
     if (unlikely(!canonical(target)))
         return bad_target(cpu, op);
-    ST(64, cpu->s.gpr[RSP] - 8, op->rip + op->len);
+    ST(64, cpu->s.gpr[RSP] - 8, op_rip(cpu, op) + op->len);
     cpu->s.gpr[RSP] -= 8;
     BRANCH_TO(target);
 }
@@ -158,7 +171,7 @@ MEM_HANDLER(call_r)
         LD(64, target, EA_##EA(8, false)); \
         if (unlikely(!canonical(target))) \
             return bad_target(cpu, op); \
-        ST(64, cpu->s.gpr[RSP] - 8, op->rip + op->len); \
+        ST(64, cpu->s.gpr[RSP] - 8, op_rip(cpu, op) + op->len); \
         cpu->s.gpr[RSP] -= 8; \
         BRANCH_TO(target); \
     }
@@ -196,7 +209,7 @@ static uint64_t operand_target(struct x86_cpu *cpu, const struct op *op)
     }
     if (o->kind == OPERAND_GPR)
         return x86_get_gpr(cpu, o->reg, op->sub);
-    return op->rip + op->len + (uint64_t)insn->imm[0];
+    return op_rip(cpu, op) + op->len + (uint64_t)insn->imm[0];
 }
 
 const struct op *op_jump_slow(struct x86_cpu *cpu, const struct op *op)
@@ -214,7 +227,7 @@ const struct op *op_call_slow(struct x86_cpu *cpu, const struct op *op)
 
     enter_slow(cpu, op);
     target = checked_target(cpu, operand_target(cpu, op), op->sub);
-    x86_push(cpu, op->rip + op->len, op->sub);
+    x86_push(cpu, op_rip(cpu, op) + op->len, op->sub);
     BRANCH_TO(target);
 }
 
@@ -240,7 +253,7 @@ const struct op *op_ret_slow(struct x86_cpu *cpu, const struct op *op)
 const struct op *op_leave(struct x86_cpu *cpu, const struct op *op)
 {
     cpu->insns += op->n;
-    cpu->s.rip = op->rip;
+    cpu->s.rip = op_rip(cpu, op);
     return NULL;
 }
 
@@ -250,7 +263,7 @@ const struct op *op_leave(struct x86_cpu *cpu, const struct op *op)
 const struct op *op_cross_check(struct x86_cpu *cpu, const struct op *op)
 {
     struct block *block = op->aux;
-    gva_t second = (cpu->code_base + op->rip + GUEST_PAGE_SIZE) & GUEST_PAGE_MASK;
+    gva_t second = (cpu->code_base + op_rip(cpu, op) + GUEST_PAGE_SIZE) & GUEST_PAGE_MASK;
     const uint8_t *host = tlb_lookup(cpu->tlb_fetch, second, 1, TLB_EXEC);
 
     if (unlikely(host != block->host2)) {

@@ -22,9 +22,9 @@ typedef const struct op *op_fn(struct x86_cpu *cpu, const struct op *op);
 
 struct op {
     op_fn *fn;
-    uint64_t rip;               /* guest address of the instruction */
-    uint64_t imm;               /* immediate, or the target of a direct branch */
-    int64_t disp;               /* displacement; for RIP-relative operands the whole offset */
+    uint64_t rip;               /* where the instruction is, from cpu->code_page on: op_rip() */
+    uint64_t imm;               /* immediate, or the target of a direct branch, from cpu->code_page on */
+    int64_t disp;               /* displacement; for RIP-relative operands from cpu->code_page on */
     uint16_t dst, src;          /* registers as byte offsets into struct x86_cpu */
     uint16_t base, index;       /* the same; absent ones name a field that is always 0 */
     uint16_t seg_base;
@@ -42,9 +42,12 @@ struct slow_insn {
     struct x86_insn insn;
 };
 
-/* Where the instructions came from; keyed by guest address, host address and mode. */
+/*
+ * Where the instructions came from. 64-bit code is keyed by host address and mode alone, so programs that share pages share
+ * blocks wherever they map them; in other modes the guest address belongs to the key.
+ */
 struct block {
-    uint64_t rip;
+    uint64_t origin;            /* block_origin() */
     const uint8_t *host;        /* host address of the first byte */
     const uint8_t *host2;       /* the second page, when the last instruction crosses into it; else NULL */
     gpa_t gpa, gpa2;            /* of the first byte; of the second page's start */
@@ -56,7 +59,8 @@ struct block {
     struct block *next_page, *next_page2;   /* lists of the code pages */
     const struct op *link[2];   /* successors in the same page: fall-through, taken */
     /* The translator's (NULL or 0 without): host code, its entry and way out in the writable view, ways to others. */
-    const void *code;
+    const void *code;           /* with cpu->code_page set */
+    const void *indirect;       /* sets it, from the guest address in a scratch register */
     uint8_t *entry, *leave;
     struct chain *chains;
     uint32_t heat;              /* how often it ran before it was translated */
@@ -65,7 +69,7 @@ struct block {
 
 #define JUMP_CACHE_BITS 12
 struct jump_entry {
-    uint64_t rip;
+    uint64_t origin;
     const uint8_t *host;
     const struct op *op;
     uint64_t mode;
@@ -140,10 +144,19 @@ static inline gva_t ea_x(struct x86_cpu *cpu, const struct op *op)
     return R64(op->base) + (R64(op->index) << op->scale) + (uint64_t)op->disp + R64(op->seg_base);
 }
 
+/* Guest addresses of an op, and of what lies offset bytes from the start of its page. */
+static inline uint64_t page_rip(const struct x86_cpu *cpu, uint64_t offset)
+{
+    uint64_t rip = cpu->code_page + offset;
+
+    return cpu->code_size == 8 ? rip : (uint32_t)rip;
+}
+static inline uint64_t op_rip(const struct x86_cpu *cpu, const struct op *op) { return page_rip(cpu, op->rip); }
+
 static inline void enter_slow(struct x86_cpu *cpu, const struct op *op)
 {
-    cpu->s.rip = op->rip;
-    cpu->next_rip = op->rip + op->len;
+    cpu->s.rip = op_rip(cpu, op);
+    cpu->next_rip = op_rip(cpu, op) + op->len;
 }
 
 gva_t ea_slow(struct x86_cpu *cpu, const struct op *op, unsigned size, bool write);
@@ -245,7 +258,10 @@ static inline bool condition(uint32_t a, unsigned cc)
 /* ---- blocks (block.c) ---- */
 int block_cache_init(struct interp *it, size_t arena_size);
 void block_cache_destroy(struct interp *it);
-/* First op of the block at rip in the current mode; decodes it when new. Raises fetch faults with s.rip = rip. */
+/*
+ * First op of the block at rip in the current mode; decodes it when new. Sets cpu->code_page. Raises fetch faults with
+ * s.rip = rip.
+ */
 const struct op *block_find_slow(struct x86_cpu *cpu, uint64_t rip);
 /* One instruction at s.rip as a block of its own, for single steps. */
 const struct op *block_step(struct x86_cpu *cpu);
@@ -259,18 +275,25 @@ bool block_linkable(const struct op *op);
 /* Arena for lowering; NULL never: block_find makes room before it starts. */
 void *block_alloc(struct interp *it, size_t size);
 
-static inline unsigned jump_index(uint64_t rip)
+static inline unsigned jump_index(const uint8_t *host)
 {
-    return (rip ^ (rip >> JUMP_CACHE_BITS)) & ((1u << JUMP_CACHE_BITS) - 1);
+    uintptr_t h = (uintptr_t)host;
+
+    return (h ^ (h >> JUMP_CACHE_BITS)) & ((1u << JUMP_CACHE_BITS) - 1);
 }
+
+/* What of the guest address belongs to a block's key, with cpu->code_page set. */
+static inline uint64_t block_origin(const struct x86_cpu *cpu) { return cpu->code_size == 8 ? 0 : cpu->code_page; }
 
 static inline const struct op *block_find(struct x86_cpu *cpu, uint64_t rip)
 {
     struct interp *it = interp_of(cpu);
-    const struct jump_entry *e = &it->jump[jump_index(rip)];
-    const uint8_t *host = tlb_lookup(cpu->tlb_fetch, cpu->code_base + rip, 1, TLB_EXEC);
+    gva_t va = cpu->code_base + rip;
+    const uint8_t *host = tlb_lookup(cpu->tlb_fetch, va, 1, TLB_EXEC);
+    const struct jump_entry *e = &it->jump[jump_index(host)];
 
-    if (likely(e->rip == rip && e->host == host && host && e->mode == interp_mode(cpu)))
+    cpu->code_page = rip - (va & (GUEST_PAGE_SIZE - 1));
+    if (likely(e->host == host && host && e->mode == interp_mode(cpu) && e->origin == block_origin(cpu)))
         return e->op;
     return block_find_slow(cpu, rip);
 }
@@ -357,7 +380,7 @@ extern op_fn *const double_shift_handlers[2][SIZES][2][FORM1S]; /* [SHLD, SHRD][
 extern op_fn *const jcc_handlers[16];
 extern op_fn *const jump_indirect_handlers[FORM1S];
 extern op_fn *const call_indirect_handlers[FORM1S];
-op_fn op_jmp, op_call, op_ret, op_loop, op_jump_slow, op_call_slow, op_ret_slow, op_end, op_cross_check;
+op_fn op_jmp, op_call, op_ret, op_loop, op_branch16, op_jump_slow, op_call_slow, op_ret_slow, op_end, op_cross_check;
 
 /* atomic.c: op->sub says what; the source is a register, or imm when src names the zero field */
 enum atomic_kind { AT_ADD, AT_OR, AT_ADC, AT_SBB, AT_AND, AT_SUB, AT_XOR, AT_INC, AT_DEC, AT_NEG, AT_NOT, AT_XADD,

@@ -56,8 +56,10 @@ static enum form1 lower_mem(struct lowering *l)
     op->seg_base = m->seg >= SEG_FS ? (uint16_t)(offsetof(struct x86_cpu, s.seg[0].base) + m->seg * sizeof(struct x86_seg))
                                     : ZERO_OFFSET;
     op->disp = m->disp;
-    if (m->base == X86_REG_RIP)
+    if (m->base == X86_REG_RIP) {
+        op->base = offsetof(struct x86_cpu, code_page);
         op->disp += (int64_t)(op->rip + op->len);
+    }
     if (l->code_size != 8 || m->addr_size != 8) {
         attach(l);
         return FORM_G;
@@ -316,6 +318,21 @@ static bool lower_string(struct lowering *l, enum string_kind kind)
 
 /* ---- branches: these end the block ---- */
 
+/* Jcc, LOOP, JRCXZ with an operand-size prefix in 64-bit mode. */
+static bool lower_direct16(struct lowering *l, op_fn *fn)
+{
+    struct op *op = l->op;
+
+    if (fn == op_loop) {
+        op->sub += 16;
+        return set(l, op_branch16);
+    }
+    for (unsigned cc = 0; cc < 16; cc++)
+        if (fn == jcc_handlers[cc])
+            op->sub = (uint16_t)cc;
+    return set(l, op_branch16);
+}
+
 static bool lower_direct(struct lowering *l, op_fn *fn, op_fn *any_mode)
 {
     struct op *op = l->op;
@@ -328,11 +345,13 @@ static bool lower_direct(struct lowering *l, op_fn *fn, op_fn *any_mode)
         }
     }
     op->imm = op->rip + op->len + (uint64_t)l->insn->imm[0];
-    if (l->insn->op_size == 2)
-        op->imm = (uint16_t)op->imm;
-    else if (l->code_size != 8)
-        op->imm = (uint32_t)op->imm;
     op->aux = BLOCK_SELF;
+    if (l->insn->op_size == 2) {
+        /* The target is cut to 16 bits, which only code that belongs to one address could know beforehand. */
+        if (l->code_size == 8)
+            return lower_direct16(l, fn);
+        op->imm = (uint16_t)(l->it->cpu.code_page + op->imm) - l->it->cpu.code_page;
+    }
     return set(l, fn);
 }
 

@@ -30,7 +30,7 @@ static const struct op *op_finished(struct x86_cpu *cpu, const struct op *op)
     struct block *b = op->aux;
 
     if (unlikely(b->dead || !masks_all(cpu))) {
-        cpu->s.rip = op->rip;
+        cpu->s.rip = op_rip(cpu, op);
         return NULL;
     }
     translator_of(cpu)->op_finished = true;
@@ -67,12 +67,12 @@ static const struct op *follow(struct translator *t, struct chain *c)
     struct x86_cpu *cpu = &t->it.cpu;
     const struct op *found;
 
-    cpu->s.rip = c->target;
+    cpu->s.rip = page_rip(cpu, c->target);
     if (atomic_load_explicit(&cpu->request, memory_order_relaxed))
         return NULL;
-    found = block_find(cpu, c->target);
+    found = block_find(cpu, cpu->s.rip);
     /* Inside a page the mapping that brought us here holds for the target too. */
-    if (block_linkable(found) && !((c->target ^ c->block->rip) & GUEST_PAGE_MASK) && !c->block->dead) {
+    if (block_linkable(found) && c->target < GUEST_PAGE_SIZE && !c->block->dead) {
         const struct block *b = block_of(found);
 
         if (b->code && !b->dead) {
@@ -89,13 +89,14 @@ static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
     struct translator *t = translator_of(cpu);
     const struct block *b = op->aux;
     struct jump_table *jumps = &t->jumps[cpu->cpl == 3];
-    unsigned i = op->rip & (TRANSLATE_JUMPS - 1);
+    uint64_t rip = op_rip(cpu, op);
+    unsigned i = rip & (TRANSLATE_JUMPS - 1);
     const struct op *next;
 
     if (unlikely(!masks_all(cpu) || cpu->simd_trap != t->simd_trap))
         NEXT;
-    jumps->tag[i] = -op->rip;
-    jumps->code[i] = b->code;
+    jumps->tag[i] = -rip;
+    jumps->code[i] = b->indirect;
     t->jumps_now = jumps;
     t->jumps_used[cpu->cpl == 3] = true;
     t->entered++;

@@ -36,7 +36,7 @@ struct chain {
     uint8_t *stub;              /* where it leads while unpatched */
     const struct block *to;     /* what it is patched to, or NULL */
     struct chain *next;         /* of the same block */
-    uint64_t target;            /* guest address */
+    uint64_t target;            /* from cpu->code_page on */
 };
 
 struct translator {
@@ -50,7 +50,7 @@ struct translator {
     uint64_t page_mask;
     uint64_t aligned_mask[7];   /* by log2 of the size: page_mask and the bits that an aligned address has not */
     uint8_t simd_trap;          /* cpu.simd_trap that translations were made for */
-    uint64_t saved_code;        /* over the store of a return address */
+    uint64_t saved_code, saved_target;  /* over the store of a return address */
     struct translation *work;   /* the block being translated */
     uint64_t host_rsp;
     void *self;                 /* this struct: translated code has its address only as the GS base */

@@ -104,6 +104,11 @@ struct x86_cpu {
     struct tlb_set *tlb;        /* for data accesses at CPL */
     struct tlb_set *tlb_fetch;  /* for instruction fetch at CPL */
     struct x86_tlb_space *space;    /* address space in force */
+    /*
+     * The engine's: what s.rip is at the start of the page that code is being executed from, so that decoded code can be
+     * independent of the address it was mapped at.
+     */
+    uint64_t code_page;
     uint64_t code_base;         /* linear address of an instruction minus s.rip: CS base outside 64-bit mode, else 0 */
     uint8_t cpl;
     uint8_t code_size;          /* 2, 4, 8 */

@@ -29,10 +29,15 @@ bool translate_address(struct translation *x, const struct x86_insn *insn, uint6
     struct assembler *a = &x->a;
     unsigned base = H_NONE, index = H_NONE;
 
+    int64_t relative = m->disp + (int64_t)next;
+
     if (m->addr_size != 8 || m->vsib_size || m->disp != (int32_t)m->disp)
         return false;
+    if (m->base == X86_REG_RIP && relative != (int32_t)relative)
+        return false;
     if (m->base == X86_REG_RIP) {
-        asm_mov_imm(a, T, next + (uint64_t)m->disp);
+        asm_load_gs(a, T, CPU_GS(code_page));
+        asm_lea(a, T, T, H_NONE, 0, (int32_t)relative);
     } else {
         if (m->base < 16) {
             base = translate_host_of[m->base];
@@ -379,7 +384,7 @@ static void emit_goto(struct translation *x, const struct op *op, uint64_t targe
     translate_add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, target);
 }
 
-/* T: guest target. Finds its code (in A afterwards) or gives the op to the interpreter, nothing having changed. */
+/* T: guest target, kept. Finds its code (in A afterwards) or gives the op to the interpreter, nothing having changed. */
 static void emit_lookup(struct translation *x, const struct op *op)
 {
     struct assembler *a = &x->a;
@@ -418,7 +423,7 @@ static bool emit_return(struct translation *x, const struct x86_insn *insn, cons
     asm_mem(a, true, 0x8b, T, T, H_NONE, 0, 0);
     emit_lookup(x, op);
     asm_lea(a, H_R15, H_R15, H_NONE, 0, (int32_t)(8 + op->imm));
-    emit_count(x, op->n + 1u, T);
+    emit_count(x, op->n + 1u, S);
     emit_jump_a(x);
     return true;
 }
@@ -447,15 +452,20 @@ static void emit_push_return(struct translation *x, const struct op *op, bool sa
 {
     struct assembler *a = &x->a;
 
-    if (saved)
+    if (saved) {
         asm_store_gs(a, A, T_GS(saved_code));
+        asm_store_gs(a, T, T_GS(saved_target));
+    }
     asm_lea(a, T, H_R15, H_NONE, 0, -8);
     translate_add_stub(x, STUB_EXIT_OP, translate_check(x, 8, TLB_WRITE, false), NULL, op, 0);
-    asm_mov_imm(a, A, op->rip + op->len);
+    asm_load_gs(a, A, CPU_GS(code_page));
+    asm_lea(a, A, A, H_NONE, 0, (int32_t)(op->rip + op->len));
     asm_mem(a, true, 0x89, A, T, H_NONE, 0, 0);
     asm_lea(a, H_R15, H_R15, H_NONE, 0, -8);
-    if (saved)
+    if (saved) {
         asm_load_gs(a, A, T_GS(saved_code));
+        asm_load_gs(a, T, T_GS(saved_target));
+    }
 }
 
 static bool emit_indirect(struct translation *x, const struct x86_insn *insn, const struct op *op, bool call)
@@ -465,7 +475,7 @@ static bool emit_indirect(struct translation *x, const struct x86_insn *insn, co
     emit_lookup(x, op);
     if (call)
         emit_push_return(x, op, true);
-    emit_count(x, op->n + 1u, T);
+    emit_count(x, op->n + 1u, S);
     emit_jump_a(x);
     return true;
 }
@@ -526,6 +536,14 @@ static void emit_end(struct translation *x, const struct x86_insn *insn, const s
     translate_add_stub(x, STUB_EXIT_OP, asm_jmp(a), NULL, op, 0);
 }
 
+/* s.rip := what lies offset bytes from the page's start. */
+static void emit_rip(struct translation *x, uint64_t offset)
+{
+    asm_load_gs(&x->a, A, CPU_GS(code_page));
+    asm_lea(&x->a, A, A, H_NONE, 0, (int32_t)offset);
+    asm_store_gs(&x->a, A, CPU_GS(s.rip));
+}
+
 static void emit_stubs(struct translation *x)
 {
     struct translator *t = x->t;
@@ -545,8 +563,7 @@ static void emit_stubs(struct translation *x)
             asm_jmp_to(a, t->exit_op);
             break;
         case STUB_AT:
-            asm_mov_imm(a, A, s->target);
-            asm_store_gs(a, A, CPU_GS(s.rip));
+            emit_rip(x, s->target);
             asm_jmp_to(a, t->exit_null);
             break;
         case STUB_CHAIN: {
@@ -568,7 +585,8 @@ bool translate_block(struct translator *t, struct block *b)
 {
     struct translation *x = t->work;
     unsigned offset = 0;
-    uint8_t *start = t->code.write + t->code.used;
+    uint8_t *start = t->code.write + t->code.used, *entry;
+    unsigned page_offset = (uintptr_t)b->host & (GUEST_PAGE_SIZE - 1);
 
     if (t->it.arena_size - t->it.arena_used < MAX_ARENA) {
         t->it.flush_wanted = true;
@@ -583,6 +601,10 @@ bool translate_block(struct translator *t, struct block *b)
     x->vectors_noted = false;
     x->a = (struct assembler){ .at = start, .end = t->code.write + t->code.size };
 
+    /* Indirect jumps come in here, with their target in T. */
+    asm_lea(&x->a, S, T, H_NONE, 0, -(int32_t)page_offset);
+    asm_store_gs(&x->a, S, CPU_GS(code_page));
+    entry = x->a.at;
     for (unsigned i = 1; i < b->ops; i++) {
         const struct op *op = &b->op[i];
         struct x86_insn insn;
@@ -619,8 +641,7 @@ bool translate_block(struct translator *t, struct block *b)
     }
     /* Where a dropped block's entry leads. */
     b->leave = x->a.at;
-    asm_mov_imm(&x->a, A, b->rip);
-    asm_store_gs(&x->a, A, CPU_GS(s.rip));
+    emit_rip(x, page_offset);
     asm_jmp_to(&x->a, t->exit_null);
     emit_stubs(x);
     if (x->a.full) {
@@ -632,7 +653,8 @@ bool translate_block(struct translator *t, struct block *b)
     t->code.used = align_up((size_t)(x->a.at - t->code.write), 16);
     t->blocks++;
     t->bytes += (uint64_t)(x->a.at - start);
-    b->code = code_exec(&t->code, start);
-    b->entry = start;
+    b->indirect = code_exec(&t->code, start);
+    b->code = code_exec(&t->code, entry);
+    b->entry = entry;
     return true;
 }

@@ -29,7 +29,7 @@ struct stub {
     uint8_t *back;              /* where it continues; NULL: it leaves */
     enum stub_kind kind;
     const struct op *op;
-    uint64_t target;            /* guest address */
+    uint64_t target;            /* guest address, from cpu->code_page on */
 };
 
 struct translation {
