@@ -7,7 +7,11 @@
  */
 #include "engine/interp/interp.h"
 
-#define FORM1_OF(n) { [FORM_R] = n##_r, [FORM_B] = n##_b, [FORM_X] = n##_x, [FORM_G] = n##_g }
+/* Of linear addresses: the base of a code segment need not begin a page. */
+static bool same_page(const struct x86_cpu *cpu, uint64_t a, uint64_t b)
+{
+    return !(((cpu->code_base + a) ^ (cpu->code_base + b)) & GUEST_PAGE_MASK);
+}
 
 /* Counts are up to date and s.rip is the target. Links the block's successor when it may. */
 static __attribute__((noinline)) const struct op *follow_slow(struct x86_cpu *cpu, struct block *block, unsigned slot,
@@ -19,7 +23,7 @@ static __attribute__((noinline)) const struct op *follow_slow(struct x86_cpu *cp
     if (atomic_load_explicit(&cpu->request, memory_order_relaxed))
         return NULL;
     found = block_find(cpu, target);
-    if (!((target ^ block->rip) & GUEST_PAGE_MASK) && !block->dead && block_linkable(found))
+    if (same_page(cpu, target, block->rip) && !block->dead && block_linkable(found))
         block->link[slot] = found;
     GO(found);
 }
