@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build/logs"
-ENGINES = ["interp"]
+ENGINES = ["interp", "translate"]
 SANITIZED_SUITES = {"unit", "device", "fuzz"}
 SANITIZER_ENV = {
     "ASAN_OPTIONS": "detect_stack_use_after_return=1",

@@ -991,7 +991,6 @@ void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_
     rng64(r);
     c->number = number;
     c->bytes = c->insns = 0;
-    c->skip_xsave_header = false;
     c->code_size = rng_percent(r, o->percent32) ? 4 : 8;
     memset(&c->in, 0, sizeof(c->in));
     c->in.fs_base = any_base(r);

@@ -110,6 +110,8 @@ static void read_notes(struct elf *e, const struct program_header *p)
                 e->is_linux = true;
             }
         }
+        if (name_len == 4 && !memcmp(n + sizeof(Elf32_Nhdr), "GNU", 4) && type == NT_GNU_ABI_TAG)
+            e->is_program = true;
         uint64_t next = align_up(desc_at + desc_len, align);
         if (next >= left)
             return;
@@ -167,6 +169,8 @@ int elf_parse(const struct source *src, const uint8_t *data, uint64_t size, stru
     for (unsigned i = 0; i < count; i++) {
         struct program_header p;
         read_program_header(e, table + (uint64_t)i * entry_size, &p);
+        if (p.type == PT_INTERP)
+            e->is_program = true;
         if (p.type != PT_LOAD && p.type != PT_NOTE)
             continue;
         if (p.filesz && (p.offset > size || p.filesz > size - p.offset))

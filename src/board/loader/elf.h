@@ -32,6 +32,7 @@ struct elf {
     bool has_pvh;        /* a Xen note names a 32-bit physical entry point */
     uint32_t pvh_entry;
     bool is_linux; /* a Xen note says so */
+    bool is_program; /* of user space: has an interpreter, or the C library's note of the system */
 };
 
 /* Does it begin with ELF's magic number? */

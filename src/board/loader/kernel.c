@@ -125,6 +125,8 @@ static int choose_elf(const struct source *src, const struct elf *e, const struc
         if (mb->has_addresses) /* then the ELF headers do not count */
             return 0;
         k->entry = e->entry;
+    } else if (e->is_program) {
+        return source_error(src, "is a program to be run by Linux, not a kernel");
     } else if (e->is_64 && (want == BOOT_AUTO || want == BOOT_LINUX64)) {
         k->protocol = BOOT_LINUX64;
         k->entry = e->entry;
@@ -271,12 +273,10 @@ static int unpack_and_load(const struct source *src, const struct bzimage *b, st
                             "entry can be used",
                             unpack_format_name(format));
     }
-    if (format == UNPACK_NONE && !elf_is(b->payload, b->payload_len)) {
-        if (want == BOOT_AUTO)
-            return 1;
-        return source_error(src,
-                            "has a payload of unknown format: only its 64-bit entry can be used");
-    }
+    /* The formats above and below are all that Linux has, so this is damage: its own code would
+     * fail on it, too, and less clearly. */
+    if (format == UNPACK_NONE && !elf_is(b->payload, b->payload_len))
+        return source_error(src, "is corrupt: its payload is neither compressed nor an ELF file");
     /* The build appends the unpacked size to the payload (gzip's own format ends with it). */
     uint64_t size =
         format == UNPACK_NONE ? b->payload_len : load_le32(b->payload + b->payload_len - 4);

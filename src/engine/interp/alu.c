@@ -103,10 +103,6 @@ DEFINE_OPERATION(xor, WRITING)
 DEFINE_OPERATION(cmp, COMPARING)
 DEFINE_OPERATION(test, COMPARING)
 
-#define FORMS_OF(n) \
-    { [FORM_RR] = n##_rr, [FORM_RI] = n##_ri, [FORM_RM_B] = n##_rm_b, [FORM_RM_X] = n##_rm_x, [FORM_RM_G] = n##_rm_g, \
-      [FORM_MR_B] = n##_mr_b, [FORM_MR_X] = n##_mr_x, [FORM_MR_G] = n##_mr_g, [FORM_MI_B] = n##_mi_b, \
-      [FORM_MI_X] = n##_mi_x, [FORM_MI_G] = n##_mi_g }
 #define SIZES_OF(n) { FORMS_OF(n##8), FORMS_OF(n##16), FORMS_OF(n##32), FORMS_OF(n##64) }
 
 op_fn *const alu_handlers[ALUS][SIZES][FORMS] = {

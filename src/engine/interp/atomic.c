@@ -7,8 +7,6 @@
  */
 #include "engine/interp/compute.h"
 
-#define RAX_ gpr_offset(RAX)
-
 /* What op->sub makes of the old value; commits nothing. */
 #define DEFINE_NEW_VALUE(bits, bit_cases) \
     static inline uint##bits##_t new_value##bits(struct x86_cpu *cpu, const struct op *op, uint##bits##_t old, \

@@ -249,9 +249,9 @@ void block_flush_all(struct interp *it)
 
 /* Ends a chain of handlers; s.rip is set already. */
 static const struct op *op_exit(struct x86_cpu *cpu, const struct op *op) { return NULL; }
-static const struct op exit_op = { .fn = op_exit };
+static struct block exit_block = { .dead = true, .op = { { .fn = op_exit } } };
 
-bool block_linkable(const struct op *op) { return op != &exit_op; }
+bool block_linkable(const struct op *op) { return !container_of(op, struct block, op)->dead; }
 
 static gpa_t host_to_gpa(struct memory *m, const uint8_t *host, _Atomic uint8_t **flags)
 {
@@ -270,7 +270,8 @@ static uint8_t *page_start(const uint8_t *host) { return (uint8_t *)((uintptr_t)
 
 /*
  * Lowers the instruction in bytes[0…len) to *op, which has rip and n. One that cannot be decoded becomes an op that raises what
- * it should. Returns x86_decode()'s result; *ends: the block ends with it.
+ * it should, and counts for as long as what was looked at: a change of any of it makes another instruction. Returns
+ * x86_decode()'s result; *ends: the block ends with it.
  */
 static int lower_bytes(struct interp *it, struct op *op, const uint8_t *bytes, unsigned len, bool *ends)
 {
@@ -281,7 +282,7 @@ static int lower_bytes(struct interp *it, struct op *op, const uint8_t *bytes, u
     *ends = true;
     if (err) {
         op->fn = gp ? op_too_long : op_undefined;
-        op->len = 1;
+        op->len = (uint8_t)MIN(len, (unsigned)X86_MAX_INSN);
         return err;
     }
     op->len = insn.length;
@@ -386,8 +387,8 @@ static const struct op *build_crossing(struct interp *it, uint64_t rip, const ui
     ops[count] = (struct op){ .rip = rip };
     lower_bytes(it, &ops[count], bytes, n, &ends);
     count++;
-    if (ops[1].len <= room || n <= room)        /* undecodable before the page's end */
-        return finish(it, rip, host, NULL, ops + 1, 1, MIN(room, 1u));
+    if (n <= room)                              /* undecodable before the page's end */
+        return finish(it, rip, host, NULL, ops + 1, 1, n);
     if (!ends)
         ops[count++] = end_op(rip + ops[1].len, 1);
     return finish(it, rip, host, second, ops, count, ops[1].len);
@@ -451,7 +452,7 @@ const struct op *block_find_slow(struct x86_cpu *cpu, uint64_t rip)
     if (!op) {
         if (arena_low(it)) {
             it->flush_wanted = true;
-            return &exit_op;
+            return exit_block.op;
         }
         op = build(it, offset, host);
         if (op == it->scratch->op)

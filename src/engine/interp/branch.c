@@ -7,8 +7,6 @@
  */
 #include "engine/interp/interp.h"
 
-#define FORM1_OF(n) { [FORM_R] = n##_r, [FORM_B] = n##_b, [FORM_X] = n##_x, [FORM_G] = n##_g }
-
 /* Counts are up to date; offset: the target's, from cpu->code_page. Links the block's successor when it may. */
 static __attribute__((noinline)) const struct op *follow_slow(struct x86_cpu *cpu, struct block *block, unsigned slot,
                                                               uint64_t offset)

@@ -101,6 +101,7 @@ struct interp {
     struct block *scratch;      /* one instruction for a single step */
     struct slow_insn *scratch_insn;
     bool flush_wanted;          /* the arena is full: drop everything at the next safe point */
+    _Atomic uint8_t sipi_vector;        /* of REQUEST_START */
     uint64_t blocks_decoded, block_flushes, code_writes;
 };
 
@@ -270,7 +271,7 @@ void block_flush_all(struct interp *it);
 bool block_invalidate(struct interp *it, gpa_t gpa, unsigned len);
 /* Drops one block: its ops become op_leave. */
 void block_kill(struct interp *it, struct block *block);
-/* False for ops that no link may lead to (the way out when the arena is full). */
+/* op is the first of its block. False when no link may lead to it: the scratch block, and the way out when the arena is full. */
 bool block_linkable(const struct op *op);
 /* Arena for lowering; NULL never: block_find makes room before it starts. */
 void *block_alloc(struct interp *it, size_t size);
@@ -333,6 +334,8 @@ op_fn op_leave;
 
 /* Register offsets. */
 static inline uint16_t gpr_offset(unsigned reg) { return (uint16_t)(offsetof(struct x86_cpu, s.gpr) + reg * 8); }
+#define RAX_ gpr_offset(RAX)
+#define RDX_ gpr_offset(RDX)
 
 /* Operand forms of two-operand instructions: destination, source. */
 enum form { FORM_RR, FORM_RI, FORM_RM_B, FORM_RM_X, FORM_RM_G, FORM_MR_B, FORM_MR_X, FORM_MR_G, FORM_MI_B, FORM_MI_X,
@@ -342,6 +345,13 @@ enum { SIZE8, SIZE16, SIZE32, SIZE64, SIZES };
 
 /* Operand forms of one operand: register, or memory by kind of address. */
 enum form1 { FORM_R, FORM_B, FORM_X, FORM_G, FORM1S };
+
+/* The rows of handler tables, from the names of handlers. */
+#define FORMS_OF(n) \
+    { [FORM_RR] = n##_rr, [FORM_RI] = n##_ri, [FORM_RM_B] = n##_rm_b, [FORM_RM_X] = n##_rm_x, [FORM_RM_G] = n##_rm_g, \
+      [FORM_MR_B] = n##_mr_b, [FORM_MR_X] = n##_mr_x, [FORM_MR_G] = n##_mr_g, [FORM_MI_B] = n##_mi_b, \
+      [FORM_MI_X] = n##_mi_x, [FORM_MI_G] = n##_mi_g }
+#define FORM1_OF(n) { [FORM_R] = n##_r, [FORM_B] = n##_b, [FORM_X] = n##_x, [FORM_G] = n##_g }
 
 /* Handler tables, by subject; absent ones are NULL. */
 enum alu { ALU_ADD, ALU_OR, ALU_ADC, ALU_SBB, ALU_AND, ALU_SUB, ALU_XOR, ALU_CMP, ALU_TEST, ALUS };

@@ -524,11 +524,14 @@ static bool lower_integer(struct lowering *l)
     }
 }
 
-/* Semantics functions after which execution simply goes on with the next op. */
+/*
+ * Semantics functions after which execution simply goes on with the next op. Not those that serialize: what other
+ * vCPUs made of the following code is seen after them.
+ */
 static bool semantics_plain(const struct x86_insn *insn)
 {
     switch (insn->mnemonic) {
-    case ZYDIS_MNEMONIC_CPUID: case ZYDIS_MNEMONIC_RDTSC: case ZYDIS_MNEMONIC_RDTSCP: case ZYDIS_MNEMONIC_PUSHF:
+    case ZYDIS_MNEMONIC_RDTSC: case ZYDIS_MNEMONIC_RDTSCP: case ZYDIS_MNEMONIC_PUSHF:
     case ZYDIS_MNEMONIC_PUSHFD: case ZYDIS_MNEMONIC_PUSHFQ: case ZYDIS_MNEMONIC_CLI: case ZYDIS_MNEMONIC_RDMSR:
     case ZYDIS_MNEMONIC_RDRAND: case ZYDIS_MNEMONIC_RDSEED: case ZYDIS_MNEMONIC_RDPID: case ZYDIS_MNEMONIC_SWAPGS:
     case ZYDIS_MNEMONIC_RDFSBASE: case ZYDIS_MNEMONIC_RDGSBASE: case ZYDIS_MNEMONIC_WRFSBASE:

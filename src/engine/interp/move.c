@@ -41,14 +41,9 @@ DEFINE_MOV(16)
 DEFINE_MOV(32)
 DEFINE_MOV(64)
 
-#define FORMS_OF(n) \
-    { [FORM_RR] = n##_rr, [FORM_RI] = n##_ri, [FORM_RM_B] = n##_rm_b, [FORM_RM_X] = n##_rm_x, [FORM_RM_G] = n##_rm_g, \
-      [FORM_MR_B] = n##_mr_b, [FORM_MR_X] = n##_mr_x, [FORM_MR_G] = n##_mr_g, [FORM_MI_B] = n##_mi_b, \
-      [FORM_MI_X] = n##_mi_x, [FORM_MI_G] = n##_mi_g }
 op_fn *const mov_handlers[SIZES][FORMS] = { FORMS_OF(mov8), FORMS_OF(mov16), FORMS_OF(mov32), FORMS_OF(mov64) };
 
 /* ---- MOVZX, MOVSX, MOVSXD ---- */
-#define FORM1_OF(n) { [FORM_R] = n##_r, [FORM_B] = n##_b, [FORM_X] = n##_x, [FORM_G] = n##_g }
 #define DEFINE_EXTEND(name, to, from, cast) \
     HANDLER(name##to##from##_r) \
     { \
@@ -278,8 +273,6 @@ HANDLER(bswap64)
 }
 op_fn *const bswap_handlers[SIZES] = { [SIZE16] = bswap16, [SIZE32] = bswap32, [SIZE64] = bswap64 };
 
-#define RAX_ gpr_offset(RAX)
-#define RDX_ gpr_offset(RDX)
 HANDLER(cbw)
 {
     SET16(RAX_, (int8_t)R8(RAX_));

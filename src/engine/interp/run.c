@@ -104,21 +104,47 @@ static void execute(struct x86_cpu *cpu, const struct op *op)
         op = op->fn(cpu, op);
 }
 
+/* Instructions that may clear TF on their way into a handler and are then not followed by the trap. */
+static bool enters_handler(const struct op *op)
+{
+    if (op->fn != op_semantics_end)
+        return false;
+    switch (((const struct slow_insn *)op->aux)->insn.mnemonic) {
+    case ZYDIS_MNEMONIC_INT: case ZYDIS_MNEMONIC_INT1: case ZYDIS_MNEMONIC_INT3: case ZYDIS_MNEMONIC_INTO:
+    case ZYDIS_MNEMONIC_SYSCALL: case ZYDIS_MNEMONIC_SYSENTER:
+        return true;
+    default:
+        return false;
+    }
+}
+
 /* One instruction; REQUEST_DEBUG makes whatever handler it has come back here. */
 static void step(struct x86_cpu *cpu)
 {
-    bool trap = cpu->s.rflags & RFLAGS_TF;
-    unsigned cpl = cpu->cpl;
+    bool trap = cpu->s.rflags & RFLAGS_TF, enters;
+    const struct op *op;
 
     x86_request(cpu, REQUEST_DEBUG);
     cpu->s.interrupt_shadow = 0;
-    execute(cpu, block_step(cpu));
+    op = block_step(cpu);
+    enters = enters_handler(op);
+    execute(cpu, op);
     atomic_fetch_and(&cpu->request, ~REQUEST_DEBUG);
-    /* No trap after what switched stepping off on its way into the kernel (SYSCALL, INT). */
-    if (trap && (cpl == cpu->cpl || (cpu->s.rflags & RFLAGS_TF))) {
+    /* A load of SS holds the trap back until after the next instruction (SDM vol. 3A 6.8.3). */
+    if (trap && (!enters || (cpu->s.rflags & RFLAGS_TF)) && cpu->s.interrupt_shadow != 2) {
+        if (cpu->s.activity == X86_HALTED)
+            cpu->s.activity = X86_RUNNING;
         cpu->s.dr6 |= 0x4000;
         x86_raise(cpu, X86_DB);
     }
+}
+
+/* The state is this thread's alone: INIT rewrites it, while the SIPI that follows INIT may be on its way. */
+static void take_sipi(struct interp *it)
+{
+    atomic_fetch_and(&it->cpu.request, ~REQUEST_START);
+    it->cpu.s.sipi_vector = atomic_load(&it->sipi_vector);
+    x86_request(&it->cpu, REQUEST_SIPI);
 }
 
 enum vm_exit interp_run(struct vcpu *vcpu)
@@ -146,6 +172,8 @@ enum vm_exit interp_run(struct vcpu *vcpu)
             }
             if (request & (REQUEST_SYNC | REQUEST_CODE))
                 soft_handle(&it->soft);
+            if (request & REQUEST_START)
+                take_sipi(it);
             if (!cpu->s.interrupt_shadow)
                 x86_handle_requests(cpu);
         }
@@ -185,24 +213,27 @@ void interp_signal(struct vcpu *vcpu, enum lapic_signal signal, unsigned value)
     case LAPIC_SMI: break;      /* there is no system management mode */
     case LAPIC_INIT: soft_request(cpu, REQUEST_INIT); break;
     case LAPIC_SIPI:
-        /* Read when REQUEST_SIPI is seen, which is set after it. */
-        __atomic_store_n(&cpu->s.sipi_vector, (uint8_t)value, __ATOMIC_RELAXED);
-        soft_request(cpu, REQUEST_SIPI);
+        atomic_store(&((struct interp *)vcpu->data)->sipi_vector, (uint8_t)value);
+        soft_request(cpu, REQUEST_START);
         break;
     }
 }
 
 void interp_export(struct vcpu *vcpu, struct x86_state *s)
 {
-    x86_cpu_export(&((struct interp *)vcpu->data)->cpu, s);
+    struct x86_cpu *cpu = &((struct interp *)vcpu->data)->cpu;
+
+    x86_cpu_export(cpu, s);
+    s->nmi_pending |= (atomic_load(&cpu->request) & REQUEST_NMI) != 0;
 }
 
 void interp_import(struct vcpu *vcpu, const struct x86_state *s)
 {
     struct x86_cpu *cpu = &((struct interp *)vcpu->data)->cpu;
 
+    /* What was on its way to the former state is not for the new one. */
+    atomic_fetch_and(&cpu->request, ~(REQUEST_NMI | REQUEST_INIT | REQUEST_SIPI | REQUEST_START));
     x86_cpu_import(cpu, s);
-    x86_request(cpu, REQUEST_INTR);
 }
 
 void interp_code_written(struct vcpu *vcpu, gpa_t page)

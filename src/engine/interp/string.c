@@ -6,6 +6,7 @@
  * the middle leaves the state of an instruction that continues.
  */
 #include "engine/interp/compute.h"
+#include "isa/x86/mmu.h"
 
 struct walk {
     struct x86_cpu *cpu;
@@ -13,6 +14,7 @@ struct walk {
     unsigned addr_size;
     unsigned seg;               /* source segment */
     bool plain;                 /* offsets are linear addresses, but for the source's base */
+    bool pieces;                /* several elements at once, where they are plain RAM */
     bool down;
     uint64_t src_base;
 };
@@ -88,7 +90,7 @@ static uint64_t step_movs(const struct walk *w, uint64_t limit)
     gva_t src = source(w), dst = destination(w, true);
     uint64_t n = 1;
 
-    if (w->plain && !w->down && limit > 1) {
+    if (w->pieces && limit > 1) {
         n = MIN(MIN(elements_ahead(w, src, RSI), elements_ahead(w, dst, RDI)), limit);
         if (n > 1) {
             uint64_t len = n * w->size;
@@ -129,7 +131,7 @@ static uint64_t step_stos(const struct walk *w, uint64_t limit)
     gva_t dst = destination(w, true);
     uint64_t n = 1;
 
-    if (w->plain && !w->down && limit > 1) {
+    if (w->pieces && limit > 1) {
         n = MIN(elements_ahead(w, dst, RDI), limit);
         if (n > 1) {
             uint8_t *to = x86_host_pointer(w->cpu, dst, (unsigned)(n * w->size), ACCESS_WRITE);
@@ -200,6 +202,8 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
     } else {
         w.plain = cpu->flat && w.seg < SEG_FS;
     }
+    /* Alignment is checked for each element. */
+    w.pieces = w.plain && !w.down && cpu->tlb != &x86_checking_set;
 
     if (!insn->rep && !insn->repne) {
         step(&w, op->sub, 1);

@@ -3,8 +3,6 @@
  */
 #include "engine/interp/compute.h"
 
-#define FORM1_OF(n) { [FORM_R] = n##_r, [FORM_B] = n##_b, [FORM_X] = n##_x, [FORM_G] = n##_g }
-
 /* ---- INC, DEC, NEG, NOT ---- */
 #define DEFINE_UNARY_FORM(name, bits, ea, EA) \
     MEM_HANDLER(name##bits##_##ea) \
@@ -115,8 +113,6 @@ op_fn *const double_shift_handlers[2][SIZES][2][FORM1S] = {
 };
 
 /* ---- MUL, IMUL, DIV, IDIV of the accumulator ---- */
-#define RAX_ gpr_offset(RAX)
-#define RDX_ gpr_offset(RDX)
 
 /*
  * The multiplication's flags: CF and OF say whether the high half matters, the others are undefined and taken from the

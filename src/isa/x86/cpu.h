@@ -40,6 +40,7 @@ enum { X86_DE, X86_DB, X86_NMI, X86_BP, X86_OF, X86_BR, X86_UD, X86_NM, X86_DF, 
 #define REQUEST_CODE 0x20u      /* code pages were written by others: drop decoded code */
 #define REQUEST_SYNC 0x40u      /* another thread waits for this vCPU to drop TLB entries */
 #define REQUEST_DEBUG 0x80u     /* single step trap pending after this instruction */
+#define REQUEST_START 0x100u    /* the engine's own: a SIPI came, whose vector is not in the state yet */
 
 /* Whose permissions an access has. */
 enum { VIEW_USER, VIEW_KERNEL, VIEW_KERNEL_AC, VIEWS };   /* KERNEL: SMAP bites; KERNEL_AC: it does not */

@@ -87,7 +87,7 @@ static uint8_t address_register(ZydisRegister reg)
     return r->kind == OPERAND_GPR || r->kind == OPERAND_VEC ? r->number : X86_NO_REG;
 }
 
-static void fill_mem(struct x86_insn *insn, const ZydisDecodedOperandMem *m)
+static void fill_mem(struct x86_insn *insn, const ZydisDecodedInstructionRaw *raw, const ZydisDecodedOperandMem *m)
 {
     struct x86_mem *mem = &insn->mem;
 
@@ -96,6 +96,11 @@ static void fill_mem(struct x86_insn *insn, const ZydisDecodedOperandMem *m)
     mem->scale = mem->index == X86_NO_REG ? 0 : m->scale;
     mem->vsib_size = m->type == ZYDIS_MEMOP_TYPE_VSIB ? registers[m->index].size : 0;
     mem->disp = m->disp.value;
+    /* This SIB byte means no base but a displacement, whatever REX.B says; Zydis takes it for R13. */
+    if (raw->modrm.mod == 0 && raw->modrm.rm == 4 && raw->sib.base == 5 && raw->sib.offset) {
+        mem->base = X86_NO_REG;
+        mem->disp = raw->disp.value;
+    }
     mem->seg = registers[m->segment].kind == OPERAND_SEG ? registers[m->segment].number : SEG_DS;
     mem->addr_size = insn->addr_size;
 }
@@ -123,8 +128,8 @@ static bool names_address_only(uint16_t mnemonic)
     }
 }
 
-static void fill_operand(struct x86_insn *insn, struct x86_operand *o, const ZydisDecodedOperand *z,
-                         unsigned *immediates)
+static void fill_operand(struct x86_insn *insn, const ZydisDecodedInstructionRaw *raw, struct x86_operand *o,
+                         const ZydisDecodedOperand *z, unsigned *immediates)
 {
     const struct register_info *r;
 
@@ -146,7 +151,7 @@ static void fill_operand(struct x86_insn *insn, struct x86_operand *o, const Zyd
         o->kind = OPERAND_MEM;
         if (z->visibility != ZYDIS_OPERAND_VISIBILITY_HIDDEN) {
             insn->has_mem = true;
-            fill_mem(insn, &z->mem);
+            fill_mem(insn, raw, &z->mem);
             if (names_address_only(insn->mnemonic))
                 o->size = 0;
         } else if (!insn->has_mem && z->mem.base != ZYDIS_REGISTER_NONE) {
@@ -157,7 +162,7 @@ static void fill_operand(struct x86_insn *insn, struct x86_operand *o, const Zyd
              * can be overridden. Stack operands are not described.
              */
             if (base != RSP && base != RBP && (insn->mem.base == X86_NO_REG || base == RSI))
-                fill_mem(insn, &z->mem);
+                fill_mem(insn, raw, &z->mem);
         }
         break;
     case ZYDIS_OPERAND_TYPE_POINTER:
@@ -190,6 +195,19 @@ static bool is_legacy_prefix(uint8_t b)
            b == 0x26 || b == 0x64 || b == 0x65;
 }
 
+/* The exception classes of SDM vol. 2A 2.8 without "NF". */
+static bool suppresses_faults(ZydisExceptionClass c)
+{
+    switch (c) {
+    case ZYDIS_EXCEPTION_CLASS_E1: case ZYDIS_EXCEPTION_CLASS_E2: case ZYDIS_EXCEPTION_CLASS_E3: case ZYDIS_EXCEPTION_CLASS_E4:
+    case ZYDIS_EXCEPTION_CLASS_E5: case ZYDIS_EXCEPTION_CLASS_E6: case ZYDIS_EXCEPTION_CLASS_E10:
+    case ZYDIS_EXCEPTION_CLASS_E11:
+        return true;
+    default:
+        return false;
+    }
+}
+
 static void fill_encoding(struct x86_insn *insn, const ZydisDecodedInstruction *z)
 {
     const ZydisDecodedInstructionRaw *raw = &z->raw;
@@ -217,6 +235,7 @@ static void fill_encoding(struct x86_insn *insn, const ZydisDecodedInstruction *
         insn->mask_reg = raw->evex.aaa;
         insn->mask_zeroing = raw->evex.z;
         insn->broadcast = raw->evex.b && raw->modrm.mod != 3;
+        insn->suppresses_faults = suppresses_faults(z->meta.exception_class);
     }
     /* A REX prefix that another prefix follows has no effect; it counts as one of those in front. */
     while (n < insn->length && (is_legacy_prefix(insn->bytes[n]) ||
@@ -225,8 +244,9 @@ static void fill_encoding(struct x86_insn *insn, const ZydisDecodedInstruction *
     insn->prefix_count = (uint8_t)n;
 }
 
-int x86_decode(struct x86_insn *insn, const uint8_t *bytes, unsigned len, unsigned code_size, bool *gp)
+int x86_decode(struct x86_insn *insn, const uint8_t *memory, unsigned len, unsigned code_size, bool *gp)
 {
+    uint8_t bytes[X86_MAX_INSN + 1];
     const ZydisDecoder *d = &decoder[code_size == 8 ? 2 : code_size == 4 ? 1 : 0];
     ZydisDecodedInstruction z;
     ZydisDecodedOperand operand[ZYDIS_MAX_OPERAND_COUNT];
@@ -236,8 +256,12 @@ int x86_decode(struct x86_insn *insn, const uint8_t *bytes, unsigned len, unsign
 
     pthread_once(&once, setup);
     *gp = false;
+    /* What is looked at must not change any more: it may end up as host code, and other vCPUs write guest memory. */
+    len = len > sizeof(bytes) ? sizeof(bytes) : len;
+    memcpy(bytes, memory, len);
+    __asm__ volatile("" : "+m"(bytes));
     /* One byte beyond the limit lets Zydis tell "too long" from "more to come". */
-    status = ZydisDecoderDecodeInstruction(d, &context, bytes, len > X86_MAX_INSN ? X86_MAX_INSN + 1u : len, &z);
+    status = ZydisDecoderDecodeInstruction(d, &context, bytes, len, &z);
     if (!ZYAN_SUCCESS(status)) {
         if (status == ZYDIS_STATUS_NO_MORE_DATA && len < X86_MAX_INSN)
             return -EAGAIN;
@@ -281,7 +305,7 @@ int x86_decode(struct x86_insn *insn, const uint8_t *bytes, unsigned len, unsign
     for (unsigned i = 0; i < count && insn->operands < X86_MAX_OPERANDS; i++) {
         if (operand[i].encoding == ZYDIS_OPERAND_ENCODING_MASK)
             continue;
-        fill_operand(insn, &insn->operand[insn->operands], &operand[i], &immediates);
+        fill_operand(insn, &z.raw, &insn->operand[insn->operands], &operand[i], &immediates);
         insn->operands++;
         if (i < z.operand_count_visible)
             insn->visible++;

@@ -292,12 +292,12 @@ static void require_fsgsbase(struct x86_cpu *cpu)
 static void read_base(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned seg)
 {
     require_fsgsbase(cpu);
-    x86_set_gpr(cpu, insn->operand[0].reg, cpu->s.seg[seg].base, insn->op_size);
+    x86_set_gpr(cpu, insn->operand[0].reg, cpu->s.seg[seg].base, insn->op_size == 8 ? 8 : 4);
 }
 
 static void write_base(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned seg)
 {
-    uint64_t base = x86_get_gpr(cpu, insn->operand[0].reg, insn->op_size);
+    uint64_t base = x86_get_gpr(cpu, insn->operand[0].reg, insn->op_size == 8 ? 8 : 4);
 
     require_fsgsbase(cpu);
     if (!x86_canonical(cpu, base))

@@ -75,6 +75,7 @@ struct x86_insn {
     uint8_t prefix_count;       /* bytes before REX, VEX, EVEX or opcode: legacy prefixes, REX without effect */
     uint8_t mask_reg;           /* EVEX opmask k1…k7, 0: none */
     uint8_t mask_zeroing, broadcast;
+    bool suppresses_faults;     /* EVEX: elements of the memory operand that the opmask leaves out do not fault */
 };
 
 /*

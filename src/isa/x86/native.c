@@ -61,6 +61,20 @@ static bool computes(const struct x86_insn *insn)
     }
 }
 
+/* From memory these name no vector register. */
+static bool converts_to_integer(const struct x86_insn *insn)
+{
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_CVTPS2PI: case ZYDIS_MNEMONIC_CVTTPS2PI: case ZYDIS_MNEMONIC_CVTPD2PI: case ZYDIS_MNEMONIC_CVTTPD2PI:
+    case ZYDIS_MNEMONIC_CVTSS2SI: case ZYDIS_MNEMONIC_CVTTSS2SI: case ZYDIS_MNEMONIC_CVTSD2SI: case ZYDIS_MNEMONIC_CVTTSD2SI:
+    case ZYDIS_MNEMONIC_VCVTSS2SI: case ZYDIS_MNEMONIC_VCVTTSS2SI: case ZYDIS_MNEMONIC_VCVTSD2SI:
+    case ZYDIS_MNEMONIC_VCVTTSD2SI:
+        return true;
+    default:
+        return false;
+    }
+}
+
 static enum native_kind kind_of(const struct x86_insn *insn)
 {
     bool vec = has_operand(insn, OPERAND_VEC);
@@ -71,14 +85,12 @@ static enum native_kind kind_of(const struct x86_insn *insn)
         return NATIVE_AVX512;
     switch (insn->mnemonic) {
     case ZYDIS_MNEMONIC_LDMXCSR: case ZYDIS_MNEMONIC_STMXCSR:
-    /* From memory to an MMX register: no vector register to tell. */
-    case ZYDIS_MNEMONIC_CVTPS2PI: case ZYDIS_MNEMONIC_CVTTPS2PI: case ZYDIS_MNEMONIC_CVTPD2PI: case ZYDIS_MNEMONIC_CVTTPD2PI:
         return NATIVE_SSE;
     case ZYDIS_MNEMONIC_VLDMXCSR: case ZYDIS_MNEMONIC_VSTMXCSR: case ZYDIS_MNEMONIC_VZEROUPPER:
     case ZYDIS_MNEMONIC_VZEROALL:
         return NATIVE_AVX;
     default:
-        if (vec)
+        if (vec || converts_to_integer(insn))
             return insn->has_vex ? NATIVE_AVX : NATIVE_SSE;
         return has_operand(insn, OPERAND_MM) || insn->isa_ext == ZYDIS_ISA_EXT_MMX ? NATIVE_MMX : NATIVE_INTEGER;
     }
@@ -104,6 +116,15 @@ static bool raises_simd(const struct x86_insn *insn)
     return false;
 }
 
+/* The stubs run on the host, so where processors differ its vendor decides. */
+static bool host_is_amd(void)
+{
+    unsigned eax, ebx = 0, ecx, edx;
+
+    __get_cpuid(0, &eax, &ebx, &ecx, &edx);
+    return ebx == signature_AMD_ebx || ebx == 0x6f677948;       /* "Auth", Hygon's "Hygo" */
+}
+
 static bool must_be_aligned(const struct x86_insn *insn, enum native_kind kind, unsigned size)
 {
     if (kind == NATIVE_SSE && size == 16) {
@@ -112,6 +133,10 @@ static bool must_be_aligned(const struct x86_insn *insn, enum native_kind kind, 
         case ZYDIS_MNEMONIC_PCMPESTRI: case ZYDIS_MNEMONIC_PCMPESTRM: case ZYDIS_MNEMONIC_PCMPISTRI:
         case ZYDIS_MNEMONIC_PCMPISTRM:
             return false;
+        case ZYDIS_MNEMONIC_SHA1MSG1: case ZYDIS_MNEMONIC_SHA1MSG2: case ZYDIS_MNEMONIC_SHA1NEXTE:
+        case ZYDIS_MNEMONIC_SHA1RNDS4: case ZYDIS_MNEMONIC_SHA256MSG1: case ZYDIS_MNEMONIC_SHA256MSG2:
+        case ZYDIS_MNEMONIC_SHA256RNDS2:
+            return !host_is_amd();
         default:
             return true;
         }
@@ -175,7 +200,7 @@ static void describe(struct native_insn *n, const struct x86_insn *insn)
     }
     if (insn->has_mem) {
         n->aligned = must_be_aligned(insn, n->kind, n->mem_size);
-        n->masked = insn->mask_reg && n->element && !insn->broadcast;
+        n->masked = insn->mask_reg && n->element && !insn->broadcast && insn->suppresses_faults;
         n->compressed = n->masked && compresses(insn);
     }
 }

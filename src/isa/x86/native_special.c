@@ -109,12 +109,32 @@ static void get_environment(struct x86_fpu *f, const uint8_t *in, unsigned size)
         f->fdp = load_le32(in + 20);
         f->fds = load_le16(in + 24);
     } else {
+        f->fop = 0;             /* not in this format */
         f->fip = load_le16(in + 6);
         f->fcs = load_le16(in + 8);
         f->fdp = load_le16(in + 10);
         f->fds = load_le16(in + 12);
     }
     update_summary(f);
+}
+
+/*
+ * The address of an environment or image. Its parts are accessed one by one, but a fault must come first: AMD's
+ * processors look at the first byte, then at the last.
+ */
+static gva_t image_address(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned size, bool write)
+{
+    gva_t va = x86_linear(cpu, insn, size, write);
+
+    if (cpu->amd && (va ^ (va + size - 1)) & GUEST_PAGE_MASK) {
+        for (unsigned i = 0; i < 2; i++) {
+            if (write)
+                x86_probe_write(cpu, va + i * (size - 1), 1);
+            else
+                x86_read8(cpu, va + i * (size - 1));
+        }
+    }
+    return va;
 }
 
 static void fnstenv(struct x86_cpu *cpu, const struct x86_insn *insn)
@@ -124,7 +144,7 @@ static void fnstenv(struct x86_cpu *cpu, const struct x86_insn *insn)
     uint8_t env[28];
 
     put_environment(f, env, size);
-    x86_write_bytes(cpu, x86_linear(cpu, insn, size, true), env, size);
+    x86_write_bytes(cpu, image_address(cpu, insn, size, true), env, size);
     f->fcw |= 0x3f;
     update_summary(f);
 }
@@ -149,7 +169,7 @@ static void fldenv(struct x86_cpu *cpu, const struct x86_insn *insn)
     unsigned size = environment_size(insn), top = f->fsw >> 11 & 7;
     uint8_t env[28];
 
-    x86_read_bytes(cpu, x86_linear(cpu, insn, size, false), env, size);
+    x86_read_bytes(cpu, image_address(cpu, insn, size, false), env, size);
     get_environment(f, env, size);
     restack(f, top);
 }
@@ -174,7 +194,7 @@ static void fnsave(struct x86_cpu *cpu, const struct x86_insn *insn)
     put_environment(f, image, size);
     for (unsigned i = 0; i < 8; i++)
         memcpy(image + size + i * 10, f->st[i], 10);
-    x86_write_bytes(cpu, x86_linear(cpu, insn, size + 80, true), image, size + 80);
+    x86_write_bytes(cpu, image_address(cpu, insn, size + 80, true), image, size + 80);
     reset_x87(f);
     restack(f, top);
 }
@@ -185,7 +205,7 @@ static void frstor(struct x86_cpu *cpu, const struct x86_insn *insn)
     unsigned size = environment_size(insn);
     uint8_t image[28 + 80];
 
-    x86_read_bytes(cpu, x86_linear(cpu, insn, size + 80, false), image, size + 80);
+    x86_read_bytes(cpu, image_address(cpu, insn, size + 80, false), image, size + 80);
     get_environment(f, image, size);
     memset(f->st, 0, sizeof(f->st));
     for (unsigned i = 0; i < 8; i++)
@@ -257,37 +277,48 @@ static void vmaskmov(struct x86_cpu *cpu, const struct x86_insn *insn)
             x86_write_bytes(cpu, va + i * element, vector + i * element, element);
 }
 
-/* MASKMOVDQU and MASKMOVQ: bytes to DS:rDI, which a prefix may override. */
+/* What every MMX instruction does: all registers valid, TOP 0. */
+static void enter_mmx(struct x86_fpu *f)
+{
+    unsigned top = f->fsw >> 11 & 7;
+
+    f->fsw &= (uint16_t)~0x3800;
+    f->ftw = 0xff;
+    restack(f, top);
+}
+
+/*
+ * MASKMOVDQU and MASKMOVQ: bytes to DS:rDI, which a prefix may override. Whether bytes that are not stored may fault is up
+ * to the processor: AMD's do, and have changed to MMX state before.
+ */
 static void maskmov_bytes(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     bool mmx = insn->mnemonic == ZYDIS_MNEMONIC_MASKMOVQ;
-    unsigned size = mmx ? 8 : 16, source = 0, selector = 1, top;
-    const uint8_t *vector, *mask;
+    unsigned size = mmx ? 8 : 16, operand = 0, top = cpu->s.fpu.fsw >> 11 & 7;
+    uint8_t vector[16], mask[16];
     gva_t va;
 
-    /* The memory destination is implied; the register operands come in order around it. */
-    while (insn->operand[source].kind == OPERAND_MEM)
-        source++;
-    selector = source + 1;
-    while (insn->operand[selector].kind == OPERAND_MEM)
-        selector++;
-    /* MMX registers are the physical ones. */
-    top = cpu->s.fpu.fsw >> 11 & 7;
-    vector = mmx ? cpu->s.fpu.st[(insn->operand[source].reg - top) & 7] : cpu->s.fpu.zmm[insn->operand[source].reg];
-    mask = mmx ? cpu->s.fpu.st[(insn->operand[selector].reg - top) & 7] : cpu->s.fpu.zmm[insn->operand[selector].reg];
+    /* The memory destination is implied; the register operands come in order around it. MMX registers are the physical ones. */
+    for (unsigned i = 0; i < 2; i++, operand++) {
+        while (insn->operand[operand].kind == OPERAND_MEM)
+            operand++;
+        unsigned reg = insn->operand[operand].reg;
+        memcpy(i ? mask : vector, mmx ? cpu->s.fpu.st[(reg - top) & 7] : cpu->s.fpu.zmm[reg], size);
+    }
     va = x86_seg_linear(cpu, insn->mem.seg, x86_get_gpr(cpu, RDI, insn->addr_size), size, true);
+    if (cpu->amd) {
+        if (mmx)
+            enter_mmx(&cpu->s.fpu);
+        x86_probe_write(cpu, va, size);
+    }
     for (unsigned i = 0; i < size; i++)
         if (mask[i] >> 7)
             x86_probe_write(cpu, va + i, 1);
     for (unsigned i = 0; i < size; i++)
         if (mask[i] >> 7)
             x86_write8(cpu, va + i, vector[i]);
-    if (mmx) {
-        /* As every MMX instruction: all registers valid, TOP 0. */
-        cpu->s.fpu.fsw &= (uint16_t)~0x3800;
-        cpu->s.fpu.ftw = 0xff;
-        restack(&cpu->s.fpu, top);
-    }
+    if (mmx)
+        enter_mmx(&cpu->s.fpu);
 }
 
 /* ---- gather and scatter ---- */
