@@ -115,6 +115,14 @@ static __attribute__((noinline, cold)) const struct op *bad_target(struct x86_cp
     x86_raise_error(cpu, X86_GP, 0);
 }
 
+/* The return address is pushed first: its faults come first. */
+static __attribute__((noinline, cold)) const struct op *bad_call(struct x86_cpu *cpu, const struct op *op)
+{
+    enter_slow(cpu, op);
+    x86_probe_write(cpu, cpu->s.gpr[RSP] - 8, 8);
+    x86_raise_error(cpu, X86_GP, 0);
+}
+
 MEM_HANDLER(call64)
 {
     ST(64, cpu->s.gpr[RSP] - 8, op_rip(cpu, op) + op->len);
@@ -158,7 +166,7 @@ MEM_HANDLER(call_r)
 {
     uint64_t target = R64(op->src);
     if (unlikely(!canonical(target)))
-        return bad_target(cpu, op);
+        return bad_call(cpu, op);
     ST(64, cpu->s.gpr[RSP] - 8, op_rip(cpu, op) + op->len);
     cpu->s.gpr[RSP] -= 8;
     BRANCH_TO(target);
@@ -168,7 +176,7 @@ MEM_HANDLER(call_r)
     { \
         LD(64, target, EA_##EA(8, false)); \
         if (unlikely(!canonical(target))) \
-            return bad_target(cpu, op); \
+            return bad_call(cpu, op); \
         ST(64, cpu->s.gpr[RSP] - 8, op_rip(cpu, op) + op->len); \
         cpu->s.gpr[RSP] -= 8; \
         BRANCH_TO(target); \
