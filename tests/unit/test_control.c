@@ -12,6 +12,7 @@
 #include "isa/x86/kvmclock.h"
 #include "isa/x86/msr.h"
 #include "isa/x86/system.h"
+#include "isa/x86/xsave.h"
 
 enum { EFER = 0xc0000080u, MSR_TSC = 0x10, TSC_ADJUST = 0x3b, KVM_WALL = 0x4b564d00, KVM_TIME = 0x4b564d01 };
 

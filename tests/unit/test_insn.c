@@ -128,7 +128,7 @@ static const struct {
     { 4, "62 00", ZYDIS_MNEMONIC_BOUND, 2, 4, 4, "r4:0 m8 " },
     { 4, "63 c8", ZYDIS_MNEMONIC_ARPL, 2, 4, 4, "r2:0 r2:1 " },
     { 4, "1e", ZYDIS_MNEMONIC_PUSH, 1, 4, 4, "s:3 " },
-    { 4, "d6", ZYDIS_MNEMONIC_SALC, 1, 1, 4, "" },
+    { 4, "d6", ZYDIS_MNEMONIC_SALC, 1, 4, 4, "" },
     { 4, "60", ZYDIS_MNEMONIC_PUSHAD, 1, 4, 4, "" },
     { 4, "66 e9 00 80", ZYDIS_MNEMONIC_JMP, 4, 2, 4, "j-32768 " },
     { 2, "b8 34 12", ZYDIS_MNEMONIC_MOV, 3, 2, 2, "r2:0 i4660 " },

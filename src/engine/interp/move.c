@@ -91,7 +91,7 @@ op_fn *const extend_handlers[2][SIZES][SIZES][FORM1S] = {
     } \
     HANDLER(lea##bits##_g) \
     { \
-        cpu->next_rip = op_rip(cpu, op) + op->len; \
+        enter_slow(cpu, op); \
         SET##bits(op->dst, x86_effective(cpu, &((struct slow_insn *)op->aux)->insn)); \
         NEXT; \
     }

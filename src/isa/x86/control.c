@@ -246,17 +246,6 @@ void x86_insn_mov_to_dr(struct x86_cpu *cpu, const struct x86_insn *insn)
 
 /* ---- extended control registers ---- */
 
-bool x86_xcr0_consistent(uint64_t xcr0)
-{
-    const uint64_t avx512 = 7u << XSTATE_OPMASK;
-
-    if (!(xcr0 & 1u << XSTATE_X87))
-        return false;
-    if ((xcr0 & 1u << XSTATE_AVX) && !(xcr0 & 1u << XSTATE_SSE))
-        return false;
-    return !(xcr0 & avx512) || ((xcr0 & avx512) == avx512 && (xcr0 & 1u << XSTATE_AVX));
-}
-
 void x86_insn_xgetbv(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     uint64_t value;

@@ -161,7 +161,7 @@ static const char *complaint(const struct x86_state *s)
     if (!canonical(s->lstar) || !canonical(s->cstar) || !canonical(s->kernel_gs_base) ||
         !canonical(s->sysenter_esp) || !canonical(s->sysenter_eip))
         return "non-canonical address in an MSR";
-    if (!(s->xcr0 & 1) || (s->xcr0 & ~0xe7ull) || s->xss != 0)
+    if (!x86_xcr0_consistent(s->xcr0) || (s->xcr0 & ~0xe7ull) || s->xss != 0)
         return "xcr0";
     if ((s->dr6 >> 32) || (s->dr7 >> 32))
         return "dr6 or dr7";

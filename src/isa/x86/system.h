@@ -73,7 +73,5 @@ void x86_write_cr3(struct x86_cpu *cpu, uint64_t value);
 void x86_write_cr4(struct x86_cpu *cpu, uint64_t value);
 /* Bits of CR4 that this vCPU's model has. */
 uint64_t x86_cr4_allowed(const struct x86_cpu *cpu);
-/* True when these XCR0 bits may stand together, whatever the model: x87 always, AVX needs SSE, AVX-512 is all or nothing. */
-bool x86_xcr0_consistent(uint64_t xcr0);
 
 #endif

@@ -116,6 +116,17 @@ uint32_t x86_xsave_compact_bytes(uint64_t components)
     return compact_offset(components, XSTATE_COUNT);
 }
 
+bool x86_xcr0_consistent(uint64_t xcr0)
+{
+    const uint64_t avx512 = 7u << XSTATE_OPMASK;
+
+    if (!(xcr0 & 1u << XSTATE_X87))
+        return false;
+    if ((xcr0 & 1u << XSTATE_AVX) && !(xcr0 & 1u << XSTATE_SSE))
+        return false;
+    return !(xcr0 & avx512) || ((xcr0 & avx512) == avx512 && (xcr0 & 1u << XSTATE_AVX));
+}
+
 /* ---- components ---- */
 
 static bool all_zero(const void *p, size_t n)

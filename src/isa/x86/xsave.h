@@ -31,6 +31,9 @@ uint64_t x86_xsave_host_components(void);
 uint32_t x86_xsave_standard_bytes(uint64_t components);
 uint32_t x86_xsave_compact_bytes(uint64_t components);
 
+/* True when these XCR0 bits may stand together, whatever the model: x87 always, AVX needs SSE, AVX-512 is all or nothing. */
+bool x86_xcr0_consistent(uint64_t xcr0);
+
 /* Components that are not in their initial configuration. MXCSR does not count as SSE here. */
 uint64_t x86_xinuse(const struct x86_fpu *f);
 /*
