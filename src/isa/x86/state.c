@@ -17,6 +17,11 @@
 #define CR0_RESET (CR0_ET | CR0_NW | CR0_CD)
 #define DR6_RESET 0xffff0ff0u
 #define DR7_RESET 0x400u
+/*
+ * Enabled, all memory write-back: not what the processor starts with, but what firmware leaves behind for an operating
+ * system, which may be started without any. Linux switches the PAT off when it finds the MTRRs off.
+ */
+#define MTRR_DEF_TYPE_RESET 0x806u
 #define PAT_RESET 0x0007040600070406ull
 /* Fast strings; no branch trace store, no precise events. */
 #define MISC_ENABLE_RESET (1u | 1u << 11 | 1u << 12)
@@ -54,6 +59,7 @@ void x86_state_reset(struct x86_state *s, bool boot_cpu)
     s->cr0 = CR0_RESET;
     s->xcr0 = 1;
     s->pat = PAT_RESET;
+    s->mtrr_def_type = MTRR_DEF_TYPE_RESET;
     s->misc_enable = MISC_ENABLE_RESET;
     s->fpu.fcw = 0x40;
     s->fpu.ftw = 0xff;
