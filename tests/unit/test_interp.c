@@ -296,8 +296,8 @@ static void test_code_segment_off_page_bounds(void **state)
     g->base.seg[SEG_CS].base = CODE + 0x800;
     g->base.seg[SEG_CS].attr = 0xc09b;          /* 32 bits */
     g->base.rip = 0x7f0;
-    /* jmp +0x10, to offset 0x802: the next page */
-    CODE_AT(g, CODE + 0xff0, 0xeb, 0x10);
+    /* jnz +0x10, to offset 0x802: the next page */
+    CODE_AT(g, CODE + 0xff0, 0x75, 0x10);
     CODE_AT(g, CODE + 0x1002, 0xb9, 1, 0, 0, 0, END);
     CODE_AT(g, DATA + 2, 0xb9, 2, 0, 0, 0, END);
     for (unsigned i = 0; i < 3; i++) {
