@@ -16,7 +16,8 @@
 #include "base/log.h"
 #include "device/machine.h"
 
-#define HASH_SIZE (1u << 15)
+#define HASH_BITS 17
+#define HASH_SIZE (1u << HASH_BITS)
 #define PAGE_HASH_SIZE (1u << 12)
 #define MAX_BLOCK_INSNS 64
 #define GRANULE_SHIFT 6         /* 64 bytes: a page has as many granules as a word has bits */
@@ -33,7 +34,7 @@ static unsigned block_hash(const uint8_t *host)
 {
     uint64_t h = (uint64_t)(uintptr_t)host * 0x9e3779b97f4a7c15ull;
 
-    return (unsigned)(h >> 49);
+    return (unsigned)(h >> (64 - HASH_BITS));
 }
 
 static unsigned page_hash(gpa_t gpa) { return (gpa >> GUEST_PAGE_SHIFT) & (PAGE_HASH_SIZE - 1); }

@@ -67,7 +67,7 @@ struct block {
     struct op op[];
 };
 
-#define JUMP_CACHE_BITS 12
+#define JUMP_CACHE_BITS 14
 struct jump_entry {
     uint64_t origin;
     const uint8_t *host;

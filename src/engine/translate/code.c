@@ -7,6 +7,9 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "base/resident.h"
+#include "base/util.h"
+#include "memory/memory.h"
 
 int code_init(struct code_memory *c, size_t size)
 {
@@ -37,9 +40,22 @@ int code_init(struct code_memory *c, size_t size)
     return 0;
 }
 
+void code_use(struct code_memory *c, const uint8_t *end)
+{
+    size_t pages;
+
+    c->used = align_up((size_t)(end - c->write), 16);
+    pages = align_up(c->used, GUEST_PAGE_SIZE);
+    if (pages > c->touched) {
+        resident_add_shared(2 * (pages - c->touched));
+        c->touched = pages;
+    }
+}
+
 void code_destroy(struct code_memory *c)
 {
     if (c->exec) {
+        resident_remove_shared(2 * c->touched);
         munmap(c->write, c->size);
         munmap(c->exec, c->size);
     }

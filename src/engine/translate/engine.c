@@ -90,7 +90,7 @@ static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
     const struct block *b = op->aux;
     struct jump_table *jumps = &t->jumps[cpu->cpl == 3];
     uint64_t rip = op_rip(cpu, op);
-    unsigned i = rip & (TRANSLATE_JUMPS - 1);
+    unsigned i = translate_jump_index(rip);
     const struct op *next;
 
     if (unlikely(!masks_all(cpu) || cpu->simd_trap != t->simd_trap))
@@ -154,7 +154,7 @@ static void empty_jumps(struct translator *t, unsigned mode)
     if (!t->jumps_used[mode])
         return;
     for (unsigned i = 0; i < TRANSLATE_JUMPS; i++)
-        t->jumps[mode].tag[i] = -(uint64_t)(i ^ 1);     /* matches nothing with this index */
+        t->jumps[mode].tag[i] = -((uint64_t)(i ^ 1) << TRANSLATE_JUMP_SHIFT);     /* matches nothing with this index */
     t->jumps_used[mode] = false;
 }
 
@@ -217,7 +217,7 @@ static int translate_create(struct vcpu *vcpu)
     t->self = t;
     t->threshold = translate_threshold;
     t->tlb_mask = (uint64_t)(TLB_ENTRIES - 1) << GUEST_PAGE_SHIFT;
-    t->jump_mask = TRANSLATE_JUMPS - 1;
+    t->jump_mask = (uint64_t)(TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_SHIFT;
     t->page_mask = GUEST_PAGE_MASK;
     for (unsigned i = 0; i < ARRAY_SIZE(t->aligned_mask); i++)
         t->aligned_mask[i] = GUEST_PAGE_MASK | ((1u << i) - 1);

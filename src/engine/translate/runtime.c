@@ -104,5 +104,6 @@ void translate_emit_runtime(struct translator *t)
     asm_mov_imm(&a, H_RAX, 0);
     leave_host(&a);
 
-    t->code.used = t->code.fixed = align_up((size_t)(a.at - t->code.write), 64);
+    code_use(&t->code, t->code.write + align_up((size_t)(a.at - t->code.write), 64));
+    t->code.fixed = t->code.used;
 }

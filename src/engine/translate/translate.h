@@ -18,14 +18,20 @@
 #include "engine/translate/asm.h"
 #include "engine/translate/code.h"
 
-#define TRANSLATE_JUMPS 4096u
+#define TRANSLATE_JUMPS 16384u
+#define TRANSLATE_JUMP_SHIFT 2
+
+static inline unsigned translate_jump_index(uint64_t rip)
+{
+    return (rip >> TRANSLATE_JUMP_SHIFT) & (TRANSLATE_JUMPS - 1);
+}
 
 /*
  * Where indirect jumps lead, by guest address. Valid until the next change of mappings, hence emptied then; one table for
  * user and one for kernel mode. Tags are negated, so that a sum of zero means equal.
  */
 struct jump_table {
-    uint64_t tag[TRANSLATE_JUMPS];      /* minus the guest address; 1 (no canonical address) when empty */
+    uint64_t tag[TRANSLATE_JUMPS];      /* minus the guest address; of another index when empty */
     const void *code[TRANSLATE_JUMPS];
 };
 

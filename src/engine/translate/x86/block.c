@@ -368,41 +368,35 @@ static bool emit_leave(struct translation *x, const struct x86_insn *insn, const
 
 /* ---- the end of a block ---- */
 
-/* Backward jumps look for requests, so that a loop can always be interrupted. */
-static void emit_goto(struct translation *x, const struct op *op, uint64_t target)
+/* Jumps where request is not 0. */
+static uint8_t *emit_request_check(struct translation *x)
 {
     struct assembler *a = &x->a;
-
-    if (target <= op->rip) {
-        uint8_t *none;
-
-        asm_gs(a, false, 0x8b, S, CPU_GS(request));
-        none = asm_jrcxz(a);
-        translate_add_stub(x, STUB_AT, asm_jmp(a), NULL, op, target);
-        asm_set_short(none, a->at);
-    }
-    translate_add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, target);
-}
-
-/* T: guest target, kept. Finds its code (in A afterwards) or gives the op to the interpreter, nothing having changed. */
-static void emit_lookup(struct translation *x, const struct op *op)
-{
-    struct assembler *a = &x->a;
-    uint8_t *none, *hit;
+    uint8_t *none, *pending;
 
     asm_gs(a, false, 0x8b, S, CPU_GS(request));
     none = asm_jrcxz(a);
-    translate_add_stub(x, STUB_EXIT_OP, asm_jmp(a), NULL, op, 0);
+    pending = asm_jmp(a);
     asm_set_short(none, a->at);
+    return pending;
+}
+
+/* T: guest target, kept. A := its code; returns the jump for when it is not in the table. */
+static uint8_t *emit_table(struct translation *x)
+{
+    struct assembler *a = &x->a;
+    uint8_t *hit, *miss;
+
     asm_pext_gs(a, A, T, T_GS(jump_mask));
     asm_load_gs(a, S, T_GS(jumps_now));
     asm_lea(a, A, S, A, 3, 0);
     asm_mem(a, true, 0x8b, S, A, H_NONE, 0, 0);
     asm_lea(a, S, S, T, 0, 0);
     hit = asm_jrcxz(a);
-    translate_add_stub(x, STUB_EXIT_OP, asm_jmp(a), NULL, op, 0);
+    miss = asm_jmp(a);
     asm_set_short(hit, a->at);
     asm_mem(a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct jump_table, code));
+    return miss;
 }
 
 static void emit_jump_a(struct translation *x)
@@ -410,6 +404,35 @@ static void emit_jump_a(struct translation *x)
     asm_rex(&x->a, false, 0, 0, A, false);
     asm_byte(&x->a, 0xff);
     asm_byte(&x->a, 0xe0 | (A & 7));
+}
+
+/*
+ * To a fixed target, everything else being done. Inside the page it becomes a jump once the target is translated; what
+ * another page holds depends on mappings, so it is looked up. Backward jumps and those to other pages look for
+ * requests: no loop goes without.
+ */
+static void emit_goto(struct translation *x, const struct op *op, uint64_t target)
+{
+    struct assembler *a = &x->a;
+    bool near = target < GUEST_PAGE_SIZE;
+
+    if (!near || target <= op->rip)
+        translate_add_stub(x, STUB_AT, emit_request_check(x), NULL, op, target);
+    if (near) {
+        translate_add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, target);
+        return;
+    }
+    asm_load_gs(a, T, CPU_GS(code_page));
+    asm_lea(a, T, T, H_NONE, 0, (int32_t)target);
+    translate_add_stub(x, STUB_CHAIN, emit_table(x), NULL, op, target);
+    emit_jump_a(x);
+}
+
+/* T: guest target, kept. Finds its code (in A afterwards) or gives the op to the interpreter, nothing having changed. */
+static void emit_lookup(struct translation *x, const struct op *op)
+{
+    translate_add_stub(x, STUB_EXIT_OP, emit_request_check(x), NULL, op, 0);
+    translate_add_stub(x, STUB_EXIT_OP, emit_table(x), NULL, op, 0);
 }
 
 static bool emit_return(struct translation *x, const struct x86_insn *insn, const struct op *op)
@@ -499,7 +522,7 @@ static void emit_end(struct translation *x, const struct x86_insn *insn, const s
 
     if (op->fn == op_end) {
         emit_count(x, op->n, T);
-        translate_add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, op->imm);
+        emit_goto(x, op, op->imm);
         return;
     }
     if (cc >= 0) {
@@ -510,7 +533,7 @@ static void emit_end(struct translation *x, const struct x86_insn *insn, const s
         emit_goto(x, op, op->imm);
         if (!a->full)
             asm_set_target(other, a->at);
-        translate_add_stub(x, STUB_CHAIN, asm_jmp(a), NULL, op, op->rip + op->len);
+        emit_goto(x, op, op->rip + op->len);
         return;
     }
     if (op->fn == op_jmp) {
@@ -650,7 +673,7 @@ bool translate_block(struct translator *t, struct block *b)
     }
     if (x->failed)
         return false;
-    t->code.used = align_up((size_t)(x->a.at - t->code.write), 16);
+    code_use(&t->code, x->a.at);
     t->blocks++;
     t->bytes += (uint64_t)(x->a.at - start);
     b->indirect = code_exec(&t->code, start);
