@@ -135,7 +135,6 @@ struct x86_cpu {
     unsigned cpus;              /* how many the machine has, for CPUID's topology; 0 counts as 1 */
     uint64_t tsc_hz;
     gpa_t apic_base;            /* page of the xAPIC window when enabled in xAPIC mode, else ~0 */
-    void *on_signal;            /* reserved to the VM layer */
 
     /* Counters. */
     uint64_t insns;             /* guest instructions retired */
@@ -166,7 +165,8 @@ void x86_cpu_import(struct x86_cpu *cpu, const struct x86_state *s);
 void x86_cpu_export(struct x86_cpu *cpu, struct x86_state *s);
 /* Recomputes the derived fields after CR0/3/4, EFER, CS, SS, CPL or RFLAGS.AC/VM changed. */
 void x86_update_mode(struct x86_cpu *cpu);
-static inline void x86_request(struct x86_cpu *cpu, uint32_t bits)   /* any thread */
+/* The vCPU's own thread. It wakes nobody: other threads go through the engine. */
+static inline void x86_request(struct x86_cpu *cpu, uint32_t bits)
 {
     atomic_fetch_or(&cpu->request, bits);
 }
