@@ -13,7 +13,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {
     uint64_t own_shared;
     uint64_t peak;
-    uint64_t peak_guest;        /* most guest RAM of any sample */
+    uint64_t peak_guest; /* most guest RAM of any sample */
 } figures;
 
 /* A line "Name:   123 kB", in bytes. */

@@ -1,13 +1,14 @@
 /*
  * How much memory this process takes for itself: its resident memory without the guest's RAM.
  *
- * Guest RAM is shared memory (memfd), which Linux counts as RssShmem; everything else that the process has is
- * RssAnon or RssFile of /proc/self/status, except shared memory of its own, which who makes it reports here. The
- * peak comes from two sources, and the greater one holds:
- *   - samples: RssAnon + RssFile + own shared memory, taken by resident_note(). Call it from a timer and
- *     before a big piece of memory is given back.
- *   - the process's high-water mark, VmHWM, less the most guest RAM that any sample saw: never more than what
- *     there was at that mark, provided that resident_note() is called before guest RAM is given back.
+ * Guest RAM is shared memory (memfd), which Linux counts as RssShmem; everything else that the
+ * process has is RssAnon or RssFile of /proc/self/status, except shared memory of its own, which
+ * who makes it reports here. The peak comes from two sources, and the greater one holds:
+ *   - samples: RssAnon + RssFile + own shared memory, taken by resident_note(). Call it from a
+ *     timer and before a big piece of memory is given back.
+ *   - the process's high-water mark, VmHWM, less the most guest RAM that any sample saw: never
+ *     more than what there was at that mark, provided that resident_note() is called before guest
+ *     RAM is given back.
  *
  * Any thread.
  */

@@ -18,8 +18,8 @@
 
 /* Which vCPUs hold decoded code of a page: an open-addressing table from page number to a mask. */
 struct code_users {
-    uint64_t page;              /* page number + 1; 0: empty */
-    uint64_t users;             /* bit per vCPU; 0: deleted */
+    uint64_t page;  /* page number + 1; 0: empty */
+    uint64_t users; /* bit per vCPU; 0: deleted */
 };
 
 struct soft_group {
@@ -29,7 +29,7 @@ struct soft_group {
     struct soft_vcpu *vcpu[SOFT_MAX_VCPUS];
     unsigned count;
     struct code_users *table;
-    size_t table_size, table_used;      /* used counts deleted entries too */
+    size_t table_size, table_used; /* used counts deleted entries too */
 };
 
 struct soft_group *soft_group_create(struct machine *m)
@@ -100,7 +100,7 @@ static void users_grow(struct soft_group *g)
         g->table_size *= 2;
     g->table = calloc(g->table_size, sizeof(*g->table));
     if (!g->table)
-        abort();                /* 16 bytes for each page of code: the host has no memory left at all */
+        abort(); /* 16 bytes for each page of code: the host has no memory left at all */
     g->table_used = 0;
     for (size_t i = 0; i < old_size; i++)
         if (old[i].users) {
@@ -236,7 +236,8 @@ void soft_handle(struct soft_vcpu *v)
 
 /* ---- code pages ---- */
 
-void soft_page_becomes_code(struct soft_vcpu *v, gpa_t gpa, const void *host_page, _Atomic uint8_t *flags)
+void soft_page_becomes_code(struct soft_vcpu *v, gpa_t gpa, const void *host_page,
+                            _Atomic uint8_t *flags)
 {
     struct soft_group *g = v->group;
     uint8_t old;
@@ -256,7 +257,7 @@ void soft_page_becomes_code(struct soft_vcpu *v, gpa_t gpa, const void *host_pag
 
                 if (!o || o == v)
                     continue;
-                while (!o->outside && o->sync_page)     /* somebody else's request */
+                while (!o->outside && o->sync_page) /* somebody else's request */
                     pthread_cond_wait(&g->changed, &g->lock);
                 o->sync_page = host_page;
                 if (!o->outside)

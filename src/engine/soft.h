@@ -3,12 +3,13 @@
  *
  * Each vCPU decodes for itself and has its own TLB. Two things concern them all:
  *
- *   - A page becomes code: before its bytes are decoded, no vCPU may keep a TLB entry that lets writes to it pass
- *     unseen. soft_page_becomes_code() sets PAGE_CODE and, if PAGE_WRITABLE says that somebody may hold such an
- *     entry, waits until every vCPU has dropped it (its own at once; a halted or stopped vCPU's on its behalf).
- *   - A page of code was written: whoever wrote drops its own decoded code and posts the page to the others, which
- *     drop theirs at the next block boundary. The writer's later stores that make the new code known are
- *     ordered after the post, so nobody who sees them runs stale code.
+ *   - A page becomes code: before its bytes are decoded, no vCPU may keep a TLB entry that lets
+ *     writes to it pass unseen. soft_page_becomes_code() sets PAGE_CODE and, if PAGE_WRITABLE says
+ *     that somebody may hold such an entry, waits until every vCPU has dropped it (its own at
+ *     once; a halted or stopped vCPU's on its behalf).
+ *   - A page of code was written: whoever wrote drops its own decoded code and posts the page to
+ *     the others, which drop theirs at the next block boundary. The writer's later stores that
+ *     make the new code known are ordered after the post, so nobody who sees them runs stale code.
  */
 #ifndef RINGFORT_ENGINE_SOFT_H
 #define RINGFORT_ENGINE_SOFT_H
@@ -17,7 +18,7 @@
 #include "isa/x86/cpu.h"
 
 #define SOFT_MAX_VCPUS 64
-#define SOFT_POSTS 16
+#define SOFT_POSTS     16
 
 struct soft_vcpu {
     struct soft_group *group;
@@ -26,10 +27,10 @@ struct soft_vcpu {
     void (*drop_code)(struct x86_cpu *cpu, gpa_t gpa, unsigned len);
     void (*drop_all)(struct x86_cpu *cpu);
     /* Guarded by the group's lock: */
-    bool outside;               /* not executing guest code: others may change its TLB */
-    const void *sync_page;      /* host page whose write entries it has to drop */
+    bool outside;          /* not executing guest code: others may change its TLB */
+    const void *sync_page; /* host page whose write entries it has to drop */
     gpa_t post[SOFT_POSTS];
-    unsigned posts;             /* > SOFT_POSTS: too many, drop everything */
+    unsigned posts; /* > SOFT_POSTS: too many, drop everything */
 };
 
 struct soft_group *soft_group_create(struct machine *m);
@@ -48,8 +49,9 @@ void soft_request(struct x86_cpu *cpu, uint32_t bits);
 void soft_handle(struct soft_vcpu *v);
 
 /* See above. gpa: page address; flags: its page flags. */
-void soft_page_becomes_code(struct soft_vcpu *v, gpa_t gpa, const void *host_page, _Atomic uint8_t *flags);
-/* The last decoded code of the page is gone from this vCPU; clears PAGE_CODE when nobody else has any. */
+void soft_page_becomes_code(struct soft_vcpu *v, gpa_t gpa, const void *host_page,
+                            _Atomic uint8_t *flags);
+/* The last decoded code of the page is gone from this vCPU; clears PAGE_CODE if it was the last. */
 void soft_page_code_dropped(struct soft_vcpu *v, gpa_t gpa);
 /* hooks.code_written of software engines: own code, then the others'. */
 void soft_code_written(struct soft_vcpu *v, gpa_t gpa, unsigned len);

@@ -1,9 +1,9 @@
 /*
- * The interpreter as an engine: code that changes under it, by its own stores, a device's and another vCPU's; single
- * steps; instructions over page bounds; what other threads ask of a vCPU.
+ * The interpreter as an engine: code that changes under it, by its own stores, a device's and
+ * another vCPU's; single steps; instructions over page bounds; what other threads ask of a vCPU.
  *
- * The machine has two vCPUs and 4 MiB of RAM, mapped one to one for everybody; code is assembled by hand. Each exception has
- * a handler that writes to PORT_END, which ends the run.
+ * The machine has two vCPUs and 4 MiB of RAM, mapped one to one for everybody; code is assembled by
+ * hand. Each exception has a handler that writes to PORT_END, which ends the run.
  */
 #include <pthread.h>
 #include <semaphore.h>
@@ -24,22 +24,22 @@
 #include "isa/x86/cpuid.h"
 #include "isa/x86/native.h"
 
-#define RAM_SIZE MIB(4)
-#define GDT 0x2000u
-#define IDT 0x3000u
-#define TSS 0x4000u
+#define RAM_SIZE  MIB(4)
+#define GDT       0x2000u
+#define IDT       0x3000u
+#define TSS       0x4000u
 #define STACK_TOP 0x7000u
-#define HANDLERS 0x8000u        /* 16 bytes for each vector */
-#define TABLES 0x10000u         /* root, directory pointers, directory, page table of the first 2 MiB */
-#define CODE 0x20000u
-#define DATA 0x40000u
-#define PORT_END 0x10u          /* ends the run of the vCPU that writes its number */
-#define PORT_TELL 0x11u         /* posts a byte to the test */
+#define HANDLERS  0x8000u  /* 16 bytes for each vector */
+#define TABLES    0x10000u /* root, directory pointers, directory, page table of the first 2 MiB */
+#define CODE      0x20000u
+#define DATA      0x40000u
+#define PORT_END  0x10u /* ends the run of the vCPU that writes its number */
+#define PORT_TELL 0x11u /* posts a byte to the test */
 
 enum { KERNEL_CS = 0x10, KERNEL_DS = 0x18, USER_DS = 0x2b, USER_CS = 0x33, TSS_SEL = 0x40 };
-#define PTE_ALL 0x67ull         /* present, writable, user, accessed, dirty */
-#define TF 0x100u
-#define AC 0x40000u
+#define PTE_ALL 0x67ull /* present, writable, user, accessed, dirty */
+#define TF      0x100u
+#define AC      0x40000u
 
 /* Longer than any run may take. */
 #define PATIENCE 60
@@ -55,7 +55,10 @@ struct guest {
     uint8_t value;
 };
 
-static void put(struct guest *g, gpa_t pa, uint64_t v, unsigned size) { memcpy(g->ram + pa, &v, size); }
+static void put(struct guest *g, gpa_t pa, uint64_t v, unsigned size)
+{
+    memcpy(g->ram + pa, &v, size);
+}
 static uint64_t get(struct guest *g, gpa_t pa)
 {
     uint64_t v;
@@ -68,8 +71,9 @@ static void write_code(struct guest *g, gpa_t pa, const void *bytes, size_t len)
 {
     assert_int_equal(memory_write(&g->machine.memory, pa, bytes, len), 0);
 }
-#define CODE_AT(g, pa, ...) write_code(g, pa, (uint8_t[]){ __VA_ARGS__ }, sizeof((uint8_t[]){ __VA_ARGS__ }))
-#define END 0xb0, 0x00, 0xe6, PORT_END, 0xf4            /* mov $0, %al; out %al, $PORT_END; hlt */
+#define CODE_AT(g, pa, ...) \
+    write_code(g, pa, (uint8_t[]){__VA_ARGS__}, sizeof((uint8_t[]){__VA_ARGS__}))
+#define END 0xb0, 0x00, 0xe6, PORT_END, 0xf4 /* mov $0, %al; out %al, $PORT_END; hlt */
 
 /* ---- the machine ---- */
 
@@ -90,17 +94,21 @@ static void make_tables(struct guest *g)
     for (unsigned v = 0; v < 256; v++) {
         put(g, IDT + v * 16, (HANDLERS + v * 16) | KERNEL_CS << 16 | 0x8e0000000000, 8);
         put(g, IDT + v * 16 + 8, 0, 8);
-        memcpy(g->ram + HANDLERS + v * 16, (uint8_t[]){ END }, 5);
+        memcpy(g->ram + HANDLERS + v * 16, (uint8_t[]){END}, 5);
     }
 }
 
 static struct x86_seg segment(struct guest *g, unsigned selector)
 {
-    return (struct x86_seg){ .limit = UINT32_MAX, .attr = (uint32_t)(get(g, GDT + (selector & ~7u)) >> 40) & 0xf0ff,
-                             .selector = (uint16_t)selector };
+    return (struct x86_seg){.limit = UINT32_MAX,
+                            .attr = (uint32_t)(get(g, GDT + (selector & ~7u)) >> 40) & 0xf0ff,
+                            .selector = (uint16_t)selector};
 }
 
-static uint64_t no_read(void *opaque, uint64_t offset, unsigned size) { return 0; }
+static uint64_t no_read(void *opaque, uint64_t offset, unsigned size)
+{
+    return 0;
+}
 
 static void end_write(void *opaque, uint64_t offset, uint64_t value, unsigned size)
 {
@@ -117,8 +125,8 @@ static void tell_write(void *opaque, uint64_t offset, uint64_t value, unsigned s
     sem_post(&g->told);
 }
 
-static const struct bus_ops end_ops = { .read = no_read, .write = end_write };
-static const struct bus_ops tell_ops = { .read = no_read, .write = tell_write };
+static const struct bus_ops end_ops = {.read = no_read, .write = end_write};
+static const struct bus_ops tell_ops = {.read = no_read, .write = tell_write};
 
 static void on_code_written(void *opaque, gpa_t page)
 {
@@ -153,8 +161,14 @@ static int setup(void **state)
     g->group = soft_group_create(&g->machine);
     assert_non_null(g->group);
     for (unsigned i = 0; i < 2; i++) {
-        g->vcpu[i] = (struct vcpu){ .machine = &g->machine, .lapic = irqchip_lapic(g->chip, i), .model = model, .index = i,
-                                    .count = 2, .group = g->group, .tsc_hz = 1000000000, .engine = &interp_engine };
+        g->vcpu[i] = (struct vcpu){.machine = &g->machine,
+                                   .lapic = irqchip_lapic(g->chip, i),
+                                   .model = model,
+                                   .index = i,
+                                   .count = 2,
+                                   .group = g->group,
+                                   .tsc_hz = 1000000000,
+                                   .engine = &interp_engine};
         assert_int_equal(interp_engine.vcpu_create(&g->vcpu[i]), 0);
     }
     g->machine.memory.code_written = on_code_written;
@@ -165,13 +179,13 @@ static int setup(void **state)
     s->cr3 = TABLES;
     s->cr4 = CR4_PAE;
     s->efer = EFER_LME | EFER_LMA;
-    s->gdt = (struct x86_table){ .base = GDT, .limit = 0x7f };
-    s->idt = (struct x86_table){ .base = IDT, .limit = 0xfff };
-    s->tr = (struct x86_seg){ .base = TSS, .limit = 0x67, .attr = 0x8b, .selector = TSS_SEL };
-    s->ldtr = (struct x86_seg){ .attr = SEG_UNUSABLE };
+    s->gdt = (struct x86_table){.base = GDT, .limit = 0x7f};
+    s->idt = (struct x86_table){.base = IDT, .limit = 0xfff};
+    s->tr = (struct x86_seg){.base = TSS, .limit = 0x67, .attr = 0x8b, .selector = TSS_SEL};
+    s->ldtr = (struct x86_seg){.attr = SEG_UNUSABLE};
     s->seg[SEG_CS] = segment(g, KERNEL_CS);
     s->seg[SEG_SS] = s->seg[SEG_DS] = s->seg[SEG_ES] = segment(g, KERNEL_DS);
-    s->seg[SEG_FS] = s->seg[SEG_GS] = (struct x86_seg){ .attr = SEG_UNUSABLE };
+    s->seg[SEG_FS] = s->seg[SEG_GS] = (struct x86_seg){.attr = SEG_UNUSABLE};
     s->rip = CODE;
     s->rflags = 2;
     s->gpr[RSP] = STACK_TOP;
@@ -196,7 +210,8 @@ static int teardown(void **state)
     return 0;
 }
 
-/* Runs vCPU 0 from g->state, which is what it ended with afterwards. The vector that ended it, or -1: its own END. */
+/* Runs vCPU 0 from g->state, which is what it ended with afterwards. The vector that ended it, or
+ * -1: its own END. */
 static int run(struct guest *g)
 {
     struct x86_state *s = &g->state;
@@ -214,7 +229,10 @@ static int run_fresh(struct guest *g)
 }
 
 /* Of the exception frame on the stack, without error code. */
-static uint64_t frame_rip(struct guest *g) { return get(g, g->state.gpr[RSP]); }
+static uint64_t frame_rip(struct guest *g)
+{
+    return get(g, g->state.gpr[RSP]);
+}
 
 /* ---- code that changes ---- */
 
@@ -235,7 +253,7 @@ static void test_device_write(void **state)
 {
     struct guest *g = *state;
 
-    CODE_AT(g, CODE, 0xb9, 1, 0, 0, 0, END);    /* mov $1, %ecx */
+    CODE_AT(g, CODE, 0xb9, 1, 0, 0, 0, END); /* mov $1, %ecx */
     assert_int_equal(run_fresh(g), -1);
     assert_int_equal(g->state.gpr[RCX], 1);
     CODE_AT(g, CODE + 4, 0x12);
@@ -251,7 +269,7 @@ static void test_undefined_instruction_changes(void **state)
     CODE_AT(g, CODE, 0x0f, 0x04, END);
     assert_int_equal(run_fresh(g), X86_UD);
     assert_int_equal(frame_rip(g), CODE);
-    CODE_AT(g, CODE + 1, 0xc9);                 /* bswap %ecx */
+    CODE_AT(g, CODE + 1, 0xc9); /* bswap %ecx */
     g->base.gpr[RCX] = 0x11223344;
     assert_int_equal(run_fresh(g), -1);
     assert_int_equal(g->state.gpr[RCX], 0x44332211);
@@ -287,14 +305,15 @@ static void test_crossing_instruction(void **state)
     assert_int_equal(g->state.gpr[RCX], 0);
 }
 
-/* Segments outside 64-bit mode may begin anywhere: what lies in one page of offsets may lie in two of addresses. */
+/* Segments outside 64-bit mode may begin anywhere: what lies in one page of offsets may lie in two
+ * of addresses. */
 static void test_code_segment_off_page_bounds(void **state)
 {
     struct guest *g = *state;
     const gpa_t pte = TABLES + 0x3000 + (CODE / 4096 + 1) * 8;
 
     g->base.seg[SEG_CS].base = CODE + 0x800;
-    g->base.seg[SEG_CS].attr = 0xc09b;          /* 32 bits */
+    g->base.seg[SEG_CS].attr = 0xc09b; /* 32 bits */
     g->base.rip = 0x7f0;
     /* jnz +0x10, to offset 0x802: the next page */
     CODE_AT(g, CODE + 0xff0, 0x75, 0x10);
@@ -391,7 +410,8 @@ static void test_string_alignment(void **state)
 {
     struct guest *g = *state;
 
-    /* Eight single bytes are aligned wherever they are; words are not. The OUT behind is privileged here. */
+    /* Eight single bytes are aligned wherever they are; words are not. The OUT behind is privileged
+     * here. */
     g->base.seg[SEG_CS] = segment(g, USER_CS);
     g->base.seg[SEG_SS] = g->base.seg[SEG_DS] = g->base.seg[SEG_ES] = segment(g, USER_DS);
     g->base.rflags |= AC;
@@ -399,11 +419,11 @@ static void test_string_alignment(void **state)
     g->base.gpr[RSI] = DATA + 1;
     g->base.gpr[RDI] = DATA + 0x803;
     put(g, DATA + 1, 0x1122334455667788, 8);
-    CODE_AT(g, CODE, 0xf3, 0xa4, 0xf4);         /* rep movsb; hlt */
+    CODE_AT(g, CODE, 0xf3, 0xa4, 0xf4); /* rep movsb; hlt */
     assert_int_equal(run_fresh(g), X86_GP);
     assert_int_equal(g->state.gpr[RCX], 0);
     assert_int_equal(get(g, DATA + 0x803), 0x1122334455667788);
-    CODE_AT(g, CODE, 0x66, 0xf3, 0xa5);         /* rep movsw */
+    CODE_AT(g, CODE, 0x66, 0xf3, 0xa5); /* rep movsw */
     assert_int_equal(run_fresh(g), X86_AC);
     assert_int_equal(g->state.gpr[RCX], 8);
 }
@@ -431,7 +451,8 @@ static void test_import_forgets(void **state)
 {
     struct guest *g = *state;
 
-    /* An NMI for the state before is not for the one that takes its place, but goes along with its own. */
+    /* An NMI for the state before is not for the one that takes its place, but goes along with its
+     * own. */
     CODE_AT(g, CODE, 0x90, END);
     interp_engine.signal(&g->vcpu[0], LAPIC_NMI, 0);
     assert_int_equal(run_fresh(g), -1);
@@ -451,8 +472,8 @@ static void *run_second(void *opaque)
 }
 
 /*
- * One vCPU changes a function and then raises a number; the other one sees the number, calls the function, and
- * compares. It answers before the next change.
+ * One vCPU changes a function and then raises a number; the other one sees the number, calls the
+ * function, and compares. It answers before the next change.
  */
 static void test_code_changed_by_another_vcpu(void **state)
 {
@@ -462,19 +483,22 @@ static void test_code_changed_by_another_vcpu(void **state)
     struct x86_state s;
 
     /*
-     * The writer: 1: inc %ecx; mov %ecx, FUNCTION+1; mov %ecx, DATA; 2: pause; cmp %ecx, DATA+64; jne 2b;
-     * cmp %edx, %ecx; jb 1b; END
+     * The writer: 1: inc %ecx; mov %ecx, FUNCTION+1; mov %ecx, DATA; 2: pause; cmp %ecx, DATA+64;
+     * jne 2b; cmp %edx, %ecx; jb 1b; END
      */
-    CODE_AT(g, CODE, 0xff, 0xc1, 0x89, 0x0c, 0x25, 0x01, 0x50, 0x02, 0x00, 0x89, 0x0c, 0x25, 0x00, 0x00, 0x04, 0x00,
-            0xf3, 0x90, 0x3b, 0x0c, 0x25, 0x40, 0x00, 0x04, 0x00, 0x75, 0xf5, 0x39, 0xd1, 0x72, 0xe1, END);
+    CODE_AT(g, CODE, 0xff, 0xc1, 0x89, 0x0c, 0x25, 0x01, 0x50, 0x02, 0x00, 0x89, 0x0c, 0x25, 0x00,
+            0x00, 0x04, 0x00, 0xf3, 0x90, 0x3b, 0x0c, 0x25, 0x40, 0x00, 0x04, 0x00, 0x75, 0xf5,
+            0x39, 0xd1, 0x72, 0xe1, END);
     /*
-     * The caller: 1: inc %ecx; 2: pause; cmp %ecx, DATA; jne 2b; call FUNCTION; cmp %eax, %ecx; jne 3f;
-     * mov %ecx, DATA+64; cmp %edx, %ecx; jb 1b; mov $1, %al; out %al, $PORT_END; hlt; 3: ends both
+     * The caller: 1: inc %ecx; 2: pause; cmp %ecx, DATA; jne 2b; call FUNCTION; cmp %eax, %ecx; jne
+     * 3f; mov %ecx, DATA+64; cmp %edx, %ecx; jb 1b; mov $1, %al; out %al, $PORT_END; hlt; 3: ends
+     * both
      */
-    CODE_AT(g, 0x24000, 0xff, 0xc1, 0xf3, 0x90, 0x3b, 0x0c, 0x25, 0x00, 0x00, 0x04, 0x00, 0x75, 0xf5, 0xe8, 0xee, 0x0f,
-            0x00, 0x00, 0x39, 0xc1, 0x75, 0x10, 0x89, 0x0c, 0x25, 0x40, 0x00, 0x04, 0x00, 0x39, 0xd1, 0x72, 0xdf, 0xb0,
-            0x01, 0xe6, PORT_END, 0xf4, 0xb0, 0x00, 0xe6, PORT_END, 0xb0, 0x01, 0xe6, PORT_END, 0xf4);
-    CODE_AT(g, 0x25000, 0xb8, 0, 0, 0, 0, 0xc3);        /* FUNCTION: mov $0, %eax; ret */
+    CODE_AT(g, 0x24000, 0xff, 0xc1, 0xf3, 0x90, 0x3b, 0x0c, 0x25, 0x00, 0x00, 0x04, 0x00, 0x75,
+            0xf5, 0xe8, 0xee, 0x0f, 0x00, 0x00, 0x39, 0xc1, 0x75, 0x10, 0x89, 0x0c, 0x25, 0x40,
+            0x00, 0x04, 0x00, 0x39, 0xd1, 0x72, 0xdf, 0xb0, 0x01, 0xe6, PORT_END, 0xf4, 0xb0, 0x00,
+            0xe6, PORT_END, 0xb0, 0x01, 0xe6, PORT_END, 0xf4);
+    CODE_AT(g, 0x25000, 0xb8, 0, 0, 0, 0, 0xc3); /* FUNCTION: mov $0, %eax; ret */
 
     g->base.gpr[RDX] = rounds;
     s = g->base;
@@ -497,7 +521,7 @@ static void test_sipi_behind_init(void **state)
     pthread_t thread;
     struct x86_state s;
 
-    for (unsigned v = 0x80; v < 0xc0; v++)      /* mov $v, %al; out %al, $PORT_TELL; cli; hlt */
+    for (unsigned v = 0x80; v < 0xc0; v++) /* mov $v, %al; out %al, $PORT_TELL; cli; hlt */
         CODE_AT(g, v << 12, 0xb0, (uint8_t)v, 0xe6, PORT_TELL, 0xfa, 0xf4);
     x86_state_reset(&s, false);
     interp_engine.import_state(&g->vcpu[1], &s);

@@ -119,11 +119,72 @@ DEFINE_ATOMIC(32)
 DEFINE_ATOMIC(64)
 op_fn *const atomic_handlers[SIZES] = { atomic8, atomic16, atomic32, atomic64 };
 
+/* Compares EDX:EAX with [va]; the result is whether they were equal, else EDX:EAX is what is there. */
+static bool cmpxchg8b(struct x86_cpu *cpu, gva_t va)
+{
+    uint64_t *gpr = cpu->s.gpr;
+    uint64_t expected = (uint32_t)gpr[RAX] | gpr[RDX] << 32, found = expected;
+    uint64_t desired = (uint32_t)gpr[RBX] | gpr[RCX] << 32;
+    uint64_t *p = x86_rmw_pointer(cpu, va, 8);
+
+    if (p) {
+        __atomic_compare_exchange_n(p, &found, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+        x86_rmw_done(cpu, va, 8, p);
+    } else {
+        x86_probe_write(cpu, va, 8);
+        x86_split_lock(cpu);
+        found = x86_read_slow(cpu, cpu->tlb, va, 8);
+        x86_write_slow(cpu, cpu->tlb, va, found == expected ? desired : found, 8);
+        x86_split_unlock(cpu);
+    }
+    if (found == expected)
+        return true;
+    gpr[RAX] = (uint32_t)found;
+    gpr[RDX] = found >> 32;
+    return false;
+}
+
+/* The same with RDX:RAX; va is aligned. */
+static bool cmpxchg16b(struct x86_cpu *cpu, gva_t va)
+{
+    uint64_t *gpr = cpu->s.gpr;
+    uint64_t lo = gpr[RAX], hi = gpr[RDX];
+    void *p = x86_rmw_pointer(cpu, va, 16);
+    bool equal;
+
+    if (p) {
+        __asm__ volatile("lock cmpxchg16b %[m]"
+                         : [m] "+m"(*(unsigned __int128 *)p), "+a"(lo), "+d"(hi), "=@ccz"(equal)
+                         : "b"(gpr[RBX]), "c"(gpr[RCX])
+                         : "memory");
+        x86_rmw_done(cpu, va, 16, p);
+    } else {
+        uint64_t value[2];
+
+        x86_probe_write(cpu, va, 16);
+        x86_split_lock(cpu);
+        x86_read_bytes(cpu, va, value, 16);
+        equal = value[0] == lo && value[1] == hi;
+        lo = value[0];
+        hi = value[1];
+        if (equal) {
+            value[0] = gpr[RBX];
+            value[1] = gpr[RCX];
+        }
+        x86_write_bytes(cpu, va, value, 16);
+        x86_split_unlock(cpu);
+    }
+    if (!equal) {
+        gpr[RAX] = lo;
+        gpr[RDX] = hi;
+    }
+    return equal;
+}
+
 /* CMPXCHG8B and CMPXCHG16B; op->sub: bytes. Only ZF changes. */
 const struct op *op_cmpxchg_wide(struct x86_cpu *cpu, const struct op *op)
 {
     const struct slow_insn *slow = op->aux;
-    uint64_t *gpr = cpu->s.gpr;
     gva_t va;
     bool equal;
 
@@ -131,59 +192,7 @@ const struct op *op_cmpxchg_wide(struct x86_cpu *cpu, const struct op *op)
     va = x86_linear(cpu, &slow->insn, op->sub, true);
     if (op->sub == 16 && (va & 15))
         x86_raise_error(cpu, X86_GP, 0);
-
-    if (op->sub == 8) {
-        uint64_t expected = (uint32_t)gpr[RAX] | gpr[RDX] << 32, found = expected;
-        uint64_t desired = (uint32_t)gpr[RBX] | gpr[RCX] << 32;
-        uint64_t *p = x86_rmw_pointer(cpu, va, 8);
-
-        if (p) {
-            __atomic_compare_exchange_n(p, &found, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
-            x86_rmw_done(cpu, va, 8, p);
-        } else {
-            x86_probe_write(cpu, va, 8);
-            x86_split_lock(cpu);
-            found = x86_read_slow(cpu, cpu->tlb, va, 8);
-            x86_write_slow(cpu, cpu->tlb, va, found == expected ? desired : found, 8);
-            x86_split_unlock(cpu);
-        }
-        equal = found == expected;
-        if (!equal) {
-            gpr[RAX] = (uint32_t)found;
-            gpr[RDX] = found >> 32;
-        }
-    } else {
-        unsigned __int128 expected = (unsigned __int128)gpr[RDX] << 64 | gpr[RAX], found = expected;
-        unsigned __int128 desired = (unsigned __int128)gpr[RCX] << 64 | gpr[RBX];
-        unsigned __int128 *p = x86_rmw_pointer(cpu, va, 16);
-
-        if (p) {
-            uint64_t lo = gpr[RAX], hi = gpr[RDX];
-
-            __asm__ volatile("lock cmpxchg16b %[m]"
-                             : [m] "+m"(*p), "+a"(lo), "+d"(hi)
-                             : "b"(gpr[RBX]), "c"(gpr[RCX])
-                             : "cc", "memory");
-            found = (unsigned __int128)hi << 64 | lo;
-            x86_rmw_done(cpu, va, 16, p);
-        } else {
-            uint8_t bytes[16];
-
-            x86_probe_write(cpu, va, 16);
-            x86_split_lock(cpu);
-            x86_read_bytes(cpu, va, bytes, 16);
-            memcpy(&found, bytes, 16);
-            if (found == expected)
-                memcpy(bytes, &desired, 16);
-            x86_write_bytes(cpu, va, bytes, 16);
-            x86_split_unlock(cpu);
-        }
-        equal = found == expected;
-        if (!equal) {
-            gpr[RAX] = (uint64_t)found;
-            gpr[RDX] = (uint64_t)(found >> 64);
-        }
-    }
+    equal = op->sub == 8 ? cmpxchg8b(cpu, va) : cmpxchg16b(cpu, va);
     cpu->arith = equal ? cpu->arith | 0x4000u : cpu->arith & ~0x4000u;
     NEXT;
 }
