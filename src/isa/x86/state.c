@@ -243,9 +243,12 @@ int x86_state_load(struct x86_state *out, const struct state_reader *r)
     for (unsigned i = 0; i < ARRAY_SIZE(segments); i++)
         if (load_segment(&section, segments[i].name, (void *)((char *)&s + segments[i].offset)) < 0)
             return -EINVAL;
-    if (get_number(&section, "gdt_base", ~0ull, &gdt_base) < 0 || get_number(&section, "gdt_limit", 0xffff, &gdt_limit) < 0 ||
-        get_number(&section, "idt_base", ~0ull, &idt_base) < 0 || get_number(&section, "idt_limit", 0xffff, &idt_limit) < 0 ||
-        get_number(&section, "nmi_blocked", 1, &nmi_blocked) < 0 || get_number(&section, "nmi_pending", 1, &nmi_pending) < 0)
+    if (get_number(&section, "gdt_base", ~0ull, &gdt_base) < 0 ||
+        get_number(&section, "gdt_limit", 0xffff, &gdt_limit) < 0 ||
+        get_number(&section, "idt_base", ~0ull, &idt_base) < 0 ||
+        get_number(&section, "idt_limit", 0xffff, &idt_limit) < 0 ||
+        get_number(&section, "nmi_blocked", 1, &nmi_blocked) < 0 ||
+        get_number(&section, "nmi_pending", 1, &nmi_pending) < 0)
         return -EINVAL;
     s.gdt = (struct x86_table){ .base = gdt_base, .limit = (uint16_t)gdt_limit };
     s.idt = (struct x86_table){ .base = idt_base, .limit = (uint16_t)idt_limit };
