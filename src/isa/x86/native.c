@@ -157,6 +157,8 @@ static bool x87_control(const struct x86_insn *insn)
     case ZYDIS_MNEMONIC_FNINIT: case ZYDIS_MNEMONIC_FNCLEX: case ZYDIS_MNEMONIC_FNSTCW: case ZYDIS_MNEMONIC_FNSTSW:
     case ZYDIS_MNEMONIC_FNSAVE: case ZYDIS_MNEMONIC_FNSTENV: case ZYDIS_MNEMONIC_FLDCW: case ZYDIS_MNEMONIC_FLDENV:
     case ZYDIS_MNEMONIC_FRSTOR: case ZYDIS_MNEMONIC_FWAIT:
+    /* Of the 8087 and 80287; nothing now. */
+    case ZYDIS_MNEMONIC_FENI8087_NOP: case ZYDIS_MNEMONIC_FDISI8087_NOP: case ZYDIS_MNEMONIC_FSETPM287_NOP:
         return true;
     default:
         return false;
@@ -174,6 +176,27 @@ static bool compresses(const struct x86_insn *insn)
     const char *name = ZydisMnemonicGetString((ZydisMnemonic)insn->mnemonic);
 
     return name && (strstr(name, "compress") || strstr(name, "expand"));
+}
+
+/*
+ * How many mask bits belong to one element of the memory operand: several when it is broadcast. 0: the mask does not go by
+ * its elements.
+ */
+static uint8_t mask_repeats(const struct x86_insn *insn, const struct native_insn *n)
+{
+    const struct x86_operand *d = &insn->operand[0];
+    const char *name = ZydisMnemonicGetString((ZydisMnemonic)insn->mnemonic);
+    unsigned in_memory = n->element ? n->mem_size / n->element : 0, in_register;
+
+    if (insn->broadcast)
+        return insn->broadcast;
+    if (!in_memory || d->kind != OPERAND_VEC || !d->element)
+        return 1;
+    in_register = d->size / d->element;
+    if (name && (strncmp(name, "vbroadcast", 10) == 0 || strncmp(name, "vpbroadcast", 11) == 0))
+        return (uint8_t)(in_register / in_memory);
+    /* Scalars are one element in memory. Quadwords and bytes with a mask of bytes and words are read as a whole. */
+    return in_memory == 1 || in_memory == in_register;
 }
 
 static void describe(struct native_insn *n, const struct x86_insn *insn)
@@ -200,9 +223,70 @@ static void describe(struct native_insn *n, const struct x86_insn *insn)
     }
     if (insn->has_mem) {
         n->aligned = must_be_aligned(insn, n->kind, n->mem_size);
-        n->masked = insn->mask_reg && n->element && !insn->broadcast && insn->suppresses_faults;
+        n->repeats = mask_repeats(insn, n);
+        n->masked = insn->mask_reg && n->element && insn->suppresses_faults && n->repeats;
         n->compressed = n->masked && compresses(insn);
     }
+}
+
+/*
+ * ---- what the host may raise in a stub ----
+ * SIGFPE: an unmasked SIMD exception. Which exceptions an operation has when some are unmasked cannot be told from what
+ * it does when all are masked, so a stub runs with the guest's masks. SIGILL: encodings that decode but that this
+ * host does not have, found by a trial when the stub is made. Either way the signal handler makes the stub go on behind
+ * the instruction, which has changed nothing but MXCSR's flags.
+ */
+static __thread const struct native_insn *volatile running;
+static __thread volatile bool raised;
+static const int caught[] = { SIGFPE, SIGILL };
+static struct sigaction previous_action[ARRAY_SIZE(caught)];
+
+static void on_raised(int number, siginfo_t *info, void *context)
+{
+    greg_t *rip = &((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP];
+    const struct native_insn *n = running;
+
+    if (n && (uint64_t)n->resume - (uint64_t)*rip <= X86_MAX_INSN) {
+        raised = true;
+        *rip = (greg_t)n->resume;
+        return;
+    }
+    /* Not ours: it happens again, with whoever was here before. */
+    sigaction(number, &previous_action[number == SIGILL], NULL);
+}
+
+static void catch_raised(void)
+{
+    struct sigaction action = { .sa_sigaction = on_raised, .sa_flags = SA_SIGINFO | SA_RESTART };
+
+    for (unsigned i = 0; i < ARRAY_SIZE(caught); i++)
+        sigaction(caught[i], &action, &previous_action[i]);
+}
+
+/* Runs the stub; raised says how it went. */
+static void run_caught(struct x86_cpu *cpu, const struct native_insn *n, void *mem)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+    pthread_once(&once, catch_raised);
+    raised = false;
+    running = n;
+    n->stub(cpu, mem);
+    running = NULL;
+}
+
+/* Does this host have the instruction? On a processor of zeros, with the cache's lock held. */
+static bool host_executes(const struct native_insn *n)
+{
+    static struct x86_cpu trial;
+    uint8_t mem[256] __attribute__((aligned(64))) = { 0 };
+
+    memset(&trial, 0, sizeof(trial));
+    trial.s.fpu.fcw = 0x37f;
+    trial.native_mxcsr_in = trial.native_mxcsr_host = 0x1f80;
+    native_fx_load(&trial);
+    run_caught(&trial, n, mem);
+    return !raised;
 }
 
 /* ---- the cache ---- */
@@ -262,7 +346,7 @@ const struct native_insn *native_prepare(const struct x86_insn *insn)
     e->n.special = native_special(insn);
     if (!e->n.special)
         e->n.stub = native_emit(insn, &e->n);
-    if (!e->n.special && !e->n.stub) {
+    if (!e->n.special && (!e->n.stub || !host_executes(&e->n))) {
         free(e);
         e = NULL;
         goto out;
@@ -322,48 +406,6 @@ static void check_available(struct x86_cpu *cpu, const struct x86_insn *insn, co
         unavailable(cpu, n->kind);
 }
 
-/*
- * ---- unmasked SIMD exceptions ----
- * Which exceptions an operation has when some are unmasked cannot be told from what it does when all are masked. So a
- * stub runs with the guest's masks; when the host raises, the signal handler makes it go on behind the
- * instruction, which has changed nothing but MXCSR's flags.
- */
-static __thread const struct native_insn *volatile running;
-static __thread volatile bool raised;
-static struct sigaction previous_action;
-
-static void on_sigfpe(int number, siginfo_t *info, void *context)
-{
-    greg_t *rip = &((ucontext_t *)context)->uc_mcontext.gregs[REG_RIP];
-    const struct native_insn *n = running;
-
-    if (n && (uint64_t)n->resume - (uint64_t)*rip <= X86_MAX_INSN) {
-        raised = true;
-        *rip = (greg_t)n->resume;
-        return;
-    }
-    /* Not ours: it happens again, with whoever was here before. */
-    sigaction(SIGFPE, &previous_action, NULL);
-}
-
-static void catch_sigfpe(void)
-{
-    struct sigaction action = { .sa_sigaction = on_sigfpe, .sa_flags = SA_SIGINFO | SA_RESTART };
-
-    sigaction(SIGFPE, &action, &previous_action);
-}
-
-static __attribute__((noinline, cold)) void run_unmasked(struct x86_cpu *cpu, const struct native_insn *n, void *mem)
-{
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-
-    pthread_once(&once, catch_sigfpe);
-    raised = false;
-    running = n;
-    n->stub(cpu, mem);
-    running = NULL;
-}
-
 /* Runs the stub. An unmasked SIMD exception leaves everything as it was but MXCSR's flags, and is raised. */
 static void run(struct x86_cpu *cpu, const struct native_insn *n, void *mem)
 {
@@ -380,10 +422,13 @@ static void run(struct x86_cpu *cpu, const struct native_insn *n, void *mem)
             n->stub(cpu, mem);
             fpu->mxcsr = cpu->native_mxcsr_out;
         } else {
-            run_unmasked(cpu, n, mem);
+            run_caught(cpu, n, mem);
             fpu->mxcsr = cpu->native_mxcsr_out;
-            if (raised)
+            if (raised) {
+                if (n->uses_fx)         /* the change to MMX state stays */
+                    native_fx_store(cpu);
                 x86_raise(cpu, cpu->s.cr4 & CR4_OSXMMEXCPT ? X86_XM : X86_UD);
+            }
         }
     }
     if (n->uses_fx)
@@ -403,6 +448,8 @@ static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const s
 
         mask = ones < 64 ? (1ull << ones) - 1 : ~0ull;
     }
+    for (unsigned i = 1; i < n->repeats; i++)
+        mask |= cpu->s.fpu.k[insn->mask_reg] >> (i * count);
     for (unsigned i = 0; i < count; i++) {
         if (!(mask >> i & 1))
             continue;

@@ -22,6 +22,7 @@ struct native_insn {
     bool x87_waits;             /* reports a pending x87 exception first */
     bool x87_pointers;          /* updates FOP, FIP, FDP */
     bool masked;                /* EVEX write mask on a memory operand: suppressed elements do not fault */
+    uint8_t repeats;            /* then: how many mask bits each element of it stands for, memory elements apart */
     bool compressed;            /* as many elements in memory as the mask has ones */
     bool mem_read, mem_write;
     uint8_t mem_size;           /* bytes accessed */
