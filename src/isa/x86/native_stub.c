@@ -196,6 +196,14 @@ static void copy_insn(struct emitter *e, const struct x86_insn *insn, unsigned m
         opcode_at = at + size;
         if (insn->has_mem && size > 2)
             out[start + 1] |= 0x60;             /* inverted X and B: no extension */
+        if (insn->code_size != 8) {
+            /* There are eight registers: the bits that would name others, all inverted, are not looked at. */
+            out[start + 1] |= insn->has_evex ? 0xf0 : size > 2 ? 0xe0 : 0xc0;
+            if (size > 2)
+                out[start + 2] |= 0x40;
+            if (insn->has_evex)
+                out[start + 3] |= 0x08;
+        }
         if (rsp_v)                              /* inverted vvvv */
             out[start + size - (insn->has_evex ? 2 : 1)] =
                 (uint8_t)((out[start + size - (insn->has_evex ? 2 : 1)] & ~0x78) | (~t & 15) << 3);
