@@ -34,15 +34,16 @@ struct window_page {
     uint8_t page;               /* of the data pages */
 };
 extern const struct window_page window[WINDOW_PAGES];
-#define DATA_PAGES 5u
+#define DATA_PAGES 7u
 #define DATA_SIZE (DATA_PAGES * 4096u)
 #define LINE 64u                /* memory is compared and restored in lines */
 #define DATA_LINES (DATA_SIZE / LINE)
 
 #define WINDOW_LOW 0x20000000ull
 #define WINDOW_HIGH 0x5a5a20000000ull       /* the same pages; out of reach in 32-bit code */
-#define EDGE_LOW 0xfffff000ull  /* data page 0 */
-#define EDGE_HIGH 0x100000000ull            /* data page 1 */
+#define EDGE_LOW 0xfffff000ull  /* around 4 GiB: two pages of their own */
+#define EDGE_HIGH 0x100000000ull
+#define EDGE_PAGE 5u            /* the first of them */
 
 /* ---- cases ---- */
 #define MAX_INSNS 48
@@ -106,6 +107,7 @@ static inline bool rng_percent(struct rng *r, unsigned percent) { return rng_bel
 struct generate_options {
     uint64_t seed;
     unsigned percent32;         /* of cases in compatibility mode */
+    unsigned percent_ac;        /* of cases with alignment checking */
     unsigned max_insns;         /* instructions of a case before fix-ups; 0: the usual mix */
     const char *only;           /* mnemonics, comma-separated: each case has one of them; NULL: all */
 };

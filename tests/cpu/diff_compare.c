@@ -19,6 +19,7 @@
 
 #define FLAGS_COMPARED (RFLAGS_ARITH | RFLAGS_DF | RFLAGS_TF | RFLAGS_NT | RFLAGS_AC)
 #define USER_END 0x7ffffffff000ull
+#define VECTOR_UD 6
 #define VECTOR_GP 13
 #define VECTOR_PF 14
 #define FSW_ES 0x80u
@@ -147,10 +148,46 @@ static bool offset_not_canonical(const struct cpu_case *c, const struct cpu_resu
     return !canonical(offset);
 }
 
+/* Where the mapped code ends, what comes first: that the bytes so far are no instruction, or that there are no more. */
+static bool undefined_at_end(const struct cpu_result *host, const struct cpu_result *guest)
+{
+    const struct cpu_result *fetch = host->vector == VECTOR_UD ? guest : host;
+
+    if (host->out.rip != guest->out.rip || CODE_BASE + CODE_SIZE - host->out.rip > X86_MAX_INSN)
+        return false;
+    return (host->vector == VECTOR_UD || guest->vector == VECTOR_UD) && fetch->vector == VECTOR_PF &&
+           fetch->cr2 == CODE_BASE + CODE_SIZE;
+}
+
+/* The parts of an x87 image wrap at 4 GiB with 32-bit addresses, while other accesses go on above. */
+static bool image_wraps(const struct cpu_case *c, const struct cpu_result *host)
+{
+    struct x86_insn insn;
+    uint64_t at;
+    bool gp;
+
+    for (unsigned i = 0; i < c->insns; i++) {
+        if (c->code_size != 8 || x86_decode(&insn, c->code + c->insn[i].offset, c->insn[i].length, 8, &gp) || insn.addr_size != 4)
+            continue;
+        switch (insn.mnemonic) {
+        case ZYDIS_MNEMONIC_FNSAVE: case ZYDIS_MNEMONIC_FRSTOR: case ZYDIS_MNEMONIC_FNSTENV: case ZYDIS_MNEMONIC_FLDENV:
+            at = (insn.mem.base < 16 ? host->out.gpr[insn.mem.base] : 0) + (uint64_t)insn.mem.disp +
+                 (insn.mem.index < 16 ? host->out.gpr[insn.mem.index] * insn.mem.scale : 0);
+            if (host->vector == VECTOR_PF && host->out.rip == CODE_BASE + c->start + c->insn[i].offset && (uint32_t)at > 0xfffff000)
+                return true;
+        }
+    }
+    return false;
+}
+
 const char *known_difference(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest)
 {
     if (offset_not_canonical(c, host))
         return "non-canonical offset in FS or GS";
+    if (undefined_at_end(host, guest))
+        return "undefined instruction at the end of code";
+    if (image_wraps(c, host))
+        return "x87 image around 4 GiB";
     return NULL;
 }
 
@@ -189,6 +226,21 @@ bool compare_results(const struct cpu_case *c, const struct cpu_result *host, co
 
 /* ---- showing ---- */
 
+static uint64_t insn_address(const struct cpu_case *c, unsigned i) { return CODE_BASE + c->start + c->insn[i].offset; }
+
+/* Where the memory operand would be if the case began here. */
+static uint64_t initial_address(const struct cpu_case *c, const struct x86_insn *insn, uint64_t next)
+{
+    const struct x86_mem *m = &insn->mem;
+    uint64_t at = (uint64_t)m->disp;
+
+    at += m->base == X86_REG_RIP ? next : m->base < 16 ? c->in.gpr[m->base] : 0;
+    if (m->index < 16 && !m->vsib_size)
+        at += c->in.gpr[m->index] * m->scale;
+    at = m->addr_size == 8 ? at : m->addr_size == 4 ? (uint32_t)at : (uint16_t)at;
+    return at + (c->code_size != 8 ? 0 : m->seg == SEG_FS ? c->in.fs_base : m->seg == SEG_GS ? c->in.gs_base : 0);
+}
+
 static void print_insn(const struct cpu_case *c, const struct case_insn *i)
 {
     char text[128];
@@ -218,6 +270,8 @@ void print_case(const struct cpu_case *c)
 
         if (x86_decode(&insn, c->code + c->insn[i].offset, c->insn[i].length, c->code_size, &gp))
             continue;
+        if (insn.mem.base != X86_NO_REG || insn.mem.index != X86_NO_REG)
+            printf("  initially at %016" PRIx64 "\n", initial_address(c, &insn, insn_address(c, i) + insn.length));
         for (unsigned k = 0; k < insn.operands; k++) {
             const struct x86_operand *o = &insn.operand[k];
 

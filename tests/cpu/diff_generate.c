@@ -201,9 +201,11 @@ static void any_fpu(struct generator *g, struct x86_fpu *f)
         f->fsw |= v >> 48 & 0x7f;
     f->fsw = consistent_fsw(f->fcw, f->fsw);
     f->ftw = rng_percent(r, 30) ? 0xff : rng_percent(r, 30) ? 0 : (uint8_t)(v >> 56);
-    f->fop = (uint16_t)rng64(r) & 0x7ff;
-    f->fip = CODE_BASE + rng_below(r, CODE_SIZE);
-    f->fdp = WINDOW_LOW + rng_below(r, 0x8000);
+    if (f->fsw & 0x80) {        /* else a task switch of the host loses them */
+        f->fop = (uint16_t)rng64(r) & 0x7ff;
+        f->fip = CODE_BASE + rng_below(r, CODE_SIZE);
+        f->fdp = WINDOW_LOW + rng_below(r, 0x8000);
+    }
     v = rng64(r);
     f->mxcsr = (uint32_t)(0x1f80 | (v & 0x6000));
     if (rng_percent(r, 30))
@@ -709,6 +711,9 @@ static void prepare_hidden_memory(struct generator *g, const ZydisDecodedOperand
     reg = base - ZYDIS_REGISTER_RAX;
     if (reg == RSP)
         return;
+    /* Fast strings look at virtual addresses: with overlapping aliases they do not copy in order. */
+    if (insn->mnemonic >= ZYDIS_MNEMONIC_MOVSB && insn->category == ZYDIS_CATEGORY_STRINGOP && target - WINDOW_HIGH < WINDOW_PAGES * 4096)
+        target -= WINDOW_HIGH - WINDOW_LOW;
     if (o->mem.segment == ZYDIS_REGISTER_FS || o->mem.segment == ZYDIS_REGISTER_GS)
         target -= segment_base(g, insn);
     set_register(g, reg, truncate(target, g->c->code_size));
@@ -1019,6 +1024,7 @@ void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_
         c->in.gpr[i] = g.value[i];
     }
     c->in.rip = CODE_BASE + c->start;
-    c->in.rflags = 0x202 | (rng64(r) & RFLAGS_ARITH) | (rng_percent(r, 15) ? RFLAGS_DF : 0);
+    c->in.rflags = 0x202 | (rng64(r) & RFLAGS_ARITH) | (rng_percent(r, 15) ? RFLAGS_DF : 0) |
+                   (rng_percent(r, o->percent_ac) ? RFLAGS_AC : 0);
     any_fpu(&g, &c->in.fpu);
 }

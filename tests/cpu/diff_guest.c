@@ -262,8 +262,8 @@ struct guest *guest_create(const char *engine, const char *model_name)
         map_page(g, CODE_BASE + i * 4096, CODE_GPA + i * 4096, PTE_U);
     map_window(g, WINDOW_LOW);
     map_window(g, WINDOW_HIGH);
-    map_page(g, EDGE_LOW, DATA_GPA, PTE_U | PTE_W | PTE_NX);
-    map_page(g, EDGE_HIGH, DATA_GPA + 4096, PTE_U | PTE_W | PTE_NX);
+    map_page(g, EDGE_LOW, DATA_GPA + EDGE_PAGE * 4096, PTE_U | PTE_W | PTE_NX);
+    map_page(g, EDGE_HIGH, DATA_GPA + EDGE_PAGE * 4096 + 4096, PTE_U | PTE_W | PTE_NX);
     memset(g->ram + CODE_GPA, CODE_FILL, CODE_SIZE);
     make_state(g, model);
     make_vcpu(g, model);

@@ -240,8 +240,7 @@ void host_child(const struct host_memory *memory)
     map(CODE_BASE, CODE_SIZE, PROT_READ | PROT_EXEC, memory->code_fd, 0);
     map_window(WINDOW_LOW, memory->data_fd);
     map_window(WINDOW_HIGH, memory->data_fd);
-    map(EDGE_LOW, 4096, PROT_READ | PROT_WRITE, memory->data_fd, 0);
-    map(EDGE_HIGH, 4096, PROT_READ | PROT_WRITE, memory->data_fd, 4096);
+    map(EDGE_LOW, 2 * 4096, PROT_READ | PROT_WRITE, memory->data_fd, EDGE_PAGE * 4096);
 
     if (sigaltstack(&stack, NULL))
         fail("sigaltstack");

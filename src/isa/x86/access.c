@@ -31,14 +31,6 @@ static gva_t next_page(const struct x86_cpu *cpu, gva_t va)
     return cpu->code_size != 8 && va <= UINT32_MAX ? (uint32_t)next : next;
 }
 
-/* #AC: only the checking set is ever asked to look. Vectors and areas of odd sizes have alignment
- * rules of their own. */
-static void check_alignment(struct x86_cpu *cpu, const struct tlb_set *set, gva_t va, unsigned size)
-{
-    if (set == &x86_checking_set && (size == 2 || size == 4 || size == 8) && (va & (size - 1)))
-        x86_raise_error(cpu, X86_AC, 0);
-}
-
 /* ---- non-canonical addresses ---- */
 
 /* Instructions that use the stack besides their operands. */
@@ -52,6 +44,19 @@ static bool uses_stack(const struct x86_insn *insn)
         return true;
     default:
         return insn->mnemonic == ZYDIS_MNEMONIC_ENTER || insn->mnemonic == ZYDIS_MNEMONIC_LEAVE;
+    }
+}
+
+static bool tests_bits(const struct x86_insn *insn)
+{
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_BT:
+    case ZYDIS_MNEMONIC_BTC:
+    case ZYDIS_MNEMONIC_BTR:
+    case ZYDIS_MNEMONIC_BTS:
+        return true;
+    default:
+        return false;
     }
 }
 
@@ -74,8 +79,11 @@ void x86_raise_non_canonical(struct x86_cpu *cpu, gva_t va)
 
     bool through_ss = false;
     if (insn.has_mem && !insn.mem.vsib_size && insn.mem.seg == SEG_SS) {
-        /* Accesses of parts start a little after the operand's address. */
-        through_ss = va - x86_effective(cpu, &insn) < MAX_BLOCK;
+        /*
+         * Accesses of parts start a little after the operand's address; a bit offset in a register leads
+         * anywhere.
+         */
+        through_ss = tests_bits(&insn) || va - x86_effective(cpu, &insn) < MAX_BLOCK;
     }
     if (uses_stack(&insn)) {
         uint64_t base = insn.mnemonic == ZYDIS_MNEMONIC_LEAVE ? cpu->s.gpr[RBP] : cpu->s.gpr[RSP];
@@ -92,6 +100,22 @@ static void check_end(struct x86_cpu *cpu, gva_t va, unsigned len)
 
     if (x86_canonical(cpu, va) && !x86_canonical(cpu, last))
         x86_raise_non_canonical(cpu, last & GUEST_PAGE_MASK);
+}
+
+/*
+ * #AC: only the checking set is ever asked to look. Vectors are checked for 16 bytes, 80-bit operands for 8;
+ * areas of other sizes have rules of their own. A non-canonical address comes first, a page fault later.
+ */
+static void check_alignment(struct x86_cpu *cpu, const struct tlb_set *set, gva_t va, unsigned size)
+{
+    unsigned align = size == 10 ? 8 : size > 64 || size & (size - 1) ? 1 : MIN(size, 16u);
+
+    if (likely(set != &x86_checking_set) || !(va & (align - 1)))
+        return;
+    if (!x86_canonical(cpu, va))
+        x86_raise_non_canonical(cpu, va);
+    check_end(cpu, va, size);
+    x86_raise_error(cpu, X86_AC, 0);
 }
 
 /* ---- devices ---- */
@@ -322,13 +346,18 @@ void x86_write_bytes(struct x86_cpu *cpu, gva_t va, const void *buf, unsigned le
     x86_write_bytes_in(cpu, cpu->tlb, va, buf, len);
 }
 
-void x86_probe_write(struct x86_cpu *cpu, gva_t va, unsigned len)
+void x86_probe_write_in(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, unsigned len)
 {
     struct x86_place p[MAX_PLACES];
 
-    if (len && len <= GUEST_PAGE_SIZE && tlb_lookup(cpu->tlb, va, len, TLB_WRITE))
+    if (len && len <= GUEST_PAGE_SIZE && tlb_lookup(set, va, len, TLB_WRITE))
         return;
-    translate_block(cpu, cpu->tlb, va, len, ACCESS_WRITE, p);
+    translate_block(cpu, set, va, len, ACCESS_WRITE, p);
+}
+
+void x86_probe_write(struct x86_cpu *cpu, gva_t va, unsigned len)
+{
+    x86_probe_write_in(cpu, cpu->tlb, va, len);
 }
 
 void *x86_host_pointer(struct x86_cpu *cpu, gva_t va, unsigned len, enum x86_access access)

@@ -195,6 +195,17 @@ static bool is_legacy_prefix(uint8_t b)
            b == 0x26 || b == 0x64 || b == 0x65;
 }
 
+static uint8_t broadcast_count(const ZydisDecodedInstruction *z)
+{
+    switch (z->avx.broadcast.mode) {
+    case ZYDIS_BROADCAST_MODE_1_TO_2: return 2;
+    case ZYDIS_BROADCAST_MODE_1_TO_4: return 4;
+    case ZYDIS_BROADCAST_MODE_1_TO_8: return 8;
+    case ZYDIS_BROADCAST_MODE_1_TO_16: return 16;
+    default: return 32;
+    }
+}
+
 /* The exception classes of SDM vol. 2A 2.8 without "NF". */
 static bool suppresses_faults(ZydisExceptionClass c)
 {
@@ -234,7 +245,7 @@ static void fill_encoding(struct x86_insn *insn, const ZydisDecodedInstruction *
         insn->evex_offset = raw->evex.offset;
         insn->mask_reg = raw->evex.aaa;
         insn->mask_zeroing = raw->evex.z;
-        insn->broadcast = raw->evex.b && raw->modrm.mod != 3;
+        insn->broadcast = raw->evex.b && raw->modrm.mod != 3 ? broadcast_count(z) : 0;
         insn->suppresses_faults = suppresses_faults(z->meta.exception_class);
     }
     /* A REX prefix that another prefix follows has no effect; it counts as one of those in front. */
@@ -242,6 +253,34 @@ static void fill_encoding(struct x86_insn *insn, const ZydisDecodedInstruction *
            (insn->code_size == 8 && (insn->bytes[n] & 0xf0) == 0x40 && !(insn->has_rex && n == insn->rex_offset))))
         n++;
     insn->prefix_count = (uint8_t)n;
+}
+
+/* On AMD processors a repeat prefix, the last one, decides between LOOPE and LOOPNE. */
+static uint16_t amd_loop(const ZydisDecodedInstruction *z)
+{
+    for (unsigned i = z->raw.prefix_count; i-- > 0;) {
+        if (z->raw.prefixes[i].value == 0xf3)
+            return ZYDIS_MNEMONIC_LOOPE;
+        if (z->raw.prefixes[i].value == 0xf2)
+            return ZYDIS_MNEMONIC_LOOPNE;
+    }
+    return (uint16_t)z->mnemonic;
+}
+
+/* F3 90 is PAUSE, but with REX.B the register counts: XCHG with R8. Made from the form without F3. */
+static void make_xchg_r8(struct x86_insn *insn, const ZydisDecodedInstruction *z)
+{
+    static const struct x86_operand operand = { .kind = OPERAND_GPR, .read = true, .write = true };
+
+    insn->mnemonic = ZYDIS_MNEMONIC_XCHG;
+    insn->rep = false;
+    insn->op_size = z->raw.rex.W ? 8 : z->attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE ? 2 : 4;
+    insn->operand[0] = insn->operand[1] = operand;
+    insn->operand[0].reg = R8;
+    insn->operand[0].size = insn->operand[1].size = insn->op_size;
+    insn->operand[0].encoding = ZYDIS_OPERAND_ENCODING_OPCODE;
+    insn->operand[1].encoding = ZYDIS_OPERAND_ENCODING_NONE;
+    insn->operands = insn->visible = 2;
 }
 
 int x86_decode(struct x86_insn *insn, const uint8_t *memory, unsigned len, unsigned code_size, bool *gp)
@@ -311,6 +350,11 @@ int x86_decode(struct x86_insn *insn, const uint8_t *memory, unsigned len, unsig
             insn->visible++;
     }
     fill_encoding(insn, &z);
+
+    if (insn->mnemonic == ZYDIS_MNEMONIC_PAUSE && insn->has_rex && z.raw.rex.B)
+        make_xchg_r8(insn, &z);
+    if (amd_branches && (insn->mnemonic == ZYDIS_MNEMONIC_LOOPE || insn->mnemonic == ZYDIS_MNEMONIC_LOOPNE))
+        insn->mnemonic = amd_loop(&z);
 
     /* Zydis widens these; an AMD processor takes 16 bits from memory or stack and truncates RIP. */
     if (amd_branches && code_size == 8 && (z.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE) &&

@@ -74,7 +74,8 @@ struct x86_insn {
     bool has_rex, has_vex, has_evex;
     uint8_t prefix_count;       /* bytes before REX, VEX, EVEX or opcode: legacy prefixes, REX without effect */
     uint8_t mask_reg;           /* EVEX opmask k1…k7, 0: none */
-    uint8_t mask_zeroing, broadcast;
+    uint8_t mask_zeroing;
+    uint8_t broadcast;          /* EVEX.b with memory: to how many elements, 0: not */
     bool suppresses_faults;     /* EVEX: elements of the memory operand that the opmask leaves out do not fault */
 };
 

@@ -103,5 +103,11 @@ const uint8_t *x86_fetch_pointer(struct x86_cpu *cpu, gva_t va);
 void x86_read_bytes_in(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, void *buf, unsigned len);
 void x86_write_bytes_in(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, const void *buf,
                         unsigned len);
+void x86_probe_write_in(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, unsigned len);
+/* The set for accesses at CPL that alignment checking leaves alone. */
+static inline struct tlb_set *x86_unchecked_set(struct x86_cpu *cpu)
+{
+    return cpu->tlb == &x86_checking_set ? &cpu->space->data.set : cpu->tlb;
+}
 
 #endif

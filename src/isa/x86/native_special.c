@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "base/util.h"
+#include "isa/x86/mmu.h"
 #include "isa/x86/native_internal.h"
 
 /* ---- x87 state ---- */
@@ -120,18 +121,20 @@ static void get_environment(struct x86_fpu *f, const uint8_t *in, unsigned size)
 
 /*
  * The address of an environment or image. Its parts are accessed one by one, but a fault must come first: AMD's
- * processors look at the first byte, then at the last.
+ * processors look at the first word, then at the last byte.
  */
 static gva_t image_address(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned size, bool write)
 {
     gva_t va = x86_linear(cpu, insn, size, write);
+    uint8_t word[4];
 
-    if (cpu->amd && (va ^ (va + size - 1)) & GUEST_PAGE_MASK) {
-        for (unsigned i = 0; i < 2; i++) {
-            if (write)
-                x86_probe_write(cpu, va + i * (size - 1), 1);
-            else
-                x86_read8(cpu, va + i * (size - 1));
+    if (cpu->tlb == &x86_checking_set || (cpu->amd && (va ^ (va + size - 1)) & GUEST_PAGE_MASK)) {
+        if (write) {
+            x86_probe_write(cpu, va, environment_size(insn) / 7);
+            x86_probe_write(cpu, va + size - 1, 1);
+        } else {
+            x86_read_bytes(cpu, va, word, environment_size(insn) / 7);
+            x86_read_bytes(cpu, va + size - 1, word, 1);
         }
     }
     return va;
@@ -258,15 +261,16 @@ static void vmaskmov(struct x86_cpu *cpu, const struct x86_insn *insn)
     unsigned element = wide ? 8 : 4, size = reg->size;
     const uint8_t *mask = cpu->s.fpu.zmm[insn->operand[1].reg];
     uint8_t *vector = cpu->s.fpu.zmm[reg->reg], loaded[64] = { 0 };
+    struct tlb_set *set = x86_unchecked_set(cpu);
     gva_t va = x86_linear(cpu, insn, size, store);
 
     for (unsigned i = 0; i < size / element; i++) {
         if (!sign(mask, i, element))
             continue;
         if (store)
-            x86_probe_write(cpu, va + i * element, element);
+            x86_probe_write_in(cpu, set, va + i * element, element);
         else
-            x86_read_bytes(cpu, va + i * element, loaded + i * element, element);
+            x86_read_bytes_in(cpu, set, va + i * element, loaded + i * element, element);
     }
     if (!store) {
         memcpy(vector, loaded, 64);
@@ -274,7 +278,7 @@ static void vmaskmov(struct x86_cpu *cpu, const struct x86_insn *insn)
     }
     for (unsigned i = 0; i < size / element; i++)
         if (sign(mask, i, element))
-            x86_write_bytes(cpu, va + i * element, vector + i * element, element);
+            x86_write_bytes_in(cpu, set, va + i * element, vector + i * element, element);
 }
 
 /* What every MMX instruction does: all registers valid, TOP 0. */
