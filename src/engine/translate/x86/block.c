@@ -637,8 +637,9 @@ bool translate_block(struct translator *t, struct block *b)
             emit_end(x, NULL, op);
             break;
         }
-        if (x86_decode(&insn, b->host + offset, b->bytes - offset, 8, &gp)) {
-            emit_end(x, NULL, op);      /* raises #UD */
+        /* What is there now need not be what the ops were made from: another vCPU may be writing. */
+        if (x86_decode(&insn, b->host + offset, b->bytes - offset, 8, &gp) || insn.length != op->len) {
+            emit_end(x, NULL, op);
             break;
         }
         offset += insn.length;
