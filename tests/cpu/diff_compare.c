@@ -23,6 +23,7 @@
 #define VECTOR_GP 13
 #define VECTOR_PF 14
 #define FSW_ES 0x80u
+#define POINTER_MASK 0xffffffffffffull    /* how many bits above are kept depends on what the host has beside 48 */
 
 static const char *const gpr_name[16] = { "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
                                           "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15" };
@@ -85,8 +86,8 @@ static void compare_fpu(struct report *r, const struct x86_fpu *host, const stru
     number(r, "ftw", host->ftw, guest->ftw);
     if (host->fsw & guest->fsw & FSW_ES) {
         number(r, "fop", host->fop, guest->fop);
-        number(r, "fip", host->fip, guest->fip);
-        number(r, "fdp", host->fdp, guest->fdp);
+        number(r, "fip", host->fip & POINTER_MASK, guest->fip & POINTER_MASK);
+        number(r, "fdp", host->fdp & POINTER_MASK, guest->fdp & POINTER_MASK);
     }
     number(r, "mxcsr", host->mxcsr, guest->mxcsr);
 }
@@ -159,7 +160,7 @@ static bool undefined_at_end(const struct cpu_result *host, const struct cpu_res
            fetch->cr2 == CODE_BASE + CODE_SIZE;
 }
 
-/* The parts of an x87 image wrap at 4 GiB with 32-bit addresses, while other accesses go on above. */
+/* The parts of an image of x87 or extended state wrap at 4 GiB with 32-bit addresses, while other accesses go on above. */
 static bool image_wraps(const struct cpu_case *c, const struct cpu_result *host)
 {
     struct x86_insn insn;
@@ -171,9 +172,12 @@ static bool image_wraps(const struct cpu_case *c, const struct cpu_result *host)
             continue;
         switch (insn.mnemonic) {
         case ZYDIS_MNEMONIC_FNSAVE: case ZYDIS_MNEMONIC_FRSTOR: case ZYDIS_MNEMONIC_FNSTENV: case ZYDIS_MNEMONIC_FLDENV:
+        case ZYDIS_MNEMONIC_FXSAVE: case ZYDIS_MNEMONIC_FXRSTOR: case ZYDIS_MNEMONIC_FXSAVE64: case ZYDIS_MNEMONIC_FXRSTOR64:
+        case ZYDIS_MNEMONIC_XSAVE: case ZYDIS_MNEMONIC_XSAVE64: case ZYDIS_MNEMONIC_XSAVEOPT: case ZYDIS_MNEMONIC_XSAVEOPT64:
+        case ZYDIS_MNEMONIC_XSAVEC: case ZYDIS_MNEMONIC_XSAVEC64: case ZYDIS_MNEMONIC_XRSTOR: case ZYDIS_MNEMONIC_XRSTOR64:
             at = (insn.mem.base < 16 ? host->out.gpr[insn.mem.base] : 0) + (uint64_t)insn.mem.disp +
                  (insn.mem.index < 16 ? host->out.gpr[insn.mem.index] * insn.mem.scale : 0);
-            if (host->vector == VECTOR_PF && host->out.rip == CODE_BASE + c->start + c->insn[i].offset && (uint32_t)at > 0xfffff000)
+            if (host->vector == VECTOR_PF && host->out.rip == CODE_BASE + c->start + c->insn[i].offset && (uint32_t)at > 0xfffff000u - 4096)
                 return true;
         }
     }
@@ -213,6 +217,8 @@ bool compare_results(const struct cpu_case *c, const struct cpu_result *host, co
         if (host->vector == VECTOR_PF)
             number(&r, "cr2", host->cr2, guest->cr2);
     }
+    if (host->vector != guest->vector && (host->vector == VECTOR_PF || guest->vector == VECTOR_PF))
+        differ(&r, "  cr2      %016" PRIx64 "\n", host->vector == VECTOR_PF ? host->cr2 : guest->cr2);
     for (unsigned i = 0; i < 16; i++)
         number(&r, gpr_name[i], host->out.gpr[i], guest->out.gpr[i]);
     number(&r, "rip", host->out.rip, guest->out.rip);

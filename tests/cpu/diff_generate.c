@@ -437,13 +437,52 @@ static void encode_locked(struct generator *g, struct bytes *o)
         o->b[o->n - 13] &= 0x3f | (rng_percent(r, 50) ? 0x80 : 0x40);
 }
 
+/* Groups 15 and 9: images of the extended state, MXCSR, fences; CMPXCHG16B. */
+static void encode_state(struct generator *g, struct bytes *o)
+{
+    prefixes(g, o, 5, 5);
+    rex(g, o);
+    put(o, 0x0f);
+    put(o, rng_percent(&g->rng, 75) ? 0xae : 0xc7);
+    modrm(g, o);
+    if (rng_percent(&g->rng, 85))
+        o->b[o->n - 13] &= 0x3f | (rng_percent(&g->rng, 50) ? 0x80 : 0x40);
+}
+
+/* Gather and scatter: VSIB, which random bytes seldom make. */
+static void encode_vsib(struct generator *g, struct bytes *o)
+{
+    struct rng *r = &g->rng;
+    unsigned start;
+
+    if (rng_percent(r, 50)) {
+        encode_evex(g, o);
+        start = o->n - 14;
+        o->b[start - 3] = (uint8_t)((o->b[start - 3] & 0xf0) | 2);
+        o->b[start - 2] = (uint8_t)((o->b[start - 2] & 0x80) | 0x7d);
+        o->b[start - 1] = (uint8_t)((o->b[start - 1] & 0x68) | (1 + rng_below(r, 7)));
+        o->b[start] = (uint8_t)((rng_percent(r, 50) ? 0x90 : 0xa0) + rng_below(r, 4));
+    } else {
+        encode_vex(g, o);
+        start = o->n - 14;
+        if (start < 3 || o->b[start - 3] != 0xc4)
+            return;
+        o->b[start - 2] = (uint8_t)((o->b[start - 2] & 0xe0) | 2);
+        o->b[start - 1] = (uint8_t)((o->b[start - 1] & 0xfc) | 1);
+        o->b[start] = (uint8_t)(0x90 + rng_below(r, 4));
+    }
+    /* ModRM: memory with SIB. */
+    o->b[start + 1] = (uint8_t)((o->b[start + 1] & 0x38) | 4 | rng_below(r, 3) << 6);
+}
+
 static void encode(struct generator *g, struct bytes *o)
 {
     static const struct { void (*fn)(struct generator *, struct bytes *); unsigned weight; } spaces[] = {
         { encode_one_byte, 24 }, { encode_two_byte, 18 }, { encode_three_byte, 8 }, { encode_vex, 13 }, { encode_evex, 16 },
         { encode_x87, 9 }, { encode_string, 4 }, { encode_branch, 5 }, { encode_stack, 5 }, { encode_locked, 5 },
+        { encode_state, 3 }, { encode_vsib, 2 },
     };
-    unsigned at = rng_below(&g->rng, 107);
+    unsigned at = rng_below(&g->rng, 112);
 
     o->n = 0;
     for (unsigned i = 0;; i++) {

@@ -78,12 +78,12 @@ void x86_raise_non_canonical(struct x86_cpu *cpu, gva_t va)
         x86_raise_error(cpu, X86_GP, 0);
 
     bool through_ss = false;
-    if (insn.has_mem && !insn.mem.vsib_size && insn.mem.seg == SEG_SS) {
+    if (insn.has_mem && insn.mem.seg == SEG_SS) {
         /*
-         * Accesses of parts start a little after the operand's address; a bit offset in a register leads
-         * anywhere.
+         * Accesses of parts start a little after the operand's address; a bit offset in a register and a
+         * vector of indices lead anywhere.
          */
-        through_ss = tests_bits(&insn) || va - x86_effective(cpu, &insn) < MAX_BLOCK;
+        through_ss = tests_bits(&insn) || insn.mem.vsib_size || va - x86_effective(cpu, &insn) < MAX_BLOCK;
     }
     if (uses_stack(&insn)) {
         uint64_t base = insn.mnemonic == ZYDIS_MNEMONIC_LEAVE ? cpu->s.gpr[RBP] : cpu->s.gpr[RSP];

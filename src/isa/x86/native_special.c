@@ -385,8 +385,9 @@ static void gather_scatter(struct x86_cpu *cpu, const struct x86_insn *insn)
     struct x86_fpu *f = &cpu->s.fpu;
     struct vsib v;
     const struct x86_operand *reg;
+    struct tlb_set *set = x86_unchecked_set(cpu);
     uint8_t *vector, *vex_mask = NULL, index[64];
-    unsigned count, size;
+    unsigned count, size, width;
 
     vsib_form(insn, &v);
     reg = &insn->operand[v.scatter ? 1 : 0];
@@ -407,24 +408,25 @@ static void gather_scatter(struct x86_cpu *cpu, const struct x86_insn *insn)
         x86_raise(cpu, X86_UD);
     }
 
-    if (vex_mask)       /* a fault leaves whole elements of the mask set */
-        for (unsigned i = 0; i < count; i++)
-            memset(vex_mask + i * v.element, sign(vex_mask, i, v.element) ? 0xff : 0, v.element);
+    size = count * v.element;
+    width = MAX(reg->size, insn->mem.vsib_size);
     for (unsigned i = 0; i < count; i++) {
         uint8_t *element = vector + i * v.element;
+        bool wanted = vex_mask ? sign(vex_mask, i, v.element) : f->k[insn->mask_reg] >> i & 1;
 
-        if (vex_mask ? !sign(vex_mask, i, v.element) : !(f->k[insn->mask_reg] >> i & 1))
-            continue;
-        if (v.scatter)
-            x86_write_bytes(cpu, element_address(cpu, insn, &v, index, i), element, v.element);
-        else
-            x86_read_bytes(cpu, element_address(cpu, insn, &v, index, i), element, v.element);
+        if (wanted && v.scatter) {
+            x86_write_bytes_in(cpu, set, element_address(cpu, insn, &v, index, i), element, v.element);
+        } else if (wanted) {
+            x86_read_bytes_in(cpu, set, element_address(cpu, insn, &v, index, i), element, v.element);
+            /* What an EVEX instruction writes at all ends with the wider of its vectors. */
+            if (!vex_mask)
+                memset(vector + width, 0, 64 - width);
+        }
         if (vex_mask)
             memset(vex_mask + i * v.element, 0, v.element);
         else
             f->k[insn->mask_reg] &= ~(1ull << i);
     }
-    size = count * v.element;
     if (vex_mask)
         memset(vex_mask, 0, 64);
     else

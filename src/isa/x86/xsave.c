@@ -317,6 +317,17 @@ static uint32_t component_offset(unsigned i, uint64_t layout)
 
 /* ---- FXSAVE, FXRSTOR ---- */
 
+/* AMD's processors look for faults at certain bytes of an image first. */
+static void probe(struct x86_cpu *cpu, gva_t va, bool write)
+{
+    if (!cpu->amd)
+        return;
+    if (write)
+        x86_probe_write(cpu, va, 1);
+    else
+        x86_read8(cpu, va);
+}
+
 /* The address of the image, whose alignment is checked. */
 static gva_t image_address(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned size, unsigned align, bool write)
 {
@@ -324,6 +335,21 @@ static gva_t image_address(struct x86_cpu *cpu, const struct x86_insn *insn, uns
 
     if (va & (align - 1))
         x86_raise_error(cpu, X86_GP, 0);
+    return va;
+}
+
+/* FXSAVE's and FXRSTOR's. Where alignment is checked, AMD's processors look at the first word before the 16 bytes. */
+static gva_t fx_address(struct x86_cpu *cpu, const struct x86_insn *insn, bool write)
+{
+    gva_t va = x86_linear(cpu, insn, XSAVE_LEGACY_SIZE, write);
+
+    if (!x86_canonical(cpu, va) || !x86_canonical(cpu, va + 3))
+        x86_raise_non_canonical(cpu, va);
+    if (cpu->amd && cpu->tlb == &x86_checking_set && (va & 3))
+        x86_raise_error(cpu, X86_AC, 0);
+    if (va & 15)
+        x86_raise_error(cpu, X86_GP, 0);
+    probe(cpu, va + XSAVE_LEGACY_SIZE - 1, write);
     return va;
 }
 
@@ -339,7 +365,7 @@ void x86_insn_fxsave(struct x86_cpu *cpu, const struct x86_insn *insn)
 
     if (cpu->s.cr0 & (CR0_EM | CR0_TS))
         x86_raise(cpu, X86_NM);
-    va = image_address(cpu, insn, XSAVE_LEGACY_SIZE, 16, true);
+    va = fx_address(cpu, insn, true);
     put_x87(cpu, image, rex_w(insn));
     store_le32(image + 24, cpu->s.fpu.mxcsr);
     store_le32(image + 28, MXCSR_MASK);
@@ -355,7 +381,7 @@ void x86_insn_fxrstor(struct x86_cpu *cpu, const struct x86_insn *insn)
 
     if (cpu->s.cr0 & (CR0_EM | CR0_TS))
         x86_raise(cpu, X86_NM);
-    va = image_address(cpu, insn, XSAVE_LEGACY_SIZE, 16, false);
+    va = fx_address(cpu, insn, false);
     x86_read_bytes(cpu, va, image, sizeof(image));
     if (load_le32(image + 24) & ~MXCSR_MASK)
         x86_raise_error(cpu, X86_GP, 0);
@@ -404,6 +430,8 @@ static void xsave(struct x86_cpu *cpu, const struct x86_insn *insn, enum save_ki
     layout = compact ? rfbm | COMPACTED : 0;
     bytes = compact ? x86_xsave_compact_bytes(rfbm) : x86_xsave_standard_bytes(rfbm);
     va = image_address(cpu, insn, bytes, 64, true);
+    probe(cpu, va, true);
+    probe(cpu, va + bytes - 1, true);
     x86_probe_write(cpu, va, bytes);
 
     in_use = x86_xinuse(&cpu->s.fpu) & rfbm;
@@ -485,15 +513,22 @@ static void xrstor(struct x86_cpu *cpu, const struct x86_insn *insn, bool superv
     enabled = cpu->s.xcr0 | (supervisor ? cpu->s.xss : 0);
     rfbm = requested(cpu, enabled);
     va = image_address(cpu, insn, XSAVE_MIN_SIZE, 64, false);
+    probe(cpu, va, false);
+    probe(cpu, va + XSAVE_LEGACY_SIZE, false);
     x86_read_bytes(cpu, va, image, XSAVE_MIN_SIZE);
 
     bv = load_le64(header);
     layout = load_le64(header + 8);
     compact = (layout & COMPACTED) != 0;
+    if (!compact) {
+        if (layout != 0 || load_le64(header + 16) != 0)
+            gp(cpu);
+        probe(cpu, va + x86_xsave_standard_bytes(rfbm) - 1, false);
+    }
     if (compact) {
         if ((layout & ~COMPACTED & ~enabled) || (bv & ~layout) || !all_zero(header + 16, 48))
             gp(cpu);
-    } else if (supervisor || layout != 0 || load_le64(header + 16) != 0 || (bv & ~enabled)) {
+    } else if (supervisor || (bv & ~enabled)) {
         gp(cpu);
     }
     load = rfbm & bv;
