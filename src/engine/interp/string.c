@@ -14,6 +14,7 @@ struct walk {
     unsigned addr_size;
     unsigned seg;               /* source segment */
     bool plain;                 /* offsets are linear addresses, but for the source's base */
+    uint64_t last;              /* the last offset of a whole element: a flat segment ends at 4 GiB */
     bool pieces;                /* several elements at once, where they are plain RAM */
     bool down;
     uint64_t src_base;
@@ -23,14 +24,14 @@ static gva_t source(const struct walk *w)
 {
     uint64_t rsi = x86_get_gpr(w->cpu, RSI, w->addr_size);
 
-    return w->plain ? w->src_base + rsi : x86_seg_linear(w->cpu, w->seg, rsi, w->size, false);
+    return w->plain && rsi <= w->last ? w->src_base + rsi : x86_seg_linear(w->cpu, w->seg, rsi, w->size, false);
 }
 
 static gva_t destination(const struct walk *w, bool write)
 {
     uint64_t rdi = x86_get_gpr(w->cpu, RDI, w->addr_size);
 
-    return w->plain ? rdi : x86_seg_linear(w->cpu, SEG_ES, rdi, w->size, write);
+    return w->plain && rdi <= w->last ? rdi : x86_seg_linear(w->cpu, SEG_ES, rdi, w->size, write);
 }
 
 static void advance(const struct walk *w, unsigned reg, uint64_t elements)
@@ -198,9 +199,11 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
     enter_slow(cpu, op);
     if (cpu->code_size == 8) {
         w.plain = true;
+        w.last = UINT64_MAX;
         w.src_base = w.seg >= SEG_FS ? cpu->s.seg[w.seg].base : 0;
     } else {
         w.plain = cpu->flat && w.seg < SEG_FS;
+        w.last = UINT32_MAX - (w.size - 1u);
     }
     /* Alignment is checked for each element. */
     w.pieces = w.plain && !w.down && cpu->tlb != &x86_checking_set;

@@ -1,8 +1,8 @@
 /*
  * Stack instructions of any operand and stack size, decimal arithmetic, XLAT, SALC.
  *
- * Decimal adjustments follow the pseudo-code of the SDM; flags that they leave undefined (OF, and for
- * AAA and AAS also SF, ZF, PF) are set from the result, as processors do.
+ * Decimal adjustments follow the pseudo-code of the SDM. Flags that it leaves undefined are those of the addition or
+ * subtraction inside, of AL, or of AX for AAA and AAS: so AMD's processors, tried with every operand.
  */
 #include "base/util.h"
 #include "isa/x86/legacy.h"
@@ -112,50 +112,41 @@ static void xlat(struct x86_cpu *cpu, const struct x86_insn *insn)
     x86_set_gpr(cpu, RAX, x86_read8(cpu, x86_seg_linear(cpu, insn->mem.seg, offset, 1, false)), 1);
 }
 
-/* SF, ZF, PF as of AL; CF and AF as given; OF clear. */
-static void set_flags(struct x86_cpu *cpu, bool carry, bool adjust)
+/* The flags that ADD or SUB of these bytes leaves; AF and CF replaced as given. */
+static void set_flags(struct x86_cpu *cpu, uint16_t a, uint16_t b, bool subtract, unsigned bits, bool carry, bool adjust)
 {
-    uint8_t al = (uint8_t)cpu->s.gpr[RAX];
-    uint32_t f = 0x200;
+    uint32_t sign = 1u << (bits - 1), mask = (sign << 1) - 1, r = (subtract ? a - b : a + b) & mask;
+    uint32_t overflow = (subtract ? (a ^ b) & (a ^ r) : ~(uint32_t)(a ^ b) & (a ^ r)) & sign;
 
-    f |= al & 0x80 ? 0x8000u : 0;
-    f |= al == 0 ? 0x4000u : 0;
-    f |= __builtin_parity(al) ? 0 : 0x400u;
-    cpu->arith = f | (carry ? CF : 0) | (adjust ? AF : 0);
+    cpu->arith = 0x200 | (r & sign ? 0x8000u : 0) | (r == 0 ? 0x4000u : 0) | (__builtin_parity(r & 0xff) ? 0 : 0x400u) |
+                 (overflow ? 1 : 0) | (carry ? CF : 0) | (adjust ? AF : 0);
 }
 
-static void daa(struct x86_cpu *cpu, const struct x86_insn *insn)
-{
-    uint8_t al = (uint8_t)cpu->s.gpr[RAX];
-    bool low = (al & 15) > 9 || (cpu->arith & AF), high = al > 0x99 || (cpu->arith & CF);
-
-    x86_set_gpr(cpu, RAX, (uint8_t)(al + (low ? 6 : 0) + (high ? 0x60 : 0)), 1);
-    set_flags(cpu, high, low);
-}
-
-static void das(struct x86_cpu *cpu, const struct x86_insn *insn)
+static void decimal_adjust(struct x86_cpu *cpu, bool subtract)
 {
     uint8_t al = (uint8_t)cpu->s.gpr[RAX];
     bool low = (al & 15) > 9 || (cpu->arith & AF), high = al > 0x99 || (cpu->arith & CF);
-    bool borrow = high || (low && al < 6);
+    uint8_t by = (uint8_t)((low ? 6 : 0) + (high ? 0x60 : 0));
 
-    x86_set_gpr(cpu, RAX, (uint8_t)(al - (low ? 6 : 0) - (high ? 0x60 : 0)), 1);
-    set_flags(cpu, borrow, low);
+    x86_set_gpr(cpu, RAX, (uint8_t)(subtract ? al - by : al + by), 1);
+    set_flags(cpu, al, by, subtract, 8, high || (subtract && low && al < 6), low);
 }
 
-static void ascii_adjust(struct x86_cpu *cpu, int sign)
+static void daa(struct x86_cpu *cpu, const struct x86_insn *insn) { decimal_adjust(cpu, false); }
+static void das(struct x86_cpu *cpu, const struct x86_insn *insn) { decimal_adjust(cpu, true); }
+
+static void ascii_adjust(struct x86_cpu *cpu, bool subtract)
 {
     uint16_t ax = (uint16_t)cpu->s.gpr[RAX];
     bool adjust = (ax & 15) > 9 || (cpu->arith & AF);
+    uint16_t by = adjust ? 0x106 : 0;
 
-    if (adjust)
-        ax = (uint16_t)(ax + sign * 0x106);
-    x86_set_gpr(cpu, RAX, ax & 0xff0f, 2);
-    set_flags(cpu, adjust, adjust);
+    x86_set_gpr(cpu, RAX, (uint16_t)(subtract ? ax - by : ax + by) & 0xff0f, 2);
+    set_flags(cpu, ax, by, subtract, 16, adjust, adjust);
 }
 
-static void aaa(struct x86_cpu *cpu, const struct x86_insn *insn) { ascii_adjust(cpu, 1); }
-static void aas(struct x86_cpu *cpu, const struct x86_insn *insn) { ascii_adjust(cpu, -1); }
+static void aaa(struct x86_cpu *cpu, const struct x86_insn *insn) { ascii_adjust(cpu, false); }
+static void aas(struct x86_cpu *cpu, const struct x86_insn *insn) { ascii_adjust(cpu, true); }
 
 static void aam(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
@@ -164,15 +155,16 @@ static void aam(struct x86_cpu *cpu, const struct x86_insn *insn)
     if (base == 0)
         x86_raise(cpu, X86_DE);
     x86_set_gpr(cpu, RAX, (uint64_t)(al / base) << 8 | al % base, 2);
-    set_flags(cpu, false, false);
+    set_flags(cpu, al % base, 0, false, 8, false, false);
 }
 
 static void aad(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     uint16_t ax = (uint16_t)cpu->s.gpr[RAX];
+    uint8_t al = (uint8_t)ax, add = (uint8_t)((ax >> 8) * (uint8_t)insn->imm[0]);
 
-    x86_set_gpr(cpu, RAX, (uint8_t)((ax & 0xff) + (ax >> 8) * (uint8_t)insn->imm[0]), 2);
-    set_flags(cpu, false, false);
+    x86_set_gpr(cpu, RAX, (uint8_t)(al + add), 2);
+    set_flags(cpu, al, add, false, 8, al + add > 0xff, (al & 15) + (add & 15) > 15);
 }
 
 /* D6, undocumented and everywhere: AL = CF ? FF : 0. */
