@@ -102,7 +102,7 @@ static bool raises_simd(const struct x86_insn *insn)
     static const char *const stems[] = {
         "add", "sub", "mul", "div", "sqrt", "min", "max", "cmp", "comi", "ucomi", "cvt", "round", "rndscale", "dp",
         "hadd", "hsub", "fmadd", "fmsub", "fnmadd", "fnmsub", "fixup", "getexp", "getmant", "range", "reduce",
-        "scalef", "fcmadd", "fcmul", "fmul",
+        "scalef", "fcmadd", "fcmul", "fmul", "rcp", "rsqrt", "fpclass",
     };
     const char *name = ZydisMnemonicGetString((ZydisMnemonic)insn->mnemonic);
 
@@ -188,6 +188,11 @@ static uint8_t mask_repeats(const struct x86_insn *insn, const struct native_ins
     const char *name = ZydisMnemonicGetString((ZydisMnemonic)insn->mnemonic);
     unsigned in_memory = n->element ? n->mem_size / n->element : 0, in_register;
 
+    switch (insn->mnemonic) {
+    /* A mask of bytes, quadwords in memory: class E4NF, which Zydis does not know of. */
+    case ZYDIS_MNEMONIC_VGF2P8AFFINEQB: case ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB:
+        return 0;
+    }
     if (insn->broadcast)
         return insn->broadcast;
     if (!in_memory || d->kind != OPERAND_VEC || !d->element)
@@ -195,7 +200,7 @@ static uint8_t mask_repeats(const struct x86_insn *insn, const struct native_ins
     in_register = d->size / d->element;
     if (name && (strncmp(name, "vbroadcast", 10) == 0 || strncmp(name, "vpbroadcast", 11) == 0))
         return (uint8_t)(in_register / in_memory);
-    /* Scalars are one element in memory. Quadwords and bytes with a mask of bytes and words are read as a whole. */
+    /* Scalars are one element in memory. */
     return in_memory == 1 || in_memory == in_register;
 }
 
@@ -435,21 +440,29 @@ static void run(struct x86_cpu *cpu, const struct native_insn *n, void *mem)
         native_fx_store(cpu);
 }
 
-/* Only the elements that the mask names are touched, one by one. */
-static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n, gva_t va)
+/* The elements of the memory operand that the opmask wants, a bit for each. */
+static uint64_t wanted_elements(const struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n)
 {
-    uint8_t buf[64] = { 0 };
     unsigned count = n->mem_size / n->element;
-    uint64_t mask = cpu->s.fpu.k[insn->mask_reg];
+    uint64_t all = count < 64 ? (1ull << count) - 1 : ~0ull, mask = cpu->s.fpu.k[insn->mask_reg];
 
     if (n->compressed) {
         /* The mask counts elements of the register, which the memory holds side by side. */
-        unsigned ones = (unsigned)__builtin_popcountll(count < 64 ? mask & ((1ull << count) - 1) : mask);
+        unsigned ones = (unsigned)__builtin_popcountll(mask & all);
 
-        mask = ones < 64 ? (1ull << ones) - 1 : ~0ull;
+        return ones < 64 ? (1ull << ones) - 1 : ~0ull;
     }
     for (unsigned i = 1; i < n->repeats; i++)
         mask |= cpu->s.fpu.k[insn->mask_reg] >> (i * count);
+    return mask & all;
+}
+
+/* Only the elements that the mask names are touched, one by one. */
+static void run_masked(struct x86_cpu *cpu, const struct native_insn *n, gva_t va, uint64_t mask)
+{
+    uint8_t buf[64] = { 0 };
+    unsigned count = n->mem_size / n->element;
+
     for (unsigned i = 0; i < count; i++) {
         if (!(mask >> i & 1))
             continue;
@@ -468,10 +481,11 @@ static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const s
 static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n)
 {
     gva_t va = x86_linear(cpu, insn, n->mem_size, n->mem_write);
+    uint64_t wanted = n->masked ? wanted_elements(cpu, insn, n) : 1;
     uint8_t buf[256] __attribute__((aligned(64)));
     void *p;
 
-    if (unlikely(n->aligned && (va & (n->mem_size - 1u))))
+    if (unlikely(n->aligned && (va & (n->mem_size - 1u)) && wanted))
         x86_raise_error(cpu, X86_GP, 0);
     if (n->masked) {
         /* All of it there: nothing to suppress. Otherwise the faults of the elements decide. */
@@ -479,7 +493,7 @@ static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, co
         if (p && !n->compressed)
             run(cpu, n, p);
         else
-            run_masked(cpu, insn, n, va);
+            run_masked(cpu, n, va, wanted);
         return;
     }
     p = x86_host_pointer(cpu, va, n->mem_size, n->mem_write ? ACCESS_WRITE : ACCESS_READ);

@@ -520,16 +520,13 @@ static void xrstor(struct x86_cpu *cpu, const struct x86_insn *insn, bool superv
     bv = load_le64(header);
     layout = load_le64(header + 8);
     compact = (layout & COMPACTED) != 0;
-    if (!compact) {
-        if (layout != 0 || load_le64(header + 16) != 0)
-            gp(cpu);
-        probe(cpu, va + x86_xsave_standard_bytes(rfbm) - 1, false);
-    }
     if (compact) {
         if ((layout & ~COMPACTED & ~enabled) || (bv & ~layout) || !all_zero(header + 16, 48))
             gp(cpu);
-    } else if (supervisor || (bv & ~enabled)) {
-        gp(cpu);
+    } else {
+        if (supervisor || layout != 0 || load_le64(header + 16) != 0 || (bv & ~enabled))
+            gp(cpu);
+        probe(cpu, va + x86_xsave_standard_bytes(rfbm) - 1, false);
     }
     load = rfbm & bv;
     init = rfbm & ~bv;
