@@ -1043,7 +1043,7 @@ void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_
     c->start = (uint16_t)(place < 12 ? 4096 - rng_below(r, 48) : place < 14 ? CODE_SIZE - 1 - rng_below(r, 48)
                                                                           : FILL_ZONE + rng_below(r, 2048));
     g.use[RSP] = REG_KNOWN;
-    g.value[RSP] = any_stack(&g);
+    g.value[RSP] = truncate(any_stack(&g), c->code_size);
 
     count = how_many(&g);
     for (unsigned i = 0; i < count && c->bytes + ROOM < MAX_CODE && c->insns + 8u < MAX_INSNS; i++) {

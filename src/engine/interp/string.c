@@ -88,10 +88,10 @@ static uint64_t elements_ahead(const struct walk *w, gva_t va, unsigned reg)
 /* One element of each kind, or several where that is the same. Returns how many, at least 1, at most limit. */
 static uint64_t step_movs(const struct walk *w, uint64_t limit)
 {
-    gva_t src = source(w), dst = destination(w, true);
-    uint64_t n = 1;
+    gva_t src = source(w), dst = x86_get_gpr(w->cpu, RDI, w->addr_size);
+    uint64_t n = 1, v;
 
-    if (w->pieces && limit > 1) {
+    if (w->pieces && limit > 1 && dst <= w->last) {
         n = MIN(MIN(elements_ahead(w, src, RSI), elements_ahead(w, dst, RDI)), limit);
         if (n > 1) {
             uint64_t len = n * w->size;
@@ -105,7 +105,9 @@ static uint64_t step_movs(const struct walk *w, uint64_t limit)
         }
         n = 1;
     }
-    store(w->cpu, dst, load(w->cpu, src, w->size), w->size);
+    /* The source's page faults come before the destination's limit. */
+    v = load(w->cpu, src, w->size);
+    store(w->cpu, destination(w, true), v, w->size);
 done:
     advance(w, RSI, n);
     advance(w, RDI, n);

@@ -315,6 +315,10 @@ int x86_decode(struct x86_insn *insn, const uint8_t *memory, unsigned len, unsig
         for (unsigned i = 0; i < z.raw.prefix_count; i++)
             if (z.raw.prefixes[i].value == 0xf2 || z.raw.prefixes[i].value == 0xf3)
                 return -EINVAL;
+    /* There is no VPINSRQ or VPEXTRQ outside 64-bit mode, nor are they the D form then. */
+    if (code_size != 8 && z.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX && z.raw.vex.W &&
+        (z.mnemonic == ZYDIS_MNEMONIC_VPINSRD || z.mnemonic == ZYDIS_MNEMONIC_VPEXTRD))
+        return -EINVAL;
     count = z.operand_count;
     if (!ZYAN_SUCCESS(ZydisDecoderDecodeOperands(d, &context, &z, operand, (ZyanU8)count)))
         return -EINVAL;

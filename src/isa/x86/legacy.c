@@ -68,14 +68,17 @@ static void leave(struct x86_cpu *cpu, const struct x86_insn *insn)
 static void pusha(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     unsigned size = insn->op_size;
-    uint64_t rsp = cpu->s.gpr[RSP];
-    uint64_t lowest = x86_get_gpr(cpu, RSP, cpu->stack_size) - 8 * size;
+    uint64_t rsp = cpu->s.gpr[RSP], sp = x86_get_gpr(cpu, RSP, cpu->stack_size);
     static const uint8_t order[] = { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI };
 
-    /* All or nothing: the far end first. */
-    if (cpu->stack_size < 8)
-        lowest &= (1ull << (cpu->stack_size * 8)) - 1;
-    x86_probe_write(cpu, x86_seg_linear(cpu, SEG_SS, lowest, 8 * size, true), 8 * size);
+    /* All or nothing. */
+    for (unsigned i = 1; i <= ARRAY_SIZE(order); i++) {
+        uint64_t offset = sp - i * size;
+
+        if (cpu->stack_size < 8)
+            offset &= (1ull << (cpu->stack_size * 8)) - 1;
+        x86_probe_write(cpu, x86_seg_linear(cpu, SEG_SS, offset, size, true), size);
+    }
     for (unsigned i = 0; i < ARRAY_SIZE(order); i++)
         x86_push(cpu, order[i] == RSP ? rsp : cpu->s.gpr[order[i]], size);
 }

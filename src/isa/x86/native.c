@@ -458,44 +458,58 @@ static uint64_t wanted_elements(const struct x86_cpu *cpu, const struct x86_insn
 }
 
 /* Only the elements that the mask names are touched, one by one. */
-static void run_masked(struct x86_cpu *cpu, const struct native_insn *n, gva_t va, uint64_t mask)
+static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n, uint64_t mask)
 {
+    uint64_t offset = x86_effective(cpu, insn);
     uint8_t buf[64] = { 0 };
-    unsigned count = n->mem_size / n->element;
+    gva_t va[64];
 
-    for (unsigned i = 0; i < count; i++) {
+    for (unsigned i = 0; i < n->mem_size / n->element; i++) {
         if (!(mask >> i & 1))
             continue;
+        va[i] = x86_seg_linear(cpu, insn->mem.seg, offset + i * n->element, n->element, n->mem_write);
         if (n->mem_write)
-            x86_probe_write(cpu, va + i * n->element, n->element);
+            x86_probe_write(cpu, va[i], n->element);
         if (n->mem_read || n->mem_write)
-            x86_read_bytes(cpu, va + i * n->element, buf + i * n->element, n->element);
+            x86_read_bytes(cpu, va[i], buf + i * n->element, n->element);
     }
     run(cpu, n, buf);
     if (n->mem_write)
-        for (unsigned i = 0; i < count; i++)
-            if (mask >> i & 1)
-                x86_write_bytes(cpu, va + i * n->element, buf + i * n->element, n->element);
+        for (uint64_t left = mask; left; left &= left - 1) {
+            unsigned i = (unsigned)__builtin_ctzll(left);
+
+            x86_write_bytes(cpu, va[i], buf + i * n->element, n->element);
+        }
 }
 
 static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n)
 {
-    gva_t va = x86_linear(cpu, insn, n->mem_size, n->mem_write);
     uint64_t wanted = n->masked ? wanted_elements(cpu, insn, n) : 1;
     uint8_t buf[256] __attribute__((aligned(64)));
+    gva_t va;
     void *p;
 
-    if (unlikely(n->aligned && (va & (n->mem_size - 1u)) && wanted))
-        x86_raise_error(cpu, X86_GP, 0);
+    /* Before segment limits. */
+    if (n->aligned && wanted) {
+        bool based = cpu->code_size != 8 || insn->mem.seg >= SEG_FS;
+
+        va = x86_effective(cpu, insn) + (based ? cpu->s.seg[insn->mem.seg].base : 0);
+        if (unlikely(va & (n->mem_size - 1u)))
+            x86_raise_error(cpu, X86_GP, 0);
+    }
     if (n->masked) {
         /* All of it there: nothing to suppress. Otherwise the faults of the elements decide. */
-        p = tlb_lookup(cpu->tlb, va, n->mem_size, n->mem_write ? TLB_WRITE : TLB_READ);
-        if (p && !n->compressed)
+        p = NULL;
+        if (cpu->code_size == 8 && !n->compressed)
+            p = tlb_lookup(cpu->tlb, x86_linear(cpu, insn, n->mem_size, n->mem_write), n->mem_size,
+                           n->mem_write ? TLB_WRITE : TLB_READ);
+        if (p)
             run(cpu, n, p);
         else
-            run_masked(cpu, n, va, wanted);
+            run_masked(cpu, insn, n, wanted);
         return;
     }
+    va = x86_linear(cpu, insn, n->mem_size, n->mem_write);
     p = x86_host_pointer(cpu, va, n->mem_size, n->mem_write ? ACCESS_WRITE : ACCESS_READ);
     if (likely(p != NULL)) {
         run(cpu, n, p);

@@ -262,15 +262,17 @@ static void vmaskmov(struct x86_cpu *cpu, const struct x86_insn *insn)
     const uint8_t *mask = cpu->s.fpu.zmm[insn->operand[1].reg];
     uint8_t *vector = cpu->s.fpu.zmm[reg->reg], loaded[64] = { 0 };
     struct tlb_set *set = x86_unchecked_set(cpu);
-    gva_t va = x86_linear(cpu, insn, size, store);
+    uint64_t offset = x86_effective(cpu, insn);
+    gva_t va[8];
 
     for (unsigned i = 0; i < size / element; i++) {
         if (!sign(mask, i, element))
             continue;
+        va[i] = x86_seg_linear(cpu, insn->mem.seg, offset + i * element, element, store);
         if (store)
-            x86_probe_write_in(cpu, set, va + i * element, element);
+            x86_probe_write_in(cpu, set, va[i], element);
         else
-            x86_read_bytes_in(cpu, set, va + i * element, loaded + i * element, element);
+            x86_read_bytes_in(cpu, set, va[i], loaded + i * element, element);
     }
     if (!store) {
         memcpy(vector, loaded, 64);
@@ -278,7 +280,7 @@ static void vmaskmov(struct x86_cpu *cpu, const struct x86_insn *insn)
     }
     for (unsigned i = 0; i < size / element; i++)
         if (sign(mask, i, element))
-            x86_write_bytes_in(cpu, set, va + i * element, vector + i * element, element);
+            x86_write_bytes_in(cpu, set, va[i], vector + i * element, element);
 }
 
 /* What every MMX instruction does: all registers valid, TOP 0. */
@@ -309,12 +311,11 @@ static void maskmov_bytes(struct x86_cpu *cpu, const struct x86_insn *insn)
         unsigned reg = insn->operand[operand].reg;
         memcpy(i ? mask : vector, mmx ? cpu->s.fpu.st[(reg - top) & 7] : cpu->s.fpu.zmm[reg], size);
     }
+    if (cpu->amd && mmx)
+        enter_mmx(&cpu->s.fpu);
     va = x86_seg_linear(cpu, insn->mem.seg, x86_get_gpr(cpu, RDI, insn->addr_size), size, true);
-    if (cpu->amd) {
-        if (mmx)
-            enter_mmx(&cpu->s.fpu);
+    if (cpu->amd)
         x86_probe_write(cpu, va, size);
-    }
     for (unsigned i = 0; i < size; i++)
         if (mask[i] >> 7)
             x86_probe_write(cpu, va + i, 1);

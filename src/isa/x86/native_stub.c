@@ -166,6 +166,49 @@ static void mask_p(struct emitter *e, unsigned opcode, unsigned reg)
 
 static bool names_rsp(const struct x86_operand *o) { return o->kind == OPERAND_GPR && o->reg == RSP; }
 
+/* W chooses between 32 and 64-bit integers, where there are 64-bit ones. */
+static bool w_is_size(const struct x86_insn *insn)
+{
+    for (unsigned i = 0; i < insn->operands; i++)
+        if (insn->operand[i].kind == OPERAND_GPR)
+            return true;
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_VCVTSI2SS: case ZYDIS_MNEMONIC_VCVTSI2SD: case ZYDIS_MNEMONIC_VCVTUSI2SS:
+    case ZYDIS_MNEMONIC_VCVTUSI2SD: case ZYDIS_MNEMONIC_VMOVD: case ZYDIS_MNEMONIC_VPINSRD: case ZYDIS_MNEMONIC_VPEXTRD:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* A register in the immediate. */
+static bool is4_operand(const struct x86_insn *insn)
+{
+    for (unsigned i = 0; i < insn->operands; i++)
+        if (insn->operand[i].encoding == ZYDIS_OPERAND_ENCODING_IS4)
+            return true;
+    return false;
+}
+
+/* Guest code that is not 64-bit, to run in 64-bit mode: what is ignored there gets the value without effect. */
+static void widen_vex(const struct x86_insn *insn, uint8_t *prefix)
+{
+    if (insn->has_evex) {
+        prefix[1] |= 0xf0;
+        prefix[2] |= 0x40;
+        prefix[3] |= 8;
+        if (w_is_size(insn))
+            prefix[2] &= 0x7f;
+    } else if (insn->vex_size == 3) {
+        prefix[1] |= 0xe0;
+        prefix[2] |= 0x40;
+        if (w_is_size(insn))
+            prefix[2] &= 0x7f;
+    } else {
+        prefix[1] |= 0xc0;
+    }
+}
+
 /* Copies the instruction; memory operand → [m], RSP as an explicit operand → t. m, t below 8 or NONE. */
 static void copy_insn(struct emitter *e, const struct x86_insn *insn, unsigned m, unsigned t)
 {
@@ -204,6 +247,8 @@ static void copy_insn(struct emitter *e, const struct x86_insn *insn, unsigned m
             if (insn->has_evex)
                 out[start + 3] |= 0x08;
         }
+        if (insn->code_size != 8)
+            widen_vex(insn, out + start);
         if (rsp_v)                              /* inverted vvvv */
             out[start + size - (insn->has_evex ? 2 : 1)] =
                 (uint8_t)((out[start + size - (insn->has_evex ? 2 : 1)] & ~0x78) | (~t & 15) << 3);
@@ -234,6 +279,8 @@ static void copy_insn(struct emitter *e, const struct x86_insn *insn, unsigned m
         memcpy(out + n, insn->bytes + insn->length - insn->imm_size, insn->imm_size);
         n += insn->imm_size;
     }
+    if (insn->code_size != 8 && is4_operand(insn))
+        out[n - 1] &= 0x7f;
     for (unsigned i = 0; i < n; i++)
         byte(e, out[i]);
 }

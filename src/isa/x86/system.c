@@ -277,22 +277,16 @@ void x86_insn_enter(struct x86_cpu *cpu, const struct x86_insn *insn)
 void x86_insn_bound(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     unsigned size = insn->op_size;
-    gva_t va = x86_linear(cpu, insn, 2 * size, false);
-    int32_t index, low, high;
+    uint64_t offset = x86_effective(cpu, insn), mask = insn->addr_size == 2 ? 0xffff : UINT32_MAX;
+    int32_t index = (int32_t)x86_get_gpr(cpu, insn->operand[0].reg, size), bound[2];
 
-    if (size == 2) {
-        uint32_t bounds = x86_read32(cpu, va);
+    for (unsigned i = 0; i < 2; i++) {
+        gva_t va = x86_seg_linear(cpu, insn->mem.seg, (offset + i * size) & mask, size, false);
 
-        index = (int16_t)x86_get_gpr(cpu, insn->operand[0].reg, 2);
-        low = (int16_t)bounds;
-        high = (int16_t)(bounds >> 16);
-    } else {
-        uint64_t bounds = x86_read64(cpu, va);
-
-        index = (int32_t)x86_get_gpr(cpu, insn->operand[0].reg, 4);
-        low = (int32_t)bounds;
-        high = (int32_t)(bounds >> 32);
+        bound[i] = size == 2 ? (int16_t)x86_read16(cpu, va) : (int32_t)x86_read32(cpu, va);
     }
-    if (index < low || index > high)
+    if (size == 2)
+        index = (int16_t)index;
+    if (index < bound[0] || index > bound[1])
         x86_raise(cpu, X86_BR);
 }
