@@ -124,6 +124,11 @@ static void compare_data(struct report *r, const struct cpu_result *host, const 
 
 static bool canonical(uint64_t va) { return (uint64_t)((int64_t)(va << 16) >> 16) == va; }
 
+static int64_t sign_extended(uint64_t v, unsigned size)
+{
+    return size == 8 ? (int64_t)v : size == 4 ? (int32_t)v : (int16_t)v;
+}
+
 /*
  * AMD's processors also want the offset inside FS and GS to be canonical, before the base is added. The engines check what the
  * architecture says, the linear address.
@@ -133,6 +138,7 @@ static bool offset_not_canonical(const struct cpu_case *c, const struct cpu_resu
     const struct cpu_view *v = &host->out;
     struct x86_insn insn;
     uint64_t at = v->rip - CODE_BASE - c->start, offset;
+    unsigned size = 1;
     bool gp;
 
     if (host->vector != VECTOR_GP || c->code_size != 8 || at >= c->bytes)
@@ -146,7 +152,15 @@ static bool offset_not_canonical(const struct cpu_case *c, const struct cpu_resu
         offset += v->gpr[insn.mem.base];
     if (insn.mem.index < 16 && !insn.mem.vsib_size)
         offset += v->gpr[insn.mem.index] * insn.mem.scale;
-    return !canonical(offset);
+    for (unsigned i = 0; i < insn.operands; i++)
+        if (insn.operand[i].kind == OPERAND_MEM && insn.operand[i].size)
+            size = insn.operand[i].size;
+    switch (insn.mnemonic) {    /* a bit offset counts */
+    case ZYDIS_MNEMONIC_BT: case ZYDIS_MNEMONIC_BTS: case ZYDIS_MNEMONIC_BTR: case ZYDIS_MNEMONIC_BTC:
+        if (insn.operand[1].kind == OPERAND_GPR)
+            offset += (uint64_t)(sign_extended(v->gpr[insn.operand[1].reg], size) >> 3) & -(uint64_t)size;
+    }
+    return !canonical(offset) || !canonical(offset + size - 1);
 }
 
 /* Where the mapped code ends, what comes first: that the bytes so far are no instruction, or that there are no more. */
@@ -186,6 +200,7 @@ static bool made_of_parts(uint16_t mnemonic)
     case ZYDIS_MNEMONIC_FXSAVE: case ZYDIS_MNEMONIC_FXRSTOR: case ZYDIS_MNEMONIC_FXSAVE64: case ZYDIS_MNEMONIC_FXRSTOR64:
     case ZYDIS_MNEMONIC_FBLD: case ZYDIS_MNEMONIC_FBSTP: case ZYDIS_MNEMONIC_FLD: case ZYDIS_MNEMONIC_FSTP:
     case ZYDIS_MNEMONIC_XRSTOR: case ZYDIS_MNEMONIC_XRSTOR64:
+    case ZYDIS_MNEMONIC_MASKMOVQ: case ZYDIS_MNEMONIC_MASKMOVDQU: case ZYDIS_MNEMONIC_VMASKMOVDQU:
         return true;
     default:
         return stores_state(mnemonic);

@@ -865,6 +865,10 @@ static bool emit_invalid(struct generator *g)
     encode(g, &o);
     if (x86_decode(&insn, o.b, X86_MAX_INSN, g->c->code_size, &gp) != -22 || gp)
         return false;
+    /* Instructions of virtualization, which depend on what is below this host. */
+    for (unsigned i = 0; i < 5; i++)
+        if (o.b[i] == 0x0f && o.b[i + 1] == 0x01)
+            return false;
     append(g, o.b, X86_MAX_INSN, ZYDIS_MNEMONIC_INVALID);
     return true;
 }

@@ -65,22 +65,34 @@ static void leave(struct x86_cpu *cpu, const struct x86_insn *insn)
     x86_set_gpr(cpu, RBP, value, size);
 }
 
+/*
+ * A fault in the middle of PUSHA or POPA leaves RSP as it was. What has been pushed or popped by then stays on AMD's
+ * processors; others look ahead.
+ */
+static gva_t all_linear(struct x86_cpu *cpu, uint64_t offset, unsigned size, bool write)
+{
+    if (cpu->stack_size < 8)
+        offset &= (1ull << (cpu->stack_size * 8)) - 1;
+    return x86_seg_linear(cpu, SEG_SS, offset, size, write);
+}
+
 static void pusha(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
-    unsigned size = insn->op_size;
-    uint64_t rsp = cpu->s.gpr[RSP], sp = x86_get_gpr(cpu, RSP, cpu->stack_size);
     static const uint8_t order[] = { RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI };
+    unsigned size = insn->op_size;
+    uint64_t sp = x86_get_gpr(cpu, RSP, cpu->stack_size);
 
-    /* All or nothing. */
-    for (unsigned i = 1; i <= ARRAY_SIZE(order); i++) {
-        uint64_t offset = sp - i * size;
+    for (unsigned i = 1; i <= ARRAY_SIZE(order) && !cpu->amd; i++)
+        x86_probe_write(cpu, all_linear(cpu, sp - i * size, size, true), size);
+    for (unsigned i = 0; i < ARRAY_SIZE(order); i++) {
+        gva_t va = all_linear(cpu, sp - (i + 1) * size, size, true);
 
-        if (cpu->stack_size < 8)
-            offset &= (1ull << (cpu->stack_size * 8)) - 1;
-        x86_probe_write(cpu, x86_seg_linear(cpu, SEG_SS, offset, size, true), size);
+        if (size == 2)
+            x86_write16(cpu, va, (uint16_t)cpu->s.gpr[order[i]]);
+        else
+            x86_write32(cpu, va, (uint32_t)cpu->s.gpr[order[i]]);
     }
-    for (unsigned i = 0; i < ARRAY_SIZE(order); i++)
-        x86_push(cpu, order[i] == RSP ? rsp : cpu->s.gpr[order[i]], size);
+    x86_set_gpr(cpu, RSP, sp - 8 * size, cpu->stack_size);
 }
 
 static void popa(struct x86_cpu *cpu, const struct x86_insn *insn)
@@ -91,15 +103,13 @@ static void popa(struct x86_cpu *cpu, const struct x86_insn *insn)
     uint64_t sp = x86_get_gpr(cpu, RSP, cpu->stack_size);
 
     for (unsigned i = 0; i < ARRAY_SIZE(order); i++) {
-        uint64_t offset = sp + i * size;
-        gva_t va;
+        gva_t va = all_linear(cpu, sp + i * size, size, false);
 
-        if (cpu->stack_size < 8)
-            offset &= (1ull << (cpu->stack_size * 8)) - 1;
-        va = x86_seg_linear(cpu, SEG_SS, offset, size, false);
         value[i] = size == 2 ? x86_read16(cpu, va) : x86_read32(cpu, va);
+        if (cpu->amd && order[i] != RSP)
+            x86_set_gpr(cpu, order[i], value[i], size);
     }
-    for (unsigned i = 0; i < ARRAY_SIZE(order); i++)
+    for (unsigned i = 0; i < ARRAY_SIZE(order) && !cpu->amd; i++)
         if (order[i] != RSP)
             x86_set_gpr(cpu, order[i], value[i], size);
     x86_set_gpr(cpu, RSP, sp + 8 * size, cpu->stack_size);

@@ -189,8 +189,8 @@ static uint8_t mask_repeats(const struct x86_insn *insn, const struct native_ins
     unsigned in_memory = n->element ? n->mem_size / n->element : 0, in_register;
 
     switch (insn->mnemonic) {
-    /* A mask of bytes, quadwords in memory: class E4NF, which Zydis does not know of. */
-    case ZYDIS_MNEMONIC_VGF2P8AFFINEQB: case ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB:
+    /* Class E4NF, which Zydis does not know of: the mask does not go by elements of the memory operand. */
+    case ZYDIS_MNEMONIC_VGF2P8AFFINEQB: case ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB: case ZYDIS_MNEMONIC_VCVTNE2PS2BF16:
         return 0;
     }
     if (insn->broadcast)
@@ -200,8 +200,23 @@ static uint8_t mask_repeats(const struct x86_insn *insn, const struct native_ins
     in_register = d->size / d->element;
     if (name && (strncmp(name, "vbroadcast", 10) == 0 || strncmp(name, "vpbroadcast", 11) == 0))
         return (uint8_t)(in_register / in_memory);
+    /* Conversions to narrower elements can leave half of the register. */
+    if (d->element * 2u == n->element && in_memory * 2 == in_register)
+        return 1;
     /* Scalars are one element in memory. */
     return in_memory == 1 || in_memory == in_register;
+}
+
+/* What one mask bit stands for in memory. Zydis gives extracted quadwords as doublewords. */
+static uint8_t mask_element(const struct x86_insn *insn, const struct x86_operand *o)
+{
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_VEXTRACTF64X2: case ZYDIS_MNEMONIC_VEXTRACTF64X4: case ZYDIS_MNEMONIC_VEXTRACTI64X2:
+    case ZYDIS_MNEMONIC_VEXTRACTI64X4:
+        return 8;
+    default:
+        return o->element;
+    }
 }
 
 static void describe(struct native_insn *n, const struct x86_insn *insn)
@@ -224,7 +239,7 @@ static void describe(struct native_insn *n, const struct x86_insn *insn)
         n->mem_size = (uint8_t)MIN(o->size, 255);
         n->mem_read = o->read;
         n->mem_write = o->write;
-        n->element = o->element;
+        n->element = mask_element(insn, o);
     }
     if (insn->has_mem) {
         n->aligned = must_be_aligned(insn, n->kind, n->mem_size);
@@ -461,7 +476,7 @@ static uint64_t wanted_elements(const struct x86_cpu *cpu, const struct x86_insn
 static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n, uint64_t mask)
 {
     uint64_t offset = x86_effective(cpu, insn);
-    uint8_t buf[64] = { 0 };
+    uint8_t buf[64] __attribute__((aligned(64))) = { 0 };
     gva_t va[64];
 
     for (unsigned i = 0; i < n->mem_size / n->element; i++) {
@@ -482,10 +497,32 @@ static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const s
         }
 }
 
+/* Where the operand is not all plain RAM in one page. */
+static __attribute__((noinline, cold)) void run_bounced(struct x86_cpu *cpu, const struct x86_insn *insn,
+                                                        const struct native_insn *n, gva_t va)
+{
+    uint8_t buf[256] __attribute__((aligned(64))) = { 0 };
+
+    /* AMD's processors take 80 bits in two parts. */
+    if (cpu->amd && n->mem_size == 10) {
+        if (n->mem_write)
+            x86_probe_write(cpu, va, 8);
+        else
+            x86_read_bytes(cpu, va, buf, 8);
+    }
+    if (n->mem_write)
+        x86_probe_write(cpu, va, n->mem_size);
+    /* What is not stored stays: masked elements, and everything when x87 raises. */
+    if (n->mem_read || n->kind == NATIVE_X87 || insn->mask_reg)
+        x86_read_bytes(cpu, va, buf, n->mem_size);
+    run(cpu, n, buf);
+    if (n->mem_write)
+        x86_write_bytes(cpu, va, buf, n->mem_size);
+}
+
 static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n)
 {
     uint64_t wanted = n->masked ? wanted_elements(cpu, insn, n) : 1;
-    uint8_t buf[256] __attribute__((aligned(64)));
     gva_t va;
     void *p;
 
@@ -511,17 +548,10 @@ static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, co
     }
     va = x86_linear(cpu, insn, n->mem_size, n->mem_write);
     p = x86_host_pointer(cpu, va, n->mem_size, n->mem_write ? ACCESS_WRITE : ACCESS_READ);
-    if (likely(p != NULL)) {
+    if (likely(p != NULL))
         run(cpu, n, p);
-        return;
-    }
-    if (n->mem_write)
-        x86_probe_write(cpu, va, n->mem_size);
-    if (n->mem_read || n->kind == NATIVE_X87)   /* an x87 store that raises may leave memory as it was */
-        x86_read_bytes(cpu, va, buf, n->mem_size);
-    run(cpu, n, buf);
-    if (n->mem_write)
-        x86_write_bytes(cpu, va, buf, n->mem_size);
+    else
+        run_bounced(cpu, insn, n, va);
 }
 
 void native_execute(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n)

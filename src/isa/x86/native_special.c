@@ -187,6 +187,15 @@ static void reset_x87(struct x86_fpu *f)
     f->fcs = f->fds = 0;
 }
 
+/* FNINIT forgets the pointers as well, which a stub would not show. */
+static void fninit(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    unsigned top = cpu->s.fpu.fsw >> 11 & 7;
+
+    reset_x87(&cpu->s.fpu);
+    restack(&cpu->s.fpu, top);
+}
+
 /* The images of FNSAVE and FRSTOR are in stack order, too. */
 static void fnsave(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
@@ -314,7 +323,7 @@ static void maskmov_bytes(struct x86_cpu *cpu, const struct x86_insn *insn)
     if (cpu->amd && mmx)
         enter_mmx(&cpu->s.fpu);
     va = x86_seg_linear(cpu, insn->mem.seg, x86_get_gpr(cpu, RDI, insn->addr_size), size, true);
-    if (cpu->amd)
+    if (cpu->amd)               /* the whole location, whatever the mask, its alignment too */
         x86_probe_write(cpu, va, size);
     for (unsigned i = 0; i < size; i++)
         if (mask[i] >> 7)
@@ -441,6 +450,7 @@ native_special_fn *native_special(const struct x86_insn *insn)
     struct vsib v;
 
     switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_FNINIT: return fninit;
     case ZYDIS_MNEMONIC_FNSTENV: return fnstenv;
     case ZYDIS_MNEMONIC_FLDENV: return fldenv;
     case ZYDIS_MNEMONIC_FNSAVE: return fnsave;

@@ -150,9 +150,20 @@ void x86_insn_prefetch(struct x86_cpu *cpu, const struct x86_insn *insn)
 void x86_insn_clzero(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     static const uint8_t zero[64];
-    unsigned size = insn->addr_size;
+    unsigned size = insn->addr_size, seg = SEG_DS;
 
-    x86_write_bytes(cpu, x86_seg_linear(cpu, insn->mem.seg, x86_get_gpr(cpu, RAX, size) & ~63ull, 64, true), zero, 64);
+    /* Its memory operand is not one that the decoder knows of. */
+    for (unsigned i = 0; i < insn->prefix_count; i++) {
+        switch (insn->bytes[i]) {
+        case 0x26: seg = insn->code_size == 8 ? seg : SEG_ES; break;
+        case 0x2e: seg = insn->code_size == 8 ? seg : SEG_CS; break;
+        case 0x36: seg = insn->code_size == 8 ? seg : SEG_SS; break;
+        case 0x3e: seg = insn->code_size == 8 ? seg : SEG_DS; break;
+        case 0x64: seg = SEG_FS; break;
+        case 0x65: seg = SEG_GS; break;
+        }
+    }
+    x86_write_bytes(cpu, x86_seg_linear(cpu, seg, x86_get_gpr(cpu, RAX, size) & ~63ull, 64, true), zero, 64);
 }
 
 /* ---- hypercalls: Linux, Documentation/virt/kvm/x86/hypercalls.rst ---- */
