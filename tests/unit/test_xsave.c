@@ -375,7 +375,7 @@ static void faults(void **state)
     assert_int_equal(RUN(g, XSAVE64, ALL), -1);
     s->gpr[RBX] = MIB(4) - 512;                         /* the header is in a page that is not there */
     assert_int_equal(RUN(g, XSAVE64, ALL), X86_PF);
-    assert_int_equal(s->cr2, MIB(4));
+    assert_int_equal(s->cr2 & GUEST_PAGE_MASK, MIB(4)); /* which byte of it depends on the processor's make */
     assert_int_equal(RUN(g, XRSTOR64, ALL), X86_PF);
 }
 
