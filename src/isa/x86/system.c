@@ -151,6 +151,7 @@ void x86_insn_clzero(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     static const uint8_t zero[64];
     unsigned size = insn->addr_size, seg = SEG_DS;
+    gva_t va;
 
     /* Its memory operand is not one that the decoder knows of. */
     for (unsigned i = 0; i < insn->prefix_count; i++) {
@@ -163,7 +164,8 @@ void x86_insn_clzero(struct x86_cpu *cpu, const struct x86_insn *insn)
         case 0x65: seg = SEG_GS; break;
         }
     }
-    x86_write_bytes(cpu, x86_seg_linear(cpu, seg, x86_get_gpr(cpu, RAX, size) & ~63ull, 64, true), zero, 64);
+    va = x86_seg_linear(cpu, seg, x86_get_gpr(cpu, RAX, size), 1, true);
+    x86_write_bytes(cpu, va & ~63ull, zero, 64);
 }
 
 /* ---- hypercalls: Linux, Documentation/virt/kvm/x86/hypercalls.rst ---- */
