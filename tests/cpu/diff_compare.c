@@ -270,19 +270,8 @@ static bool undefined_but_done(const struct cpu_case *c, const struct cpu_result
     return c->code[at] == 0xc4 && (c->code[at + 1] & 0x1f) == 3 && !(c->code[at + 2] & 0x80) && c->code[at + 3] <= 1;
 }
 
-/*
- * A random address that hit what the kernel has put at the top of the host process (stack, vDSO): mapped there, not
- * in the guest.
- */
-static bool hit_host_process(const struct cpu_result *guest)
-{
-    return guest->vector == 14 && guest->cr2 >= 0x7fff00000000 && guest->cr2 < 0x800000000000;
-}
-
 const char *known_difference(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest)
 {
-    if (hit_host_process(guest))
-        return "memory of the host's own process";
     if (offset_not_canonical(c, host))
         return "non-canonical offset in FS or GS";
     if (undefined_at_end(host, guest))

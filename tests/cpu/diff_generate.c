@@ -541,6 +541,9 @@ static bool acceptable(const struct generator *g, const struct x86_insn *insn)
     }
     if (x86_classify(insn) != X86_INNOCUOUS && !user_visible(insn))
         return false;
+    /* A Zen 5 broadcasts RSP as it was before the POP in front. */
+    if (insn->has_evex && insn->operands > 1 && insn->operand[1].kind == OPERAND_GPR && insn->operand[1].reg == RSP)
+        return false;
     if (!host_model || !x86_model_has_insn(host_model, insn))
         return false;
     if (g->options->only) {

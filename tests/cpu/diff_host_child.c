@@ -6,7 +6,7 @@
  * enters it. So state is loaded and read by the kernel, exactly and completely, for two kernel entries a case.
  *
  * System calls are forbidden to the cases by a filter; a timer finds endless loops. Of this process's memory a case can reach
- * everything, but it does not know where it is.
+ * everything, but it does not know where it is; what lies at the top, where interesting addresses are, is unmapped.
  */
 #include "diff_host.h"
 
@@ -29,6 +29,7 @@
 #define SELECTOR_CODE64 0x33
 #define SELECTOR_CODE32 0x23
 #define SELECTOR_DATA 0x2b
+#define USER_END 0x800000000000ul
 #define FRAME_KERNEL_BYTES 464  /* of the legacy area: what follows up to 512 is the kernel's */
 
 static struct host_shared *shared;
@@ -36,6 +37,10 @@ static uint8_t *code_view, *data_view;
 static uint32_t position;       /* slot that runs; count: none */
 static uint32_t tick_position = UINT32_MAX;
 static uint8_t alternate_stack[256 * 1024] __attribute__((aligned(64)));
+
+/* Mappings above the libraries, where random addresses like to be: the first stack, vDSO and its data. */
+static struct range { uint64_t start, end; } top[16];
+static unsigned tops;
 
 /* Of the interrupted case, and this process's own; used by the entry below. */
 uint64_t host_case_fs, host_case_gs, host_own_fs, host_own_gs;
@@ -182,7 +187,9 @@ static void forbid_system_calls(void)
 
 void host_handle(int number, siginfo_t *info, ucontext_t *u)
 {
-    if (number == SIGUSR1) {            /* from ourselves: the beginning */
+    if (number == SIGUSR1) {            /* from ourselves: the beginning; nothing returns to the first stack */
+        for (unsigned i = 0; i < tops; i++)
+            munmap((void *)top[i].start, top[i].end - top[i].start);
         forbid_system_calls();
         shared->image_size = frame_image_size(u);
         position = shared->count = 0;
@@ -204,6 +211,22 @@ void host_handle(int number, siginfo_t *info, ucontext_t *u)
 }
 
 /* ---- setting up ---- */
+
+static void find_top(void)
+{
+    FILE *maps = fopen("/proc/self/maps", "re");
+    char line[512];
+
+    while (maps && fgets(line, sizeof(line), maps) && tops < sizeof(top) / sizeof(top[0])) {
+        if (!strstr(line, "[stack]") && !strstr(line, "[v"))
+            continue;
+        if (sscanf(line, "%lx-%lx", &top[tops].start, &top[tops].end) == 2 && top[tops].end <= USER_END)
+            tops++;
+    }
+    if (!maps)
+        fail("/proc/self/maps");
+    fclose(maps);
+}
 
 static void *map(uint64_t address, size_t size, int protection, int fd, size_t offset)
 {
@@ -250,6 +273,7 @@ void host_child(const struct host_memory *memory)
             fail("sigaction");
     __asm__ volatile("movl %0, %%ds\n\tmovl %0, %%es" : : "r"(SELECTOR_DATA));
     __asm__ volatile("rdfsbase %0\n\trdgsbase %1" : "=r"(host_own_fs), "=r"(host_own_gs));
+    find_top();
     if (setitimer(ITIMER_PROF, &timer, NULL))
         fail("setitimer");
     raise(SIGUSR1);
