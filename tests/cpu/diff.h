@@ -136,6 +136,8 @@ void guest_destroy(struct guest *g);
 void guest_set_data(struct guest *g, const uint8_t data[DATA_SIZE]);
 void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *result);
 uint64_t guest_instructions(const struct guest *g);
+/* One vCPU for all cases, so that its caches and the memory for prepared code fill up. Before the first case. */
+void guest_keep_vcpu(bool keep);
 
 /* ---- comparison (diff_compare.c) ---- */
 /* True when equal. text: NULL, or where differences are described (always terminated). */

@@ -21,6 +21,10 @@ struct guest {
     unsigned cases;             /* of this vCPU */
 };
 
+static bool keep_vcpu;
+
+void guest_keep_vcpu(bool keep) { keep_vcpu = keep; }
+
 static void map_window(struct guest *g, gva_t base)
 {
     for (unsigned i = 0; i < WINDOW_PAGES; i++)
@@ -91,7 +95,7 @@ void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *r)
     struct guest_exception e;
     enum guest_end end;
 
-    if (g->cases++ >= CASES_PER_VCPU) {
+    if (g->cases++ >= CASES_PER_VCPU && !keep_vcpu) {
         engine_guest_renew(&g->engine);
         g->cases = 0;
     }

@@ -279,7 +279,7 @@ static void print_mnemonics(void)
 static const char help[] =
     "Usage: difftest [--engine NAME] [--model NAME] [--seed N|random] [--first N] [--count N] [--case N] [--seconds S]\n"
     "                [--percent32 P] [--percent-ac P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
-    "                [--mnemonics]\n";
+    "                [--mnemonics] [--keep-vcpu]\n";
 
 static uint64_t parse_number(const char *text)
 {
@@ -295,12 +295,13 @@ static uint64_t parse_number(const char *text)
 
 int main(int argc, char **argv)
 {
-    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS };
+    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP };
     static const struct option names[] = {
         { "engine", 1, 0, ENGINE }, { "model", 1, 0, MODEL }, { "seed", 1, 0, SEED }, { "first", 1, 0, FIRST },
         { "count", 1, 0, COUNT }, { "case", 1, 0, CASE }, { "seconds", 1, 0, SECONDS }, { "percent32", 1, 0, PERCENT32 }, { "percent-ac", 1, 0, PERCENT_AC },
         { "max-insns", 1, 0, MAX }, { "only", 1, 0, ONLY }, { "show", 1, 0, SHOW }, { "no-minimize", 0, 0, NO_MINIMIZE },
-        { "progress", 0, 0, PROGRESS }, { "mnemonics", 0, 0, MNEMONICS }, { 0 },
+        { "progress", 0, 0, PROGRESS }, { "mnemonics", 0, 0, MNEMONICS }, { "keep-vcpu", 0, 0, KEEP },
+        { 0 },
     };
     struct options o = { .engine = "interp", .model = "host", .count = 20000, .shown = 20, .minimize = true };
     bool skip, mnemonics = false;
@@ -324,6 +325,7 @@ int main(int argc, char **argv)
         case NO_MINIMIZE: o.minimize = false; break;
         case PROGRESS: o.progress = true; break;
         case MNEMONICS: mnemonics = true; break;
+        case KEEP: guest_keep_vcpu(true); break;
         default: fputs(help, stderr); return 2;
         }
     }

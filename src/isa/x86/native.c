@@ -348,9 +348,33 @@ static unsigned hash(const struct x86_insn *insn)
     return (h ^ h >> 12) & (CACHE_SIZE - 1);
 }
 
+/*
+ * Code memory is bounded, and a guest that runs long enough, or wants to, fills it. From then on what is not prepared yet gets
+ * its stub each time that it is executed.
+ */
+static void execute_unprepared(struct x86_cpu *cpu, const struct x86_insn *insn)
+{
+    struct native_insn n;
+    bool executes;
+
+    describe(&n, insn);
+    n.stub = native_emit_once(insn, &n, cpu->index);
+    if (!n.stub)
+        x86_raise(cpu, X86_UD);
+    pthread_mutex_lock(&lock);
+    executes = host_executes(&n);
+    pthread_mutex_unlock(&lock);
+    if (!executes)
+        x86_raise(cpu, X86_UD);
+    native_execute(cpu, insn, &n);
+}
+
+static const struct native_insn unprepared = { .special = execute_unprepared };
+
 const struct native_insn *native_prepare(const struct x86_insn *insn)
 {
     struct entry *e, **head = &cache[hash(insn)];
+    native_special_fn *special;
 
     if (!computes(insn))
         return NULL;
@@ -358,13 +382,16 @@ const struct native_insn *native_prepare(const struct x86_insn *insn)
     for (e = *head; e; e = e->next)
         if (same(&e->insn, insn))
             goto out;
-    e = calloc(1, sizeof(*e));
-    if (!e)
-        goto out;
+    special = native_special(insn);
+    e = native_code_full() && !special ? NULL : calloc(1, sizeof(*e));
+    if (!e) {
+        pthread_mutex_unlock(&lock);
+        return &unprepared;
+    }
     e->insn = *insn;
     describe(&e->n, insn);
-    e->n.special = native_special(insn);
-    if (!e->n.special)
+    e->n.special = special;
+    if (!special)
         e->n.stub = native_emit(insn, &e->n);
     if (!e->n.special && (!e->n.stub || !host_executes(&e->n))) {
         free(e);

@@ -31,10 +31,14 @@ struct native_insn {
 };
 
 /*
- * Emits the stub for insn (n->kind, uses_fx, raises_simd are set) and sets n->resume. NULL: out of code memory (logged), or
- * registers. Caller holds the cache's lock.
+ * Emits the stub for insn (n->kind, uses_fx, raises_simd are set) and sets n->resume. NULL: the code memory is full or not to be
+ * had (logged), or there are no registers. Caller holds the cache's lock.
  */
 native_stub *native_emit(const struct x86_insn *insn, struct native_insn *n);
+/* No more stubs fit. Caller holds the cache's lock. */
+bool native_code_full(void);
+/* The same for one use by this vCPU, until its next call; in the vCPU's thread. */
+native_stub *native_emit_once(const struct x86_insn *insn, struct native_insn *n, unsigned cpu);
 void native_code_free(void);
 
 /* Instructions done in C; NULL: not one. */

@@ -21,6 +21,8 @@
 
 #define CODE_SIZE MIB(32)
 #define MAX_STUB 1024
+#define SCRATCH_SLOTS 64u      /* stubs that are used once, one place for each vCPU; at the end */
+#define SHARED_SIZE (CODE_SIZE - SCRATCH_SLOTS * MAX_STUB)
 #define NONE 0xff
 
 static struct {
@@ -301,22 +303,15 @@ static bool is_vp2intersect(const struct x86_insn *insn)
     return insn->mnemonic == ZYDIS_MNEMONIC_VP2INTERSECTD || insn->mnemonic == ZYDIS_MNEMONIC_VP2INTERSECTQ;
 }
 
-native_stub *native_emit(const struct x86_insn *insn, struct native_insn *n)
+/* The stub from start on, at most MAX_STUB bytes. Its end, or NULL. */
+static uint8_t *emit(const struct x86_insn *insn, struct native_insn *n, uint8_t *start)
 {
     static const uint8_t p_candidates[] = { R15, R14, R11, R10, R9, R8, RBP };
     static const uint8_t low[] = { RSI, RDI, RBX, RCX, RDX, RAX };
     uint32_t gprs = 0, written = 0, vectors = 0, vectors_written = 0, masks = 0, masks_written = 0, used, clobbered;
     struct emitter e;
     unsigned m = NONE, t = NONE;
-    uint8_t *start;
-    size_t resident;
 
-    if (!code_ready())
-        return NULL;
-    if (CODE_SIZE - code.used < MAX_STUB) {
-        log_error("no room for more natively executed instructions");
-        return NULL;
-    }
     for (unsigned i = 0; i < insn->operands; i++) {
         const struct x86_operand *o = &insn->operand[i];
 
@@ -354,7 +349,6 @@ native_stub *native_emit(const struct x86_insn *insn, struct native_insn *n)
     if ((insn->has_mem && m == NONE) || (gprs & 1u << RSP && t == NONE))
         return NULL;
 
-    start = code.write + code.used;
     e.at = start;
     e.end = start + MAX_STUB;
     e.wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
@@ -416,11 +410,41 @@ native_stub *native_emit(const struct x86_insn *insn, struct native_insn *n)
         if (preserved(r) && clobbered & 1u << r)
             push_pop(&e, 0x58, r);
     byte(&e, 0xc3);
-    if (e.at == e.end)
+    return e.at == e.end ? NULL : e.at;
+}
+
+static native_stub *executable(const uint8_t *start) { return (native_stub *)(void *)(code.exec + (start - code.write)); }
+
+bool native_code_full(void) { return code.exec && SHARED_SIZE - code.used < MAX_STUB; }
+
+native_stub *native_emit(const struct x86_insn *insn, struct native_insn *n)
+{
+    size_t resident = resident_bytes();
+    uint8_t *start, *end;
+
+    if (!code_ready() || native_code_full())
         return NULL;
-    resident = resident_bytes();
-    code.used += align_up((size_t)(e.at - start), 16);
+    start = code.write + code.used;
+    end = emit(insn, n, start);
+    if (!end)
+        return NULL;
+    code.used += align_up((size_t)(end - start), 16);
     if (resident_bytes() != resident)
         resident_add_shared(resident_bytes() - resident);
-    return (native_stub *)(void *)(code.exec + (start - code.write));
+    return executable(start);
+}
+
+native_stub *native_emit_once(const struct x86_insn *insn, struct native_insn *n, unsigned cpu)
+{
+    unsigned eax, ebx, ecx, edx;
+    uint8_t *start;
+
+    if (!code_ready())
+        return NULL;
+    start = code.write + SHARED_SIZE + cpu % SCRATCH_SLOTS * MAX_STUB;
+    if (!emit(insn, n, start))
+        return NULL;
+    /* Written at one address, executed at another: a serializing instruction has to come between (SDM vol. 3A 8.1.3). */
+    __cpuid(0, eax, ebx, ecx, edx);
+    return executable(start);
 }
