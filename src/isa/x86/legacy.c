@@ -2,7 +2,8 @@
  * Stack instructions of any operand and stack size, decimal arithmetic, XLAT, SALC.
  *
  * Decimal adjustments follow the pseudo-code of the SDM. Flags that it leaves undefined are those of the addition or
- * subtraction inside, of AL, or of AX for AAA and AAS: so AMD's processors, tried with every operand.
+ * subtraction inside, of AL, or of AX for AAA and AAS: so AMD's processors, tried with every operand. Intel's have those of AL's
+ * new value, and no OF.
  */
 #include "base/util.h"
 #include "isa/x86/legacy.h"
@@ -154,8 +155,13 @@ static void ascii_adjust(struct x86_cpu *cpu, bool subtract)
     bool adjust = (ax & 15) > 9 || (cpu->arith & AF);
     uint16_t by = adjust ? 0x106 : 0;
 
-    x86_set_gpr(cpu, RAX, (uint16_t)(subtract ? ax - by : ax + by) & 0xff0f, 2);
-    set_flags(cpu, ax, by, subtract, 16, adjust, adjust);
+    uint16_t result = (uint16_t)(subtract ? ax - by : ax + by) & 0xff0f;
+
+    x86_set_gpr(cpu, RAX, result, 2);
+    if (cpu->amd)
+        set_flags(cpu, ax, by, subtract, 16, adjust, adjust);
+    else
+        set_flags(cpu, result & 15, 0, false, 8, adjust, adjust);
 }
 
 static void aaa(struct x86_cpu *cpu, const struct x86_insn *insn) { ascii_adjust(cpu, false); }
