@@ -222,6 +222,14 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
     /* Alignment is checked for each element. */
     w.pieces = w.plain && !w.down && cpu->tlb != &x86_checking_set;
 
+    /* What Intel's processors extend before the first element, whether there is one or not. */
+    if (!cpu->amd && cpu->code_size == 8 && w.addr_size == 4 && (insn->rep || insn->repne)) {
+        cpu->s.gpr[RCX] = (uint32_t)cpu->s.gpr[RCX];
+        if (op->sub == STRING_MOVS)
+            cpu->s.gpr[RSI] = (uint32_t)cpu->s.gpr[RSI];
+        if (op->sub == STRING_MOVS || op->sub == STRING_STOS)
+            cpu->s.gpr[RDI] = (uint32_t)cpu->s.gpr[RDI];
+    }
     if (!insn->rep && !insn->repne) {
         step(&w, op->sub, 1);
         NEXT;

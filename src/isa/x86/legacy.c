@@ -10,6 +10,7 @@
 
 #define CF 0x100u               /* in cpu->arith */
 #define AF 0x1000u
+#define OF 1u
 
 static uint64_t operand_value(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned size)
 {
@@ -144,6 +145,8 @@ static void decimal_adjust(struct x86_cpu *cpu, bool subtract)
 
     x86_set_gpr(cpu, RAX, (uint8_t)(subtract ? al - by : al + by), 1);
     set_flags(cpu, al, by, subtract, 8, high || (subtract && low && al < 6), low);
+    if (!cpu->amd)
+        cpu->arith &= ~OF;
 }
 
 static void daa(struct x86_cpu *cpu, const struct x86_insn *insn) { decimal_adjust(cpu, false); }

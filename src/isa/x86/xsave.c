@@ -520,11 +520,8 @@ static void xrstor(struct x86_cpu *cpu, const struct x86_insn *insn, bool superv
         probe(cpu, va, false);
         probe(cpu, va + XSAVE_LEGACY_SIZE, false);
     } else {
-        layout = x86_read64(cpu, va + XSAVE_LEGACY_SIZE + 8);
-        if (layout & COMPACTED ? (layout & ~COMPACTED & ~enabled) != 0 : layout != 0)
-            gp(cpu);
-        bytes = layout ? compact_offset(layout & ~COMPACTED, XSTATE_COUNT) : x86_xsave_standard_bytes(rfbm);
-        probe(cpu, va + bytes - 1, false);
+        if (!(x86_read64(cpu, va + XSAVE_LEGACY_SIZE + 8) & COMPACTED))
+            probe(cpu, va + x86_xsave_standard_bytes(rfbm) - 1, false);
     }
     x86_read_bytes(cpu, va, image, XSAVE_MIN_SIZE);
 
