@@ -134,6 +134,31 @@ apt_unpack() { # PACKAGE DIR
     rm -rf "$work"
 }
 
+# Sorts out of an unpacked kernel package the modules NAME... with what they depend on, unpacked, into OUT,
+# in the order in which they load (file order).
+kernel_modules() { # ROOT VERSION OUT NAME...
+    local root=$1 version=$2 out=$3 module path base
+    shift 3
+    need depmod kmod
+    [ -d "$root/lib/modules" ] || ln -s usr/lib "$root/lib"
+    depmod -b "$root" "$version"
+    mkdir -p "$out"
+    for module in "$@"; do
+        # A name that this kernel has built in, or spells otherwise, has nothing to load.
+        modprobe -d "$root" -S "$version" --show-depends "$module" 2>/dev/null || true
+    done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' | while read -r path; do
+        base=${path##*/}
+        case $base in
+            *.xz) xz -dc "$path" >"$out/${base%.xz}" ;;
+            *.zst) zstd -qdc "$path" >"$out/${base%.zst}" ;;
+            *) cp "$path" "$out/$base" ;;
+        esac
+        base=${base%.xz}
+        printf '%s\n' "${base%.zst}" >>"$out/order"
+    done
+    [ -s "$out/order" ] || die "kernel $version holds none of the modules $*"
+}
+
 now_ms() { date +%s%3N; }
 
 # The first free TCP port of the loopback from FIRST on.
