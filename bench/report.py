@@ -50,16 +50,16 @@ class Summary:
         return geometric(ratios), len(ratios)
 
     def wrong(self):
-        """(engine, row, why) of samples that failed, or whose output differs from the first engine's."""
+        """(engine, row, why) of the first sample that failed, or whose output is not the first engine's."""
         for row in self.rows:
-            truth = next((s["digest"] for e in self.engines for s in self.samples(e, row) if good(s) and s.get("digest")), None)
+            truth = next((s for e in self.engines for s in self.samples(e, row) if good(s) and s.get("digest")), {})
             for e in self.engines:
                 for s in self.samples(e, row):
                     if not good(s):
                         yield e, row, s["why"]
                         break
-                    if s.get("digest") != truth:
-                        yield e, row, "its output differs from that of the other engines"
+                    if s.get("digest") != truth.get("digest"):
+                        yield e, row, f"its output differs: {s['output']!r}, not {truth['output']!r}"
                         break
 
     def table(self):

@@ -159,6 +159,22 @@ kernel_modules() { # ROOT VERSION OUT NAME...
     [ -s "$out/order" ] || die "kernel $version holds none of the modules $*"
 }
 
+# Downloads the upstream source of PACKAGE, by the archives of the last apt_private, and unpacks it into DIR.
+apt_source() { # PACKAGE DIR
+    local work orig
+    work=$(mktemp -d "$2.src.XXXXXX")
+    RF_TEMP+=("$work")
+    mkdir -p "$work/lists/partial" "$2"
+    sed -n '1s/^deb /deb-src /p' "$RF_CACHE/apt/$RF_SUITE-amd64/sources.list" >"$work/sources.list"
+    (cd "$work" && for step in update "source --download-only $1"; do
+        # shellcheck disable=SC2086
+        quietly "$work/log" apt-get "${APT[@]}" -o "Dir::Etc::sourcelist=$work/sources.list" -o "Dir::State::Lists=$work/lists" -q $step
+    done)
+    orig=$(echo "$work"/*.orig.tar.*)
+    tar -x -f "$orig" --strip-components=1 --no-same-owner -C "$2"
+    rm -rf "$work"
+}
+
 now_ms() { date +%s%3N; }
 
 # The first free TCP port of the loopback from FIRST on.

@@ -4,9 +4,10 @@
  *
  * The host writes lines, the runner answers each with lines that begin with '@' or '|'; other lines are the kernel's.
  *
- *   run COMMAND   gives COMMAND to the shell and waits for it; answers, on failure, the end of its output in lines
- *                 "| TEXT", then "@done STATUS WALL_NS CPU_NS HASH": exit status (128 + signal), elapsed time,
- *                 processor time as the kernel here counts it, and a hash of the standard output
+ *   run COMMAND   gives COMMAND to the shell and waits for it; answers the end of its standard output in lines
+ *                 "| TEXT", on failure more of that and its standard error, too; then "@done STATUS WALL_NS CPU_NS HASH":
+ *                 exit status (128 + signal), elapsed time, processor time as the kernel here counts it, and a hash of
+ *                 the standard output
  *   off           powers off
  *
  * Between commands the runner waits for input, so the machine is idle while the host reads its counters.
@@ -151,10 +152,9 @@ static void run(const char *command)
     while (waitpid(-1, NULL, WNOHANG) > 0)
         ;
     int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-    if (code != 0) {
-        show_end(out, 3000);
+    show_end(out, code != 0 ? 3000 : 300);
+    if (code != 0)
         show_end(err, 3000);
-    }
     printf("@done %d %llu %llu %016llx\n", code, (unsigned long long)wall, (unsigned long long)cpu,
            (unsigned long long)hash_of(out));
     close(out);

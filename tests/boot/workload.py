@@ -23,7 +23,7 @@ class Result:
     cpu: float          # seconds of processor time: of the whole process of the machine; natively, of the command
     guest_cpu: float    # seconds of processor time, as the kernel counted it where the command ran
     digest: str         # of the command's standard output
-    output: str = field(default="", repr=False)     # the end of all output, when the status is not 0
+    output: str = field(default="", repr=False)     # the end of it; when the status is not 0, of standard error, too
 
 
 def image(name):

@@ -14,17 +14,18 @@ int main(int argc, char **argv)
             a[i][j] = (float)((i * 7 + j * 3) % 16) / 16;
             b[i][j] = (float)((i * 5 + j) % 32) / 32;
         }
+    double sum = 0;
     for (int round = 0; round < n; round++) {
         for (int i = 0; i < SIZE; i++)
             for (int k = 0; k < SIZE; k++) {
                 float f = a[i][k];
                 for (int j = 0; j < SIZE; j++)
-                    c[i][j] += f * b[k][j];
+                    c[i][j] = (k ? c[i][j] : 0) + f * b[k][j];
             }
-        /* Each round depends on the one before. */
-        a[round % SIZE][round / SIZE % SIZE] = c[0][round % SIZE] / 1024;
+        /* Each round depends on the one before; values stay between 0 and 256. */
+        a[round % SIZE][round / SIZE % SIZE] = c[0][round % SIZE] / SIZE;
+        sum += c[round % SIZE][round * 7 % SIZE];
     }
-    double sum = 0;
     for (int i = 0; i < SIZE; i++)
         for (int j = 0; j < SIZE; j++)
             sum += c[i][j];
