@@ -15,9 +15,6 @@
 #include "device/machine.h"
 #include "engine/translate/translate.h"
 
-#define CODE_SIZE MIB(48)
-/* Most code that runs at all runs once; what has run a dozen times tends to run thousands of times. */
-unsigned translate_threshold = 12;
 
 /* ---- running one op from translated code ---- */
 
@@ -72,7 +69,7 @@ static const struct op *follow(struct translator *t, struct chain *c)
         return NULL;
     found = block_find(cpu, cpu->s.rip);
     /* Inside a page the mapping that brought us here holds for the target too. */
-    if (block_linkable(found) && c->target < GUEST_PAGE_SIZE && !c->block->dead) {
+    if (block_linkable(found) && c->target < GUEST_PAGE_SIZE && !c->block->dead && t->options.chain) {
         const struct block *b = block_of(found);
 
         if (b->code && !b->dead) {
@@ -119,7 +116,7 @@ static const struct op *op_warm_up(struct x86_cpu *cpu, const struct op *op)
         t->simd_trap = cpu->simd_trap;
         t->it.flush_wanted = true;
     }
-    if (unlikely(++b->heat == t->threshold) && !t->it.flush_wanted && translate_block(t, b)) {
+    if (unlikely(++b->heat == t->options.threshold) && t->options.tier && !t->it.flush_wanted && translate_block(t, b)) {
         b->op[0].fn = op_enter;
         GO(op);
     }
@@ -215,7 +212,7 @@ static int translate_create(struct vcpu *vcpu)
     memset(t, 0, sizeof(*t));
     vcpu->data = t;
     t->self = t;
-    t->threshold = translate_threshold;
+    t->options = translate_options;
     t->tlb_mask = (uint64_t)(TLB_ENTRIES - 1) << GUEST_PAGE_SHIFT;
     t->jump_mask = (uint64_t)(TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_SHIFT;
     t->page_mask = GUEST_PAGE_MASK;
@@ -225,7 +222,7 @@ static int translate_create(struct vcpu *vcpu)
     t->work = translate_work_create();
     if (!t->jumps || !t->work)
         goto out;
-    err = code_init(&t->code, CODE_SIZE);
+    err = code_init(&t->code, t->options.cache);
     if (err)
         goto out;
     translate_emit_runtime(t);

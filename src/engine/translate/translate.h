@@ -17,6 +17,7 @@
 #include "engine/interp/interp.h"
 #include "engine/translate/asm.h"
 #include "engine/translate/code.h"
+#include "engine/translate/options.h"
 
 #define TRANSLATE_JUMPS 16384u
 #define TRANSLATE_JUMP_SHIFT 2
@@ -65,7 +66,7 @@ struct translator {
     const struct op *(*enter)(struct translator *t, const void *code);
     const uint8_t *exit_null, *exit_op, *slow;      /* writable view */
     /* Settings and figures. */
-    unsigned threshold;
+    struct translate_options options;
     uint64_t blocks, bytes, chained, indirect_misses, entered;
 };
 
