@@ -672,7 +672,7 @@ const struct config_option config_options[] = {
      set_engine,
      get_engine,
      NULL},
-    {{"translate", "KEY=VALUE[,...]", "switches of the engine translate:", false},
+    {{"translate", "KEY=V[,...]", "switches of the engine translate:", false},
      set_translate,
      get_translate,
      NULL},

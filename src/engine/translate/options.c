@@ -20,18 +20,18 @@ static const char *const perf_words[] = { "off", "map", "jitdump", NULL };
 #define WORD(name, help, words) { #name, help, TRANSLATE_WORD, offsetof(struct translate_options, name), 0, 0, words }
 
 const struct translate_option translate_option_table[] = {
-    NUMBER(tier, "0 interprets, 1 translates blocks, 2 units of several", 0, 2),
-    NUMBER(threshold, "how often a block is interpreted first", 1, 1000000),
-    SIZE(cache, "memory for translations, for each processor", MIB(1), MIB(1024)),
+    NUMBER(tier, "interpret, translate, in larger units", 0, 2),
+    NUMBER(threshold, "runs of a block before it is translated", 1, 1000000),
+    SIZE(cache, "memory for translations, per processor", MIB(1), MIB(1024)),
     SWITCH(chain, "translations jump to each other"),
-    SWITCH(share, "one check for accesses off the same base"),
-    SWITCH(liveness, "flags are only kept where they can matter"),
-    SWITCH(returns, "returns are predicted by the host's return stack"),
-    SWITCH(indirect, "targets of indirect jumps are looked up in line"),
+    SWITCH(share, "one check for accesses off one base"),
+    SWITCH(liveness, "keep flags only where they matter"),
+    SWITCH(returns, "predict returns by the host's stack"),
+    SWITCH(indirect, "look up indirect targets in line"),
     SWITCH(vectors, "vector instructions in line"),
-    SWITCH(extend, "units go on behind untaken branches and calls"),
-    SWITCH(count, "guest instructions are counted"),
-    SWITCH(lockstep, "each translation is compared with the interpreter"),
+    SWITCH(extend, "go on behind untaken branches, calls"),
+    SWITCH(count, "count guest instructions"),
+    SWITCH(lockstep, "compare with the interpreter"),
     WORD(perf, "/tmp/perf-PID.map or jit-PID.dump", perf_words),
 };
 const unsigned translate_option_count = ARRAY_SIZE(translate_option_table);
