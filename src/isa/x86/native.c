@@ -14,6 +14,7 @@
 
 #include "base/log.h"
 #include "base/util.h"
+#include "isa/x86/mmu.h"
 #include "isa/x86/native_internal.h"
 
 #define CACHE_SIZE 4096u
@@ -504,6 +505,8 @@ static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const s
 {
     uint64_t offset = x86_effective(cpu, insn);
     uint8_t buf[64] __attribute__((aligned(64))) = { 0 };
+    /* Only AMD's processors check the elements' alignment. */
+    struct tlb_set *set = cpu->amd ? cpu->tlb : x86_unchecked_set(cpu);
     gva_t va[64];
 
     for (unsigned i = 0; i < n->mem_size / n->element; i++) {
@@ -511,16 +514,16 @@ static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const s
             continue;
         va[i] = x86_seg_linear(cpu, insn->mem.seg, offset + i * n->element, n->element, n->mem_write);
         if (n->mem_write)
-            x86_probe_write(cpu, va[i], n->element);
+            x86_probe_write_in(cpu, set, va[i], n->element);
         if (n->mem_read || n->mem_write)
-            x86_read_bytes(cpu, va[i], buf + i * n->element, n->element);
+            x86_read_bytes_in(cpu, set, va[i], buf + i * n->element, n->element);
     }
     run(cpu, n, buf);
     if (n->mem_write)
         for (uint64_t left = mask; left; left &= left - 1) {
             unsigned i = (unsigned)__builtin_ctzll(left);
 
-            x86_write_bytes(cpu, va[i], buf + i * n->element, n->element);
+            x86_write_bytes_in(cpu, set, va[i], buf + i * n->element, n->element);
         }
 }
 

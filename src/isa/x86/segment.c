@@ -82,8 +82,13 @@ static gva_t stack_linear(struct x86_cpu *cpu, const struct x86_stack *st, uint6
                           unsigned size)
 {
     if (st->width == 8) {
-        if (!x86_canonical(cpu, offset) || !x86_canonical(cpu, offset + size - 1))
+        if (!x86_canonical(cpu, offset))
             x86_raise_error(cpu, X86_SS, st->fault_error);
+        if (!x86_canonical(cpu, offset + size - 1)) {
+            if (!cpu->amd && st->set == &x86_checking_set && (offset & (size - 1)))
+                x86_raise_error(cpu, X86_AC, 0);
+            x86_raise_error(cpu, X86_SS, st->fault_error);
+        }
         return offset;
     }
     /* Pushes and pops write and read data: SS is never anything but writable data. */
