@@ -500,14 +500,41 @@ static uint64_t wanted_elements(const struct x86_cpu *cpu, const struct x86_insn
     return mask & all;
 }
 
+void native_check_masked(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned element, uint64_t mask, bool write,
+                         bool misaligned)
+{
+    struct tlb_set *set = x86_unchecked_set(cpu);
+    uint64_t offset = x86_effective(cpu, insn);
+    unsigned from = (unsigned)__builtin_ctzll(mask) * element, to = (64 - (unsigned)__builtin_clzll(mask)) * element - 1;
+    gva_t first = x86_seg_linear(cpu, insn->mem.seg, offset + from, 1, write);
+    gva_t last = x86_seg_linear(cpu, insn->mem.seg, offset + to, 1, write);
+
+    if (!x86_canonical(cpu, first))
+        x86_raise_non_canonical(cpu, first);
+    if (misaligned && cpu->tlb == &x86_checking_set)
+        x86_raise_error(cpu, X86_AC, 0);
+    if (!x86_canonical(cpu, last))
+        x86_raise_non_canonical(cpu, last);
+    if (write && ((first ^ last) & GUEST_PAGE_MASK)) {
+        x86_probe_write_in(cpu, set, first, 1);
+        x86_probe_write_in(cpu, set, last, 1);
+    }
+}
+
 /* Only the elements that the mask names are touched, one by one. */
 static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n, uint64_t mask)
 {
     uint64_t offset = x86_effective(cpu, insn);
     uint8_t buf[64] __attribute__((aligned(64))) = { 0 };
-    /* Only AMD's processors check the elements' alignment. */
+    /* AMD's processors check the elements' alignment, Intel's that of operands of at most 8 bytes. */
     struct tlb_set *set = cpu->amd ? cpu->tlb : x86_unchecked_set(cpu);
     gva_t va[64];
+
+    if (mask && !cpu->amd) {
+        gva_t at = x86_seg_linear(cpu, insn->mem.seg, offset, 1, n->mem_write);
+
+        native_check_masked(cpu, insn, n->element, mask, n->mem_write, n->mem_size <= 8 && (at & (n->mem_size - 1u)));
+    }
 
     for (unsigned i = 0; i < n->mem_size / n->element; i++) {
         if (!(mask >> i & 1))
@@ -596,6 +623,12 @@ static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, co
 
     if (n->kind == NATIVE_X87 && n->x87_waits && n->mem_write && !cpu->amd && (~cpu->s.fpu.fcw & STORE_EXCEPTIONS) && stores_nothing(cpu, n))
         return;
+    /* VCVTPS2PH has its exceptions before the store's. */
+    if (n->raises_simd && n->mem_write && !cpu->amd) {
+        uint8_t buf[64] __attribute__((aligned(64)));
+
+        run(cpu, n, buf);
+    }
     /* An MMX store has changed TOP, not the tags, when it faults on Intel's processors. */
     if (n->kind == NATIVE_MMX && n->mem_write && !cpu->amd)
         native_clear_top(&cpu->s.fpu);

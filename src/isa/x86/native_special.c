@@ -275,10 +275,15 @@ static void vmaskmov(struct x86_cpu *cpu, const struct x86_insn *insn)
     uint8_t *vector = cpu->s.fpu.zmm[reg->reg], loaded[64] = { 0 };
     struct tlb_set *set = x86_unchecked_set(cpu);
     uint64_t offset = x86_effective(cpu, insn);
+    uint64_t wanted = 0;
     gva_t va[8];
 
+    for (unsigned i = 0; i < size / element; i++)
+        wanted |= (uint64_t)sign(mask, i, element) << i;
+    if (wanted && !cpu->amd)
+        native_check_masked(cpu, insn, element, wanted, store, false);
     for (unsigned i = 0; i < size / element; i++) {
-        if (!sign(mask, i, element))
+        if (!(wanted >> i & 1))
             continue;
         va[i] = x86_seg_linear(cpu, insn->mem.seg, offset + i * element, element, store);
         if (store)
