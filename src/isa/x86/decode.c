@@ -357,6 +357,10 @@ int x86_decode(struct x86_insn *insn, const uint8_t *memory, unsigned len, unsig
             insn->visible++;
     }
     fill_encoding(insn, &z);
+    if (z.cpu_flags) {
+        insn->flags_read = z.cpu_flags->tested & RFLAGS_ARITH;
+        insn->flags_written = (z.cpu_flags->modified | z.cpu_flags->set_0 | z.cpu_flags->set_1) & RFLAGS_ARITH;
+    }
 
     if (amd_branches && insn->mnemonic == ZYDIS_MNEMONIC_PAUSE && insn->has_rex && z.raw.rex.B)
         make_xchg_r8(insn, &z);
