@@ -15,15 +15,6 @@
 #include "device/machine.h"
 #include "engine/translate/translate.h"
 
-#define CODE_SIZE MIB(48)
-
-struct translate_options translate_options = {
-    /* Translating costs as much as interpreting a block some hundred times. */
-    .threshold = 40,
-    .chain = true, .share = true, .liveness = true, .returns = true, .indirect = true, .vectors = true, .extend = true,
-    .count = false,
-};
-
 /* Unmasked exceptions are found by the interpreter's way of running vector instructions. */
 static bool masks_all(const struct x86_cpu *cpu) { return (cpu->s.fpu.mxcsr & 0x1f80) == 0x1f80; }
 
@@ -159,7 +150,7 @@ static const struct op *op_warm_up(struct x86_cpu *cpu, const struct op *op)
         t->simd_trap = cpu->simd_trap;
         t->it.flush_wanted = true;
     }
-    if (unlikely(++b->heat == t->options.threshold) && !t->it.flush_wanted && translate_block(t, b)) {
+    if (unlikely(++b->heat == t->options.threshold) && t->options.tier && !t->it.flush_wanted && translate_block(t, b)) {
         b->op[0].fn = op_enter;
         GO(op);
     }
@@ -258,6 +249,8 @@ static int translate_create(struct vcpu *vcpu)
     vcpu->data = t;
     t->self = t;
     t->options = translate_options;
+    if (t->options.tier < 2)
+        t->options.extend = false;
     t->tlb_mask = (uint64_t)(TLB_ENTRIES - 1) << GUEST_PAGE_SHIFT;
     t->jump_mask = (uint64_t)(TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_SHIFT;
     t->page_mask = GUEST_PAGE_MASK;
@@ -267,7 +260,7 @@ static int translate_create(struct vcpu *vcpu)
     t->work = translate_work_create();
     if (!t->jumps || !t->work)
         goto out;
-    err = code_init(&t->code, CODE_SIZE);
+    err = code_init(&t->code, t->options.cache);
     if (err)
         goto out;
     translate_emit_runtime(t);
