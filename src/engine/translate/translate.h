@@ -34,7 +34,7 @@
 struct jump_entry_host {
     uint64_t rip;
     uint64_t negative;          /* minus rip */
-    const void *code;
+    const void *code;           /* NULL: empty */
     uint64_t unused;
 };
 struct jump_table {
@@ -45,8 +45,6 @@ struct jump_table {
 /* What enter() returns besides ops and chains: a RET whose target (in s.rip) has no translation. */
 #define RETURNED_NOWHERE 2u
 
-/* Non-canonical: nothing is ever fetched from there. */
-#define JUMP_EMPTY 0x4000000000000000ull
 
 static inline unsigned translate_jump_index(uint64_t rip)
 {
