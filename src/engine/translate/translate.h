@@ -14,8 +14,9 @@
  * vectors_loaded is set; then MXCSR is the guest's too.
  *
  * The return stack: a guest CALL pushes the guest's return address on it and makes a host CALL; a guest RET makes a host
- * RET and compares, so the host predicts guest returns. It only ever predicts: what is on it may be dropped at any time by
- * pointing RSP at its end, where a RET leads to the general way (return_bottom). It has a guard page, whose hit does that.
+ * RET and compares, so the host predicts guest returns. It holds pairs: the host's address, the guest's above it. It only ever
+ * predicts: what is on it may be dropped at any time by pointing RSP at its bottom, where a RET leads to the general way. It has a
+ * guard page, whose hit does that.
  */
 #ifndef RINGFORT_ENGINE_TRANSLATE_H
 #define RINGFORT_ENGINE_TRANSLATE_H
