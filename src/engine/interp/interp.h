@@ -49,9 +49,10 @@ struct slow_insn {
 struct block {
     uint64_t origin;            /* block_origin() */
     const uint8_t *host;        /* host address of the first byte */
-    const uint8_t *host2;       /* the second page, when the last instruction crosses into it; else NULL */
+    const uint8_t *host2;       /* the second page, when the last instruction, or that of its translation, crosses into it; else NULL */
     gpa_t gpa, gpa2;            /* of the first byte; of the second page's start */
     uint16_t bytes;             /* guest bytes covered */
+    uint16_t second;            /* …and bytes in the second page that it depends on */
     uint16_t ops;
     uint8_t mode;               /* interp_mode() it is for */
     bool dead;
@@ -295,6 +296,13 @@ bool block_linkable(const struct op *op);
 struct block *block_lookup(struct x86_cpu *cpu, const uint8_t *host);
 /* The block depends on bytes [from, to) of its first page from now on: when they change it is dropped. */
 void block_depends(struct interp *it, struct block *b, unsigned from, unsigned to);
+/*
+ * The translation of b ends with the instruction that crossing consists of, which reaches into the next page. False: that cannot be
+ * (both pages are the same).
+ */
+bool block_extends(struct interp *it, struct block *b, const struct block *crossing);
+/* At most 15 bytes of the block's code, or of what its translation goes on to, from this offset in its first page on. */
+unsigned block_fetch(const struct block *b, unsigned offset, uint8_t bytes[X86_MAX_INSN]);
 /* Arena for lowering; NULL never: block_find makes room before it starts. */
 void *block_alloc(struct interp *it, size_t size);
 
