@@ -326,13 +326,14 @@ void control_close(struct control *c)
         return;
     if (c->jobs)
         control_jobs_stop(c->jobs);
-    if (c->vm)
-        vm_set_observer(c->vm, NULL, NULL);
     if (c->serving) {
         atomic_store(&c->closing, true);
         loop_schedule(c->loop, &c->wake);
         pthread_join(c->thread, NULL);
     }
+    /* Not before: the server's thread may have ended the machine and be about to tell so. */
+    if (c->vm)
+        vm_set_observer(c->vm, NULL, NULL);
     /* The name is free from here on: who waits for the machine's end sees this. */
     registry_release(&c->claim);
     if (c->loop) {

@@ -101,6 +101,7 @@ void attach_wake(struct control *c);
 bool attach_done(struct control *c);
 void attach_close_all(struct control *c);
 int keeper_open(struct control *c);
+void keeper_flush(struct control *c);
 void keeper_close(struct control *c);
 
 #endif
