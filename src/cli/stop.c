@@ -40,7 +40,7 @@ static int print_end(const struct verb *v, const char *name, const json_t *ended
 }
 
 /* Follows until the machine's name is free again. */
-static int await_end(const struct verb *v, const char *name, struct client_events *events, uint64_t seconds)
+static int await_end(const struct verb *v, const struct registry_entry *m, struct client_events *events, uint64_t seconds)
 {
     json_t *ended = NULL, *event;
     int status = 0;
@@ -52,13 +52,17 @@ static int await_end(const struct verb *v, const char *name, struct client_event
             ended = json_incref(event);
         json_decref(event);
         if (!event && !client_events_ended(events)) {
-            log_error("%s: the machine's process does not end", name);
+            log_error("%s: the machine's process does not end", m->name);
             status = VM_STATUS_HOST;
             break;
         }
     }
+    if (!status && registry_await_end(m, ENDING_S)) {
+        log_error("%s: the machine's process does not end", m->name);
+        status = VM_STATUS_HOST;
+    }
     if (!status)
-        status = print_end(v, name, ended);
+        status = print_end(v, m->name, ended);
     json_decref(ended);
     return status;
 }
@@ -85,7 +89,7 @@ int cli_stop(char **args)
                              json_pack("{s:b, s:I}", "force", (int)flags[0].given, "timeout", (json_int_t)seconds),
                              CLIENT_PATIENCE_S, NULL);
     if (!status)
-        status = await_end(&v, m.name, events, flags[0].given ? 0 : seconds);
+        status = await_end(&v, &m, events, flags[0].given ? 0 : seconds);
     client_events_close(events);
     return status;
 }

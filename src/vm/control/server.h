@@ -49,7 +49,7 @@ struct control {
 
     struct loop *loop;
     pthread_t thread;
-    bool serving;
+    bool serving, closed;
     struct MHD_Daemon *http;
     struct loop_fd *http_watch, *listen_watch;
     struct loop_hook http_hook;
