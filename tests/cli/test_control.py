@@ -2,9 +2,10 @@
 """Machines that run detached, and every verb about them; and what a client of the control socket can and cannot do.
 
 Takes the program's path from $RINGFORT. The guest is a few bytes: it prints "R>" at its start, echoes what it gets on the
-serial port, powers off when its power button is pressed, and does as told by "!" (crash), "@" (reset), "#" (print lines
+serial port, sleeps in between, powers off when its power button is pressed, and does as told by "!" (crash), "@" (reset), "#" (print lines
 without end) and "~" (no longer look at the button).
 """
+import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -32,12 +33,33 @@ GUEST = """
     .long 0x1badb002, 2, -(0x1badb002 + 2)      # Multiboot 1, specification 0.6.96 section 3.1
     .globl _start
 _start:
+    mov $stack, %esp
+    lgdt gdtr
+    ljmp $8, $1f
+1:  mov $16, %ax
+    mov %ax, %ds
+    mov %ax, %es
+    mov %ax, %ss
+    mov $tick, %eax                 # the gate of vector 0x40
+    mov %ax, idt + 0x200
+    movw $8, idt + 0x202
+    movw $0x8e00, idt + 0x204
+    shr $16, %eax
+    mov %ax, idt + 0x206
+    lidt idtr
+    movl $0x1ff, 0xfee000f0         # the local APIC's timer, every 2 ms
+    movl $0xb, 0xfee003e0
+    movl $0x20040, 0xfee00320
+    movl $2000000, 0xfee00380
+    sti
     mov $0x3f8, %dx
     mov $'R', %al
     outb %al, %dx
     mov $'>', %al
     outb %al, %dx
     mov $1, %bl                     # look at the button
+idle:
+    hlt
 again:
     mov $0x604, %dx
     inl %dx, %eax
@@ -46,7 +68,7 @@ again:
     mov $0x3fd, %dx
     inb %dx, %al
     test $1, %al
-    jz again
+    jz idle
     mov $0x3f8, %dx
     inb %dx, %al
     cmp $'!', %al
@@ -77,14 +99,39 @@ reset:
     outb %al, %dx
     hlt
 flood:
-    mov $'0', %al
-1:  outb %al, %dx
-    inc %al
-    cmp $'0' + 63, %al
+    mov $'0', %bl
+1:  call put
+    inc %bl
+    cmp $'0' + 63, %bl
     jne 1b
-    mov $10, %al
-    outb %al, %dx
+    mov $10, %bl
+    call put
     jmp flood
+put:
+    mov $0x3fd, %dx
+1:  inb %dx, %al
+    test $0x20, %al
+    jz 1b
+    mov $0x3f8, %dx
+    mov %bl, %al
+    outb %al, %dx
+    ret
+tick:
+    movl $0, 0xfee000b0
+    iret
+gdt:
+    .quad 0, 0x00cf9b000000ffff, 0x00cf93000000ffff
+gdtr:
+    .word 23
+    .long gdt
+idtr:
+    .word 0x207
+    .long idt
+    .balign 8
+idt:
+    .skip 0x208
+    .skip 4096
+stack:
 """
 
 
@@ -593,7 +640,7 @@ class Protocol(Machines):
 
     def test_not_http(self):
         self.start("p")
-        for data in (b"\0" * 100, b"hello\r\n\r\n", b"GET\r\n\r\n", b"GET /v1/info SPDY/9\r\n\r\n",
+        requests = (b"\0" * 100, b"hello\r\n\r\n", b"GET\r\n\r\n", b"GET /v1/info SPDY/9\r\n\r\n",
                      b"GET /v1/info HTTP/1.1\r\n\r\n",                  # no Host
                      b"GET /" + b"a" * 100000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
                      b"GET /v1/info HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100000 + b"\r\n\r\n",
@@ -602,9 +649,11 @@ class Protocol(Machines):
                      b"POST /v1/pause HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
                      b"POST /v1/pause HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
                      b"POST /v1/pause HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"4000\r\n" +
-                     b" " * 0x4000 + b"\r\n" + (b"4000\r\n" + b" " * 0x4000 + b"\r\n") * 9 + b"0\r\n\r\n"):
-            answer = self.raw("p", data)
-            self.assertRegex(answer, rb"\A(HTTP/1\.[01] [45]\d\d |\Z)", data[:80])
+                     b" " * 0x4000 + b"\r\n" + (b"4000\r\n" + b" " * 0x4000 + b"\r\n") * 9 + b"0\r\n\r\n")
+        # At once: some are waited for until their time is over.
+        with concurrent.futures.ThreadPoolExecutor(len(requests)) as pool:
+            for data, answer in zip(requests, pool.map(lambda data: self.raw("p", data), requests)):
+                self.assertRegex(answer, rb"\A(HTTP/1\.[01] [45]\d\d |\Z)", data[:80])
         self.assertEqual(self.json("info", "p")["state"], "running")
         self.ok("stop", "p")
 
@@ -612,7 +661,7 @@ class Protocol(Machines):
         """Clients that send nothing, or byte after byte, are cut off; meanwhile the machine runs on."""
         self.start("p")
         began = time.monotonic()
-        silent = [self.connected("p") for _ in range(70)]
+        silent = [self.connected("p") for _ in range(64)]
         for s in silent[1::2]:
             with contextlib.suppress(BrokenPipeError):
                 s.sendall(b"GET /v1/in")
