@@ -302,6 +302,14 @@ static void translate_probe(struct engine_report *r)
     snprintf(r->text, sizeof(r->text), "binary translation of warm code, interpretation of the rest");
 }
 
+static void translate_counters(const struct vcpu *vcpu, struct engine_counters *c)
+{
+    const struct translator *t = vcpu->data;
+
+    interp_counters(vcpu, c);
+    c->instructions_partial = !t->options.count;
+}
+
 const struct engine translate_engine = {
     .name = "translate",
     .summary = "binary translator on top of the interpreter",
@@ -315,5 +323,5 @@ const struct engine translate_engine = {
     .import_state = interp_import,
     .shift_tsc = interp_shift_tsc,
     .code_written = interp_code_written,
-    .counters = interp_counters,
+    .counters = translate_counters,
 };
