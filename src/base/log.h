@@ -22,6 +22,9 @@ void log_set_machine(const char *name);
 /* When set, line ends are "\r\n": the terminal is in raw mode. */
 void log_set_raw_terminal(bool raw);
 
+/* When set, each line begins with the time (UTC): it goes to a file. */
+void log_set_times(bool on);
+
 void log_at(enum log_level level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 #define log_error(...) log_at(LOG_ERROR, __VA_ARGS__)
