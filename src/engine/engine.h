@@ -65,7 +65,10 @@ struct engine {
     void (*kick)(struct vcpu *);
     /* Any thread: from the local APIC. */
     void (*signal)(struct vcpu *, enum lapic_signal, unsigned value);
-    /* While run() is not running. */
+    /*
+     * While run() is not running. export: what is pending too, so that an import of it elsewhere goes on as if nothing
+     * had been; the vCPU here keeps it. import: devices have their state already; the guest's KVM clock page is written anew.
+     */
     void (*export_state)(struct vcpu *, struct x86_state *);
     void (*import_state)(struct vcpu *, const struct x86_state *);
     /* Any thread: guest memory of this page was written by something that is not a vCPU. */
