@@ -71,6 +71,8 @@ struct engine {
      */
     void (*export_state)(struct vcpu *, struct x86_state *);
     void (*import_state)(struct vcpu *, const struct x86_state *);
+    /* While run() is not running: the guest's TSC moves by ticks (modulo 2^64). NULL: by export and import. */
+    void (*shift_tsc)(struct vcpu *, uint64_t ticks);
     /* Any thread: guest memory of this page was written by something that is not a vCPU. */
     void (*code_written)(struct vcpu *, gpa_t page);
     /* Any thread; figures may be slightly old. */

@@ -33,18 +33,27 @@ void vm_stand_still(const struct vm_hardware *hw, struct vm_standstill *still)
     still->kvmclock_ns = x86_kvmclock_at(hw->machine, still->base_tsc, hw->tsc_hz);
 }
 
+static void shift_tsc(const struct vm_hardware *hw, unsigned cpu, uint64_t ticks)
+{
+    struct x86_state s;
+
+    if (ticks && hw->engine->shift_tsc) {
+        hw->engine->shift_tsc(hw->vcpus[cpu], ticks);
+    } else if (ticks) {
+        hw->engine->export_state(hw->vcpus[cpu], &s);
+        s.tsc_offset += ticks;
+        hw->engine->import_state(hw->vcpus[cpu], &s);
+    }
+}
+
+/* Clock pages that the guest has stay true: they are in terms of its TSC. */
 void vm_go_on(const struct vm_hardware *hw, const struct vm_standstill *still)
 {
     uint64_t base = x86_tsc_base(hw->machine, hw->tsc_hz);
 
     x86_kvmclock_set(hw->machine, base, still->kvmclock_ns);
-    for (unsigned i = 0; i < hw->cpus; i++) {
-        struct x86_state s;
-
-        hw->engine->export_state(hw->vcpus[i], &s);
-        s.tsc_offset -= base - still->base_tsc;
-        hw->engine->import_state(hw->vcpus[i], &s);
-    }
+    for (unsigned i = 0; i < hw->cpus; i++)
+        shift_tsc(hw, i, still->base_tsc - base);
     clock_resume(hw->machine->clock);
 }
 

@@ -22,11 +22,13 @@ struct state_writer;
 struct vcpu;
 struct x86_cpu_model;
 
+#define VM_HARDWARE_MAX_CPUS 64
+
 /* What of a virtual machine has state. Borrowed. */
 struct vm_hardware {
     struct machine *machine;
     const struct engine *engine;
-    struct vcpu *const *vcpus;
+    struct vcpu *vcpus[VM_HARDWARE_MAX_CPUS];
     unsigned cpus;
     const struct x86_cpu_model *model;
     uint64_t tsc_hz;

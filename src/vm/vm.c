@@ -25,51 +25,13 @@
 #include "engine/soft.h"
 #include "isa/x86/cpuid.h"
 #include "vm/config.h"
-#include "vm/parts.h"
 #include "vm/stats.h"
 #include "vm/status.h"
+#include "vm/vm_internal.h"
 
 /* A guest that crashes so often, each time so soon after its start, is beyond help by a reset. */
 #define MAX_QUICK_CRASHES 5
 #define QUICK_CRASH_NS 10000000000u
-
-struct vm_vcpu {
-    struct vcpu vcpu;
-    struct vm *vm;
-    pthread_t thread;
-    bool started;
-    bool running;               /* inside the engine; guarded by vm->gate */
-    uint64_t cpu_ns;            /* the thread's CPU time, once it ended */
-};
-
-struct vm {
-    const struct vm_config *config;
-    struct machine machine;
-    struct vm_parts parts;
-    struct pc pc;
-    struct soft_group *group;
-    const struct engine *engine;
-    const struct x86_cpu_model *model;
-    struct vm_vcpu *vcpus;
-    unsigned cpus;              /* vCPUs created */
-    struct vm_stats *stats;
-    struct loop_fd *signals;
-    int signal_fd;
-    bool parts_open;
-    bool button_pressed;
-
-    /* The gate that vCPU threads pass before they run the guest. */
-    pthread_mutex_t gate;
-    pthread_cond_t gate_changed;
-    bool paused, ending;        /* guarded by gate */
-
-    /* What happened, from any thread; guarded by gate. */
-    struct loop_call settle;
-    bool ended, reset_wanted;
-    int status;
-    uint64_t started_ns;        /* guest clock at the last (re)start of the guest */
-    unsigned quick_crashes;     /* in a row */
-};
 
 /* ---- vCPU threads ---- */
 
@@ -105,27 +67,6 @@ static void *vcpu_main(void *opaque)
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
     v->cpu_ns = (uint64_t)used.tv_sec * 1000000000u + (uint64_t)used.tv_nsec;
     return NULL;
-}
-
-/* Stops all vCPUs and waits until none is in its engine. Machine lock not held: a vCPU may need it to get out. */
-static void stop_vcpus(struct vm *vm)
-{
-    pthread_mutex_lock(&vm->gate);
-    vm->paused = true;
-    for (unsigned i = 0; i < vm->cpus; i++)
-        vm->engine->kick(&vm->vcpus[i].vcpu);
-    for (unsigned i = 0; i < vm->cpus; i++)
-        while (vm->vcpus[i].running)
-            pthread_cond_wait(&vm->gate_changed, &vm->gate);
-    pthread_mutex_unlock(&vm->gate);
-}
-
-static void start_vcpus(struct vm *vm)
-{
-    pthread_mutex_lock(&vm->gate);
-    vm->paused = false;
-    pthread_cond_broadcast(&vm->gate_changed);
-    pthread_mutex_unlock(&vm->gate);
 }
 
 /* ---- guest start ---- */
@@ -194,7 +135,7 @@ static void vm_event(void *opaque, enum machine_event event, int status)
     loop_schedule(vm->machine.loop, &vm->settle);
 }
 
-static void end_now(struct vm *vm, int status)
+void vm_end(struct vm *vm, int status)
 {
     pthread_mutex_lock(&vm->gate);
     if (!vm->ended) {
@@ -205,38 +146,50 @@ static void end_now(struct vm *vm, int status)
     loop_schedule(vm->machine.loop, &vm->settle);
 }
 
-/* Loop thread, machine lock held. */
-static void settle(void *opaque)
+/* Resets the guest. vCPUs stopped, life and machine lock held. */
+static void reset_guest(struct vm *vm)
 {
-    struct vm *vm = opaque;
-    bool ended;
     int err;
 
-    pthread_mutex_unlock(&vm->machine.lock);
-    stop_vcpus(vm);
-    pthread_mutex_lock(&vm->machine.lock);
-
-    pthread_mutex_lock(&vm->gate);
-    ended = vm->ended;
-    vm->reset_wanted = false;
-    pthread_mutex_unlock(&vm->gate);
-    if (ended) {
-        loop_stop(vm->machine.loop);
-        return;
-    }
     machine_reset_devices(&vm->machine);
     err = prepare_guest(vm);
     if (err) {
-        end_now(vm, vm_status_of(err));
+        vm_end(vm, vm_status_of(err));
         return;
     }
     pthread_mutex_lock(&vm->gate);
     vm->started_ns = clock_now(vm->machine.clock);
     pthread_mutex_unlock(&vm->gate);
-    start_vcpus(vm);
+    /* A machine that somebody holds is reset, too, and waits at its first instruction. */
+    vm_start_vcpus(vm);
 }
 
-static void on_escape(void *opaque) { end_now(opaque, VM_STATUS_USER); }
+/* Loop thread, machine lock held. */
+static void settle(void *opaque)
+{
+    struct vm *vm = opaque;
+    bool ended, reset;
+
+    pthread_mutex_unlock(&vm->machine.lock);
+    pthread_mutex_lock(&vm->life);
+    vm_stop_vcpus(vm);
+    pthread_mutex_lock(&vm->machine.lock);
+
+    pthread_mutex_lock(&vm->gate);
+    ended = vm->ended;
+    reset = vm->reset_wanted;
+    vm->reset_wanted = false;
+    pthread_mutex_unlock(&vm->gate);
+    if (ended)
+        loop_stop(vm->machine.loop);
+    else if (reset)
+        reset_guest(vm);
+    else
+        vm_start_vcpus(vm);
+    pthread_mutex_unlock(&vm->life);
+}
+
+static void on_escape(void *opaque) { vm_end(opaque, VM_STATUS_USER); }
 
 /* The first signal asks the guest to shut down, the next one does not ask. */
 static void on_signal(void *opaque, int fd, short revents)
@@ -247,7 +200,7 @@ static void on_signal(void *opaque, int fd, short revents)
     while (read(fd, &info, sizeof(info)) == (ssize_t)sizeof(info)) {
         if (vm->button_pressed) {
             log_warn("signal %u again: leaving at once", info.ssi_signo);
-            end_now(vm, VM_STATUS_USER);
+            vm_end(vm, VM_STATUS_USER);
         } else {
             log_warn("signal %u: pressing the guest's power button; another one leaves at once", info.ssi_signo);
             vm->button_pressed = true;
@@ -387,6 +340,7 @@ struct vm *vm_create(const struct vm_config *config, int *status)
     vm->config = config;
     vm->signal_fd = -1;
     vm->settle = (struct loop_call){ .fn = settle, .opaque = vm };
+    pthread_mutex_init(&vm->life, NULL);
     pthread_mutex_init(&vm->gate, NULL);
     pthread_cond_init(&vm->gate_changed, NULL);
     err = start(vm);
@@ -429,7 +383,7 @@ int vm_run(struct vm *vm)
         err = -pthread_create(&vm->vcpus[i].thread, NULL, vcpu_main, &vm->vcpus[i]);
         if (err) {
             log_error("cannot start a thread for vCPU %u: %s", i, strerror(-err));
-            end_now(vm, VM_STATUS_HOST);
+            vm_end(vm, VM_STATUS_HOST);
             break;
         }
         vm->vcpus[i].started = true;
@@ -470,6 +424,7 @@ void vm_destroy(struct vm *vm)
     }
     if (vm->machine.loop)
         machine_destroy(&vm->machine);
+    pthread_mutex_destroy(&vm->life);
     pthread_mutex_destroy(&vm->gate);
     pthread_cond_destroy(&vm->gate_changed);
     free(vm);

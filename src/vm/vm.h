@@ -25,4 +25,33 @@ struct vm *vm_create(const struct vm_config *config, int *status);
 int vm_run(struct vm *vm);
 void vm_destroy(struct vm *vm);
 
+/* Ends the run as soon as may be, with this exit status (the first one given counts). Any thread, machine lock held or not. */
+void vm_end(struct vm *vm, int status);
+
+/* Who wants the guest to stand still. Each holds the machine for itself; it runs while nobody does. */
+enum vm_hold {
+    VM_HOLD_USER = 1 << 0,      /* the verb pause */
+    VM_HOLD_SAVE = 1 << 1,      /* a snapshot is taken or restored */
+    VM_HOLD_ENGINE = 1 << 2,    /* the engine is exchanged */
+    VM_HOLD_MIGRATE = 1 << 3,   /* the machine's state is on its way to or from another host */
+};
+
+/*
+ * vm_pause() returns when no vCPU is in its engine, the devices have finished what they had begun and change nothing
+ * any more (neither their state nor guest memory), and the clock and the guest's TSC stand still. Then the engine's
+ * export_state() and import_state(), machine_save_devices() and machine_load_devices() (machine lock held) and
+ * clock_set() may be used until vm_resume(). Before vm_run() it makes the machine begin paused.
+ *
+ * Any thread but a vCPU's. Machine lock not held: a callback of the event loop gives it up around the call. Both are
+ * idempotent for each holder, and calls of several threads wait for each other. A guest that resets itself or
+ * crashes just before is reset while it is held, and ends as it would otherwise.
+ *
+ * vm_pause: 0, -ESHUTDOWN (silent; the machine has ended: not held), or a device's error (logged; not held, runs on).
+ * vm_resume: 0, or the first device's error (logged); the machine runs either way.
+ */
+int vm_pause(struct vm *vm, enum vm_hold hold);
+int vm_resume(struct vm *vm, enum vm_hold hold);
+/* The holds there are now; 0: the guest runs. Any thread. */
+unsigned vm_holds(struct vm *vm);
+
 #endif

@@ -155,11 +155,10 @@ static bool run(struct engine_guest *g, unsigned microseconds)
     return s.gpr[RCX] == 0 && g->ram[s.rip] == 0xeb;     /* at the jump to itself */
 }
 
-static struct vm_hardware hardware(struct engine_guest *g, struct vcpu **vcpus)
+static struct vm_hardware hardware(struct engine_guest *g)
 {
-    vcpus[0] = &g->vcpu;
-    return (struct vm_hardware){ .machine = &g->machine, .engine = g->engine, .vcpus = vcpus, .cpus = 1, .model = g->model,
-                                 .tsc_hz = g->vcpu.tsc_hz };
+    return (struct vm_hardware){ .machine = &g->machine, .engine = g->engine, .vcpus = { &g->vcpu }, .cpus = 1,
+                                 .model = g->model, .tsc_hz = g->vcpu.tsc_hz };
 }
 
 struct saved {
@@ -170,8 +169,7 @@ struct saved {
 
 static struct saved save(struct engine_guest *g)
 {
-    struct vcpu *vcpus[1];
-    struct vm_hardware hw = hardware(g, vcpus);
+    struct vm_hardware hw = hardware(g);
     struct vm_standstill still;
     struct saved s = { .w = state_writer_create() };
 
@@ -187,8 +185,7 @@ static struct saved save(struct engine_guest *g)
 
 static void load(struct engine_guest *g, const struct saved *s)
 {
-    struct vcpu *vcpus[1];
-    struct vm_hardware hw = hardware(g, vcpus);
+    struct vm_hardware hw = hardware(g);
     struct vm_standstill still;
     struct state_reader r;
     int err;

@@ -245,6 +245,11 @@ void interp_import(struct vcpu *vcpu, const struct x86_state *s)
     x86_request(cpu, (s->init_pending ? REQUEST_INIT : 0) | (s->sipi_pending ? REQUEST_SIPI : 0));
 }
 
+void interp_shift_tsc(struct vcpu *vcpu, uint64_t ticks)
+{
+    ((struct interp *)vcpu->data)->cpu.s.tsc_offset += ticks;
+}
+
 void interp_code_written(struct vcpu *vcpu, gpa_t page)
 {
     soft_post_code(&((struct interp *)vcpu->data)->soft, page);
@@ -289,6 +294,7 @@ const struct engine interp_engine = {
     .signal = interp_signal,
     .export_state = interp_export,
     .import_state = interp_import,
+    .shift_tsc = interp_shift_tsc,
     .code_written = interp_code_written,
     .counters = interp_counters,
 };

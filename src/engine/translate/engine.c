@@ -279,6 +279,7 @@ const struct engine translate_engine = {
     .signal = interp_signal,
     .export_state = interp_export,
     .import_state = interp_import,
+    .shift_tsc = interp_shift_tsc,
     .code_written = interp_code_written,
     .counters = interp_counters,
 };
