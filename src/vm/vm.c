@@ -287,7 +287,19 @@ static int make_vcpus(struct vm *vm)
     return 0;
 }
 
-static int start(struct vm *vm)
+/*
+ * The rate of the guest's TSC. What a saved guest knows is kept: if this host's counter has that rate (but for what two
+ * measurements differ by), it is used as it is, otherwise scaled.
+ */
+static uint64_t choose_tsc_hz(uint64_t saved)
+{
+    uint64_t host = tsc_frequency_hz(), apart = saved > host ? saved - host : host - saved;
+
+    return saved && apart > host / 5000 ? saved : host;
+}
+
+/* empty: without a guest, for a state that was saved with this rate of the TSC. */
+static int start(struct vm *vm, bool empty, uint64_t saved_tsc_hz)
 {
     const struct vm_config *c = vm->config;
     int err = choose(vm);
@@ -310,7 +322,7 @@ static int start(struct vm *vm)
     if (err)
         return err;
     vm->parts_open = true;
-    vm->parts.board.tsc_hz = tsc_frequency_hz();
+    vm->parts.board.tsc_hz = choose_tsc_hz(saved_tsc_hz);
     err = vm_parts_build(&vm->parts, &vm->machine, &vm->pc);
     if (!err)
         err = make_vcpus(vm);
@@ -320,14 +332,15 @@ static int start(struct vm *vm)
     vm->machine.memory.code_written_opaque = vm;
     pthread_mutex_lock(&vm->machine.lock);
     machine_reset_devices(&vm->machine);
-    err = prepare_guest(vm);
+    if (!empty)
+        err = prepare_guest(vm);
     pthread_mutex_unlock(&vm->machine.lock);
     if (!err)
         vm_parts_set_escape(&vm->parts, on_escape, vm);
     return err;
 }
 
-struct vm *vm_create(const struct vm_config *config, int *status)
+static struct vm *create(const struct vm_config *config, bool empty, uint64_t saved_tsc_hz, int *status)
 {
     struct vm *vm = calloc(1, sizeof(*vm));
     int err;
@@ -343,9 +356,27 @@ struct vm *vm_create(const struct vm_config *config, int *status)
     pthread_mutex_init(&vm->life, NULL);
     pthread_mutex_init(&vm->gate, NULL);
     pthread_cond_init(&vm->gate_changed, NULL);
-    err = start(vm);
+    err = start(vm, empty, saved_tsc_hz);
     *status = vm_status_of(err);
     if (err) {
+        vm_destroy(vm);
+        return NULL;
+    }
+    return vm;
+}
+
+struct vm *vm_create(const struct vm_config *config, int *status) { return create(config, false, 0, status); }
+
+struct vm *vm_create_empty(const struct vm_config *config, uint64_t tsc_hz, enum vm_hold hold, int *status)
+{
+    struct vm *vm = create(config, true, tsc_hz, status);
+    int err;
+
+    if (!vm)
+        return NULL;
+    err = vm_pause(vm, hold);
+    if (err) {
+        *status = vm_status_of(err);
         vm_destroy(vm);
         return NULL;
     }

@@ -73,6 +73,8 @@ struct vm {
  * get out.
  */
 void vm_stop_vcpus(struct vm *vm);
+/* vm_save() with life and the machine lock held. */
+int vm_save_held(struct vm *vm, struct state_writer *w);
 /* What of the machine has state; without its configuration. */
 void vm_get_hardware(struct vm *vm, struct vm_hardware *hw);
 /* Lets them run again, unless something holds the machine or an event waits for settle(). life held. */
