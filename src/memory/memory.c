@@ -24,7 +24,7 @@
 int memory_init(struct memory *m)
 {
     memset(m, 0, sizeof(*m));
-    return 0;
+    return -pthread_mutex_init(&m->dirty_lock, NULL);
 }
 
 void memory_destroy(struct memory *m)
@@ -36,6 +36,7 @@ void memory_destroy(struct memory *m)
         free((void *)r->flags);
     }
     m->regions = 0;
+    pthread_mutex_destroy(&m->dirty_lock);
 }
 
 /* Maps fd so that host and guest addresses agree in their offset within a huge page. NULL with

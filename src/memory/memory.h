@@ -17,6 +17,7 @@
 #ifndef RINGFORT_MEMORY_MEMORY_H
 #define RINGFORT_MEMORY_MEMORY_H
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -41,6 +42,24 @@ struct memory_region {
 
 #define MEMORY_MAX_REGIONS 8
 
+/* What an engine does for dirty logging. Each may be NULL. Called with dirty_lock held, machine lock not held. */
+struct memory_dirty_hooks {
+    /* Writes by vCPUs are to be logged; 0 or a negative errno (logged). */
+    int (*start)(void *opaque);
+    void (*stop)(void *opaque);
+    /* For engines with a log of their own: adds the pages of region that it holds to bitmap, and logs their next writes again. */
+    int (*collect)(void *opaque, unsigned region, uint64_t *bitmap);
+    /* For engines that set PAGE_DIRTY: when this returns, every write that set no flag is done, and the next one to any page sets it. */
+    void (*rearm)(void *opaque);
+};
+
+#define MEMORY_DIRTY_HOOKS 4
+
+struct memory_dirty_user {
+    const struct memory_dirty_hooks *hooks;
+    void *opaque;
+};
+
 struct memory {
     struct memory_region region[MEMORY_MAX_REGIONS];
     unsigned regions;
@@ -51,6 +70,8 @@ struct memory {
      */
     void (*code_written)(void *opaque, gpa_t page);
     void *code_written_opaque;
+    pthread_mutex_t dirty_lock; /* guards what follows, and serializes starting, stopping and fetching */
+    struct memory_dirty_user dirty_hooks[MEMORY_DIRTY_HOOKS];
 };
 
 int memory_init(struct memory *m);
@@ -83,5 +104,29 @@ int memory_fill(struct memory *m, gpa_t gpa, uint8_t byte, size_t len);
  */
 void *memory_map(struct memory *m, gpa_t gpa, size_t len);
 void memory_mark_written(struct memory *m, gpa_t gpa, size_t len);
+
+/*
+ * Dirty logging (dirty.c), for migration and snapshots; one user at a time. From the return of memory_dirty_start() on,
+ * whatever is written is in the bitmaps of a later fetch: a caller that reads a page after the fetch that named
+ * it (or after the start) and is not told of it again has what the page holds. That is exact while vCPUs and devices run.
+ * A device's write counts when it is marked, so the last fetch comes after devices are paused.
+ *
+ * Any thread, without the machine lock: a vCPU may need that to come to where it can answer.
+ */
+
+/* The bitmap of a region: one bit per page, lowest bit of the lowest word first. */
+static inline size_t memory_bitmap_words(const struct memory_region *r)
+{
+    return (size_t)((r->size >> GUEST_PAGE_SHIFT) + 63) / 64;
+}
+
+/* 0; -EBUSY: somebody else logs already; or the engine's error (logged). Nothing is dirty at first. */
+int memory_dirty_start(struct memory *m);
+void memory_dirty_stop(struct memory *m);
+/* Adds to bitmap[region] what was written since the last fetch. 0, -EINVAL when logging is off, or the engine's error (logged). */
+int memory_dirty_fetch(struct memory *m, uint64_t *const bitmap[]);
+/* Engines, when they start and end to have vCPUs of the machine; at most MEMORY_DIRTY_HOOKS at once. */
+void memory_dirty_attach(struct memory *m, const struct memory_dirty_hooks *hooks, void *opaque);
+void memory_dirty_detach(struct memory *m, void *opaque);
 
 #endif

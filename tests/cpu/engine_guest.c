@@ -199,7 +199,7 @@ void engine_guest_init(struct engine_guest *g, const char *engine, const char *m
     g->machine.memory.code_written = on_code_written;
     g->machine.memory.code_written_opaque = g;
     pthread_mutex_lock(&g->machine.lock);
-    g->chip = irqchip_create(&g->machine, 1, TSC_HZ);
+    g->chip = irqchip_create(&g->machine, ENGINE_GUEST_CPUS, TSC_HZ);
     if (!g->chip || bus_add(&g->machine.ports, GUEST_PORT, 1, &port_ops, g, "test"))
         exit(2);
     pthread_mutex_unlock(&g->machine.lock);

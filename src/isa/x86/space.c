@@ -293,6 +293,17 @@ void x86_tlb_drop_writes_to(struct x86_cpu *cpu, const void *host_page)
             tlb_drop_writes_to(&cpu->tlbs->space[i].data.set, host_page);
 }
 
+void x86_tlb_drop_writes(struct x86_cpu *cpu)
+{
+    if (cpu->tlbs->kernel.dirty)
+        tlb_drop_writes(&cpu->tlbs->kernel.set);
+    if (cpu->tlbs->kernel_ac.dirty)
+        tlb_drop_writes(&cpu->tlbs->kernel_ac.set);
+    for (unsigned i = 0; i < X86_TLB_SPACES; i++)
+        if (cpu->tlbs->space[i].data.dirty)
+            tlb_drop_writes(&cpu->tlbs->space[i].data.set);
+}
+
 /* ---- translation and fill ---- */
 
 /*
