@@ -55,6 +55,7 @@ struct engine_report {
 struct engine {
     const char *name;           /* "interp", "translate", "kvm" */
     const char *summary;
+    bool checks_pages;          /* a vCPU looks at the flags of a page before it writes it (memory.h) */
     void (*probe)(struct engine_report *);
     /* Power-on state until import_state. 0 or a negative errno (logged). */
     int (*vcpu_create)(struct vcpu *);

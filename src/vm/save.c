@@ -2,9 +2,12 @@
  * Saving and loading a virtual machine that stands still, and changing its engine by that. vm.h has the contract.
  */
 #include <errno.h>
+#include <jansson.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "base/log.h"
 #include "base/state.h"
@@ -14,9 +17,43 @@
 #include "vm/stats.h"
 #include "vm/vm_internal.h"
 
+/* Whoever makes the machine again stands in another folder. */
+static json_t *absolute(json_t *path)
+{
+    const char *text = json_string_value(path);
+    char folder[PATH_MAX];
+
+    if (!text || *text == '/' || !getcwd(folder, sizeof(folder)))
+        return json_incref(path);
+    return json_sprintf("%s/%s", folder, text);
+}
+
+/* The configuration as JSON, with absolute names of files. NULL (logged). */
+static char *config_text(const struct vm_config *c)
+{
+    char *text = vm_config_to_json(c);
+    json_t *root = text ? json_loads(text, 0, NULL) : NULL, *v;
+    size_t i;
+
+    free(text);
+    if (!root)
+        return NULL;
+    if ((v = json_object_get(root, "kernel")))
+        json_object_set_new(root, "kernel", absolute(v));
+    for (i = 0; i < json_array_size(json_object_get(root, "initrd")); i++)
+        json_array_set_new(json_object_get(root, "initrd"), i, absolute(json_array_get(json_object_get(root, "initrd"), i)));
+    json_array_foreach(json_object_get(root, "disk"), i, v)
+        json_object_set_new(v, "path", absolute(json_object_get(v, "path")));
+    text = json_dumps(root, JSON_PRESERVE_ORDER);
+    if (!text)
+        log_error("out of memory");
+    json_decref(root);
+    return text;
+}
+
 int vm_save_held(struct vm *vm, struct state_writer *w)
 {
-    char *config = vm_config_to_json(vm->config);
+    char *config = config_text(vm->config);
     struct vm_hardware hw;
 
     if (!config)
@@ -156,7 +193,14 @@ int vm_set_engine(struct vm *vm, const struct engine *engine, uint64_t *pause_ns
     err = vm_pause(vm, VM_HOLD_ENGINE);
     if (err)
         return err;
-    if (vm->engine != engine) {
+    pthread_mutex_lock(&vm->gate);
+    /* The copies of pages that a snapshot makes depend on what the engine looks at. */
+    if (vm->saving && !(engine->checks_pages && vm->engine->checks_pages))
+        err = -EBUSY;
+    pthread_mutex_unlock(&vm->gate);
+    if (err) {
+        log_error("a snapshot of this machine is being saved; change the engine when that is done");
+    } else if (vm->engine != engine) {
         err = exchange(vm, engine);
         if (err)
             log_error("cannot change to engine %s: %s; the machine goes on with %s", engine->name, strerror(-err),

@@ -439,6 +439,7 @@ void vm_destroy(struct vm *vm)
 {
     if (!vm)
         return;
+    vm_snapshot_drain(vm);
     vm_stats_destroy(vm->stats);
     for (unsigned i = 0; i < vm->cpus; i++) {
         lapic_connect(vm->vcpus[i].vcpu.lapic, NULL, NULL);

@@ -60,6 +60,8 @@ struct vm {
     pthread_cond_t gate_changed;
     bool paused, ending;        /* guarded by gate */
 
+    bool saving;                /* a snapshot is being saved; guarded by gate */
+
     /* What happened, from any thread; guarded by gate. */
     struct loop_call settle;
     bool ended, reset_wanted;
@@ -73,6 +75,8 @@ struct vm {
  * get out.
  */
 void vm_stop_vcpus(struct vm *vm);
+/* Waits until no snapshot is being saved. */
+void vm_snapshot_drain(struct vm *vm);
 /* vm_save() with life and the machine lock held. */
 int vm_save_held(struct vm *vm, struct state_writer *w);
 /* What of the machine has state; without its configuration. */

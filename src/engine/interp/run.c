@@ -286,6 +286,7 @@ static void interp_probe(struct engine_report *r)
 const struct engine interp_engine = {
     .name = "interp",
     .summary = "interpreter with a cache of decoded blocks",
+    .checks_pages = true,
     .probe = interp_probe,
     .vcpu_create = interp_create,
     .vcpu_destroy = interp_destroy,
