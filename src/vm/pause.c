@@ -89,12 +89,11 @@ static void set_holds(struct vm *vm, unsigned holds)
     pthread_mutex_unlock(&vm->gate);
 }
 
-static bool has_ended(struct vm *vm)
+/* life held. */
+static void tell(struct vm *vm, unsigned before)
 {
-    pthread_mutex_lock(&vm->gate);
-    bool ended = vm->ended;
-    pthread_mutex_unlock(&vm->gate);
-    return ended;
+    if (vm->holds != before)
+        vm_notify(vm, VM_NOTICE_STATE, 0);
 }
 
 int vm_pause(struct vm *vm, enum vm_hold hold)
@@ -102,7 +101,7 @@ int vm_pause(struct vm *vm, enum vm_hold hold)
     int err = 0;
 
     pthread_mutex_lock(&vm->life);
-    if (has_ended(vm)) {
+    if (vm_ended(vm, NULL, NULL)) {
         err = -ESHUTDOWN;
     } else {
         unsigned before = vm->holds;
@@ -115,6 +114,7 @@ int vm_pause(struct vm *vm, enum vm_hold hold)
             set_holds(vm, before);
             vm_start_vcpus(vm);
         }
+        tell(vm, before);
     }
     pthread_mutex_unlock(&vm->life);
     return err;
@@ -125,11 +125,13 @@ int vm_resume(struct vm *vm, enum vm_hold hold)
     int err = 0;
 
     pthread_mutex_lock(&vm->life);
-    set_holds(vm, vm->holds & ~(unsigned)hold);
+    unsigned before = vm->holds;
+    set_holds(vm, before & ~(unsigned)hold);
     if (!vm->holds && vm->quiet) {
         err = wake(vm);
         vm_start_vcpus(vm);
     }
+    tell(vm, before);
     pthread_mutex_unlock(&vm->life);
     return err;
 }

@@ -16,6 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "backend/console/console.h"
 #include "base/log.h"
 #include "base/util.h"
 #include "board/pc/pc.h"
@@ -113,15 +114,23 @@ static bool survives_crash(struct vm *vm)
 /* Any thread, machine lock held or not. */
 static void vm_event(void *opaque, enum machine_event event, int status)
 {
+    static const char *const causes[] = {[MACHINE_POWEROFF] = "poweroff",
+                                         [MACHINE_EXIT] = "exit",
+                                         [MACHINE_CRASH] = "crash",
+                                         [MACHINE_BACKEND_FAILED] = "backend"};
     struct vm *vm = opaque;
-    bool reset;
+    bool reset, ends = false;
 
+    if (event == MACHINE_CRASH)
+        vm_notify(vm, VM_NOTICE_CRASH, 0);
     pthread_mutex_lock(&vm->gate);
     reset = event == MACHINE_RESET || (event == MACHINE_CRASH && survives_crash(vm));
     if (reset) {
         vm->reset_wanted = true;
     } else if (!vm->ended) {
+        ends = true;
         vm->ended = true;
+        vm->cause = causes[event];
         vm->status = event == MACHINE_POWEROFF         ? VM_STATUS_POWEROFF
                      : event == MACHINE_EXIT           ? status
                      : event == MACHINE_BACKEND_FAILED ? VM_STATUS_BACKEND
@@ -133,17 +142,72 @@ static void vm_event(void *opaque, enum machine_event event, int status)
         vm->engine->kick(&vm->vcpus[i].vcpu);
     pthread_mutex_unlock(&vm->gate);
     loop_schedule(vm->machine.loop, &vm->settle);
+    if (ends)
+        vm_notify(vm, VM_NOTICE_ENDED, vm->status);
 }
 
 void vm_end(struct vm *vm, int status)
 {
+    bool ends;
+
     pthread_mutex_lock(&vm->gate);
-    if (!vm->ended) {
+    ends = !vm->ended;
+    if (ends) {
         vm->ended = true;
         vm->status = status;
+        vm->cause = status == VM_STATUS_USER ? "user" : "error";
     }
     pthread_mutex_unlock(&vm->gate);
     loop_schedule(vm->machine.loop, &vm->settle);
+    if (ends)
+        vm_notify(vm, VM_NOTICE_ENDED, status);
+}
+
+bool vm_ended(struct vm *vm, int *status, const char **cause)
+{
+    pthread_mutex_lock(&vm->gate);
+    bool ended = vm->ended;
+    if (ended && status)
+        *status = vm->status;
+    if (ended && cause)
+        *cause = vm->cause;
+    pthread_mutex_unlock(&vm->gate);
+    return ended;
+}
+
+void vm_set_observer(struct vm *vm, void (*fn)(void *opaque, enum vm_notice what, int status), void *opaque)
+{
+    pthread_mutex_lock(&vm->gate);
+    vm->observer = fn;
+    vm->observer_opaque = opaque;
+    pthread_mutex_unlock(&vm->gate);
+}
+
+void vm_notify(struct vm *vm, enum vm_notice what, int status)
+{
+    pthread_mutex_lock(&vm->gate);
+    void (*fn)(void *, enum vm_notice, int) = vm->observer;
+    void *opaque = vm->observer_opaque;
+    pthread_mutex_unlock(&vm->gate);
+    if (fn)
+        fn(opaque, what, status);
+}
+
+void vm_press_button(struct vm *vm)
+{
+    pthread_mutex_lock(&vm->machine.lock);
+    power_press_button(vm->pc.power);
+    pthread_mutex_unlock(&vm->machine.lock);
+}
+
+struct console *vm_console(struct vm *vm)
+{
+    if (vm->parts.serial && console_history(vm->parts.serial))
+        return vm->parts.serial;
+    for (unsigned i = 0; i < vm->parts.board.console_count; i++)
+        if (console_history(vm->parts.consoles[i]))
+            return vm->parts.consoles[i];
+    return NULL;
 }
 
 /* Resets the guest. vCPUs stopped, life and machine lock held. */
@@ -160,6 +224,7 @@ static void reset_guest(struct vm *vm)
     pthread_mutex_lock(&vm->gate);
     vm->started_ns = clock_now(vm->machine.clock);
     pthread_mutex_unlock(&vm->gate);
+    vm_notify(vm, VM_NOTICE_RESET, 0);
     /* A machine that somebody holds is reset, too, and waits at its first instruction. */
     vm_start_vcpus(vm);
 }
@@ -383,6 +448,27 @@ struct vm *vm_create_empty(const struct vm_config *config, uint64_t tsc_hz, enum
     return vm;
 }
 
+struct device_figures {
+    struct vm_stats *stats;
+    const char *id;
+};
+
+static void add_device_figure(void *opaque, const char *name, uint64_t value)
+{
+    const struct device_figures *f = opaque;
+    char path[128];
+
+    snprintf(path, sizeof(path), "devices/%s/%s", f->id, name);
+    vm_stats_add(f->stats, path, value);
+}
+
+static void add_devices(struct vm *vm)
+{
+    for (struct device *d = vm->machine.devices; d; d = d->next)
+        if (d->ops->figures)
+            d->ops->figures(d, add_device_figure, &(struct device_figures){vm->stats, d->id});
+}
+
 static void add_figures(struct vm *vm)
 {
     struct machine *m = &vm->machine;
@@ -396,6 +482,7 @@ static void add_figures(struct vm *vm)
         vm->engine->counters(&vm->vcpus[i].vcpu, &counters);
         vm_stats_add_vcpu(vm->stats, &counters, vm->vcpus[i].cpu_ns);
     }
+    add_devices(vm);
     vm_stats_add(vm->stats, "devices/ports/reads", m->ports.reads);
     vm_stats_add(vm->stats, "devices/ports/writes", m->ports.writes);
     vm_stats_add(vm->stats, "devices/mmio/reads", m->mmio.reads);
@@ -406,22 +493,25 @@ static void add_figures(struct vm *vm)
         vm->status = vm_status_of(err);
 }
 
-int vm_run(struct vm *vm)
+int vm_start(struct vm *vm)
 {
-    int err = 0;
-
     for (unsigned i = 0; i < vm->cpus; i++) {
-        err = -pthread_create(&vm->vcpus[i].thread, NULL, vcpu_main, &vm->vcpus[i]);
+        struct vm_vcpu *v = &vm->vcpus[i];
+        int err = v->started ? 0 : -pthread_create(&v->thread, NULL, vcpu_main, v);
+
         if (err) {
             log_error("cannot start a thread for vCPU %u: %s", i, strerror(-err));
-            vm_end(vm, VM_STATUS_HOST);
-            break;
+            return err;
         }
-        vm->vcpus[i].started = true;
+        pthread_mutex_lock(&vm->gate);
+        v->started = true;
+        pthread_mutex_unlock(&vm->gate);
     }
-    if (!err)
-        err = loop_run(vm->machine.loop);
+    return 0;
+}
 
+static void join_vcpus(struct vm *vm)
+{
     pthread_mutex_lock(&vm->gate);
     vm->ending = true;
     for (unsigned i = 0; i < vm->cpus; i++)
@@ -431,8 +521,21 @@ int vm_run(struct vm *vm)
     for (unsigned i = 0; i < vm->cpus; i++)
         if (vm->vcpus[i].started)
             pthread_join(vm->vcpus[i].thread, NULL);
+    for (unsigned i = 0; i < vm->cpus; i++)
+        vm->vcpus[i].started = false;
+}
+
+int vm_run(struct vm *vm)
+{
+    int err = vm_start(vm);
+
+    if (!err)
+        err = loop_run(vm->machine.loop);
+    if (err)
+        vm_end(vm, VM_STATUS_HOST);
+    join_vcpus(vm);
     add_figures(vm);
-    return err ? VM_STATUS_HOST : vm->status;
+    return vm->status;
 }
 
 void vm_destroy(struct vm *vm)
@@ -440,6 +543,7 @@ void vm_destroy(struct vm *vm)
     if (!vm)
         return;
     vm_snapshot_drain(vm);
+    join_vcpus(vm); /* after vm_start() without vm_run() */
     vm_stats_destroy(vm->stats);
     for (unsigned i = 0; i < vm->cpus; i++) {
         lapic_connect(vm->vcpus[i].vcpu.lapic, NULL, NULL);

@@ -6,8 +6,10 @@
 #ifndef RINGFORT_VM_VM_H
 #define RINGFORT_VM_VM_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
+struct console;
 struct vm;
 struct vm_config;
 
@@ -23,7 +25,9 @@ enum vm_status {
 
 /* NULL on failure (logged), with the exit status that fits in *status. config is borrowed until vm_destroy(). */
 struct vm *vm_create(const struct vm_config *config, int *status);
-/* Runs until the guest powers off, crashes, or the user leaves. Returns the exit status. */
+/* Starts the vCPUs' threads, so that what can go wrong with that is known before vm_run(). 0 or a negative errno (logged). */
+int vm_start(struct vm *vm);
+/* vm_start() unless that was done, then runs until the guest powers off, crashes, or the user leaves. Returns the exit status. */
 int vm_run(struct vm *vm);
 void vm_destroy(struct vm *vm);
 
@@ -49,6 +53,27 @@ int vm_set_engine(struct vm *vm, const struct engine *engine, uint64_t *pause_ns
 
 /* Ends the run as soon as may be, with this exit status (the first one given counts). Any thread, machine lock held or not. */
 void vm_end(struct vm *vm, int status);
+
+/* Whether the run has ended or is ending; then its exit status and what ended it ("poweroff", "crash", "exit", "backend",
+ * "user", "error"; static), each unless NULL. Any thread. */
+bool vm_ended(struct vm *vm, int *status, const char **cause);
+/* Presses the guest's power button. Any thread, machine lock not held. */
+void vm_press_button(struct vm *vm);
+/* The console that people mean: the serial port's, or the first virtio console's where that one has none; NULL: there is none. */
+struct console *vm_console(struct vm *vm);
+
+/* What happens in a machine's life, for who follows it. */
+enum vm_notice {
+    VM_NOTICE_STATE,            /* it is held by others than before: paused, or runs */
+    VM_NOTICE_RESET,            /* the guest begins anew */
+    VM_NOTICE_CRASH,            /* a triple fault */
+    VM_NOTICE_ENDED,            /* with this exit status */
+};
+/*
+ * fn runs in whatever thread it happens in and whatever locks are held there: quick, and without locks that are held
+ * around functions of this header. Set before vm_run(); NULL after it.
+ */
+void vm_set_observer(struct vm *vm, void (*fn)(void *opaque, enum vm_notice what, int status), void *opaque);
 
 /* Who wants the guest to stand still. Each holds the machine for itself; it runs while nobody does. */
 enum vm_hold {

@@ -66,6 +66,9 @@ struct vm {
     struct loop_call settle;
     bool ended, reset_wanted;
     int status;
+    const char *cause;          /* of the end, see vm_ended() */
+    void (*observer)(void *opaque, enum vm_notice what, int status);
+    void *observer_opaque;
     uint64_t started_ns;        /* guest clock at the last (re)start of the guest */
     unsigned quick_crashes;     /* in a row */
 };
@@ -83,5 +86,7 @@ int vm_save_held(struct vm *vm, struct state_writer *w);
 void vm_get_hardware(struct vm *vm, struct vm_hardware *hw);
 /* Lets them run again, unless something holds the machine or an event waits for settle(). life held. */
 void vm_start_vcpus(struct vm *vm);
+/* Tells the observer. Gate not held. */
+void vm_notify(struct vm *vm, enum vm_notice what, int status);
 
 #endif
