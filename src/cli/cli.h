@@ -13,6 +13,16 @@ int cli_run(char **args);
 int cli_host(char **args);
 int cli_version(char **args);
 int cli_devtest(char **args);
+/* Of machines that run. */
+int cli_ls(char **args);
+int cli_info(char **args);
+int cli_console(char **args);
+int cli_logs(char **args);
+int cli_pause(char **args);
+int cli_resume(char **args);
+int cli_stop(char **args);
+int cli_reset(char **args);
+int cli_top(char **args);
 
 /* Writes text to standard output and returns the exit status: 0, or 5 when it did not get there
  * (logged). */

@@ -72,6 +72,7 @@ static int run_machine(const struct vm_config *config, struct detach *detach)
         status = serve_machine(config, control, vm, detach);
     control_close(control);
     vm_destroy(vm);
+    control_destroy(control);
     return status;
 }
 

@@ -273,6 +273,12 @@ static void keep(struct control *c)
     }
 }
 
+void keeper_flush(struct control *c)
+{
+    if (c->keeper)
+        keep(c);
+}
+
 void keeper_close(struct control *c)
 {
     if (!c->keeper)

@@ -24,9 +24,11 @@ int control_open(const struct vm_config *config, struct control **out);
 int control_serve(struct control *c, struct vm *vm);
 /*
  * After vm_run() and before vm_destroy(): cancels jobs and waits for them, gives readers of events and of the console
- * a moment to get the last of it, and gives the name back. NULL is allowed.
+ * a moment to get the last of it, and closes the socket. Idempotent; NULL is allowed.
  */
 void control_close(struct control *c);
+/* After vm_destroy(), when the machine's disks are closed: gives the name back. NULL is allowed. */
+void control_destroy(struct control *c);
 
 /* Keeps the console of the machine in a file from here on, too; before control_serve(). path is copied. 0 or a
  * negative errno (logged). */

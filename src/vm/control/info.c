@@ -113,6 +113,9 @@ static int get_info(struct control_request *r, json_t **answer)
 {
     struct vm *vm = r->vm;
     const struct vm_config *c = vm->config;
+
+    /* Who asks is about to read the console's file. */
+    keeper_flush(r->control);
     json_error_t e;
     char *text = vm_config_to_json(c);
     json_t *config = text ? json_loads(text, 0, &e) : json_null();

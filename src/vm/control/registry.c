@@ -250,12 +250,18 @@ int registry_claim(const char *name, struct registry_claim *out)
     return 0;
 }
 
+void registry_close_socket(struct registry_claim *c)
+{
+    if (c->listen_fd < 0)
+        return;
+    unlink(c->socket);
+    close(c->listen_fd);
+    c->listen_fd = -1;
+}
+
 void registry_release(struct registry_claim *c)
 {
-    if (c->listen_fd >= 0) {
-        unlink(c->socket);
-        close(c->listen_fd);
-    }
+    registry_close_socket(c);
     if (c->lock_fd >= 0) {
         unlink(c->lock);
         close(c->lock_fd);
@@ -374,6 +380,26 @@ int registry_find(const char *word, struct registry_entry *out)
         err = ambiguous(word, list, count);
     free(list);
     return err;
+}
+
+int registry_await_end(const struct registry_entry *m, unsigned seconds)
+{
+    char lock[REGISTRY_MAX_PATH];
+    size_t n = strlen(m->socket);
+    struct timespec nap = {.tv_nsec = LOCK_RETRY_NS};
+
+    memcpy(lock, m->socket, n - 4);
+    strcpy(lock + n - 4, "lock");
+    for (uint64_t left = seconds * (1000000000ull / LOCK_RETRY_NS); left; left--) {
+        /* Another machine may have the name already. */
+        int fd = owner(lock) == m->pid ? lock_file(lock, false) : -ENOENT;
+        if (fd >= 0)
+            close(fd);
+        if (fd != -EWOULDBLOCK)
+            return 0;
+        nanosleep(&nap, NULL);
+    }
+    return -ETIMEDOUT;
 }
 
 /* ---- Files that stay. ---- */

@@ -35,6 +35,8 @@ struct registry_claim {
  * machine of that name runs), or another negative errno; logged.
  */
 int registry_claim(const char *name, struct registry_claim *out);
+/* Closes and removes the socket; the name stays taken. Idempotent. */
+void registry_close_socket(struct registry_claim *c);
 /* Gives the name back; idempotent for one that was zeroed by registry_release() or has fds -1. */
 void registry_release(struct registry_claim *c);
 
@@ -51,6 +53,9 @@ int registry_list(struct registry_entry **out);
  * (logged in one line, with what there is), or another negative errno (logged).
  */
 int registry_find(const char *word, struct registry_entry *out);
+
+/* Waits until the machine's process has given the name back. 0 or -ETIMEDOUT. */
+int registry_await_end(const struct registry_entry *m, unsigned seconds);
 
 /*
  * Where a detached machine's files stay when it has ended: $XDG_STATE_HOME/ringfort, ~/.local/state/ringfort, for root

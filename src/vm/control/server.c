@@ -240,7 +240,7 @@ int control_open(const struct vm_config *config, struct control **out)
     *out = c;
     return 0;
 out:
-    control_close(c);
+    control_destroy(c);
     return err;
 }
 
@@ -322,21 +322,23 @@ int control_serve(struct control *c, struct vm *vm)
 
 void control_close(struct control *c)
 {
-    if (!c)
+    if (!c || c->closed)
         return;
+    c->closed = true;
     if (c->jobs)
         control_jobs_stop(c->jobs);
-    if (c->vm)
-        vm_set_observer(c->vm, NULL, NULL);
     if (c->serving) {
         atomic_store(&c->closing, true);
         loop_schedule(c->loop, &c->wake);
         pthread_join(c->thread, NULL);
     }
-    /* The name is free from here on: who waits for the machine's end sees this. */
-    registry_release(&c->claim);
-    if (c->loop) {
+    /* Not before: the server's thread may have ended the machine and be about to tell so. */
+    if (c->vm)
+        vm_set_observer(c->vm, NULL, NULL);
+    if (c->loop)
         loop_fd_remove(c->listen_watch);
+    registry_close_socket(&c->claim);
+    if (c->loop) {
         attach_close_all(c);
         keeper_close(c);
         if (c->http) {
@@ -355,6 +357,15 @@ void control_close(struct control *c)
     if (c->tick_fd >= 0)
         close(c->tick_fd);
     control_jobs_destroy(c->jobs);
+    c->loop = NULL;
+}
+
+void control_destroy(struct control *c)
+{
+    if (!c)
+        return;
+    control_close(c);
+    registry_release(&c->claim);
     events_destroy(c->events);
     free(c->console_path);
     free(c);

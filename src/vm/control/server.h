@@ -49,7 +49,7 @@ struct control {
 
     struct loop *loop;
     pthread_t thread;
-    bool serving;
+    bool serving, closed;
     struct MHD_Daemon *http;
     struct loop_fd *http_watch, *listen_watch;
     struct loop_hook http_hook;
@@ -101,6 +101,7 @@ void attach_wake(struct control *c);
 bool attach_done(struct control *c);
 void attach_close_all(struct control *c);
 int keeper_open(struct control *c);
+void keeper_flush(struct control *c);
 void keeper_close(struct control *c);
 
 #endif
