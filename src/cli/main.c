@@ -23,6 +23,8 @@ static const struct verb {
     {"resume", "let a paused machine go on", cli_resume},
     {"stop", "press a machine's power button, and wait for its end", cli_stop},
     {"reset", "press a machine's reset button", cli_reset},
+    {"snapshot", "save a running machine, and go on from what was saved", cli_snapshot},
+    {"engine", "change how a running machine's processors are run", cli_engine},
     {"top", "show the machines' use of the host, live", cli_top},
     {"host", "show what this host offers to each engine", cli_host},
     {"version", "show the version", cli_version},

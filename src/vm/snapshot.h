@@ -29,6 +29,9 @@ struct vm_snapshot_result {
  */
 int vm_snapshot_save(struct vm *vm, const char *name, struct vm_snapshot_result *out);
 
+/* Makes the save under way end soon with -ECANCELED; none under way: nothing. Any thread. */
+void vm_snapshot_cancel(struct vm *vm);
+
 struct vm_snapshot_info {
     char name[VM_SNAPSHOT_NAME_MAX];
     char machine[128];          /* name of the machine that was saved */

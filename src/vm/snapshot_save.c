@@ -191,9 +191,9 @@ static int save_memory(struct saver *s)
         write_copies(s);
         n = memory_save_next(m, &cursor, BATCH, gpa, buf);
         write_batch(s, gpa, buf, n);
-    } while (n && !s->error);
+    } while (n && !s->error && !atomic_load(&s->vm->save_cancelled));
     free(buf);
-    return 0;
+    return atomic_load(&s->vm->save_cancelled) ? -ECANCELED : 0;
 }
 
 static void end_memory(struct saver *s)
@@ -221,7 +221,7 @@ static int begin_disks(struct saver *s)
                 log_error("%s/%s: cannot write: %s", s->path, name, strerror(-err));
                 break;
             }
-            err = block_save_begin(s->vm->parts.disks[i].backend, fd);
+            err = block_save_begin(s->vm->parts.disks[i].backend, fd, &s->vm->save_cancelled);
         }
         s->disks += !err;
     }
@@ -238,7 +238,9 @@ static int end_disks(struct saver *s, int err)
 
         if (s->vm->config->disks[i].block.readonly)
             continue;
-        r = block_save_wait(b, err != 0, &bytes);
+        if (err)
+            atomic_store(&s->vm->save_cancelled, true);
+        r = block_save_wait(b, &bytes);
         err = err ? err : r;
         s->result.disk_bytes += bytes;
         pthread_mutex_lock(&s->vm->machine.lock);
@@ -428,6 +430,8 @@ static int enter(struct vm *vm)
         err = -EBUSY;
     else
         vm->saving = true;
+    if (!err)
+        atomic_store(&vm->save_cancelled, false);
     pthread_mutex_unlock(&vm->gate);
     if (err)
         log_error("a snapshot of this machine is being saved already; wait until it is done");
@@ -449,6 +453,8 @@ void vm_snapshot_drain(struct vm *vm)
         pthread_cond_wait(&vm->gate_changed, &vm->gate);
     pthread_mutex_unlock(&vm->gate);
 }
+
+void vm_snapshot_cancel(struct vm *vm) { atomic_store(&vm->save_cancelled, true); }
 
 int vm_snapshot_save(struct vm *vm, const char *name, struct vm_snapshot_result *out)
 {

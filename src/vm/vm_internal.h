@@ -61,6 +61,7 @@ struct vm {
     bool paused, ending;        /* guarded by gate */
 
     bool saving;                /* a snapshot is being saved; guarded by gate */
+    _Atomic bool save_cancelled;
 
     /* What happened, from any thread; guarded by gate. */
     struct loop_call settle;

@@ -67,13 +67,13 @@ int block_image_size(int dirfd, const char *name, uint64_t *size);
  * before it is written over. One copy at a time.
  *
  * block_save_begin() is the moment: nothing is in flight (block_drain()). It takes fd over. Where the file system can share
- * blocks, the copy is complete at once. 0 or a negative errno (logged). Machine lock held.
+ * blocks, the copy is complete at once. Once *cancel is true it ends soon, with -ECANCELED. 0 or a negative errno (logged). Machine lock held.
  * block_save_wait() waits for the copy, without the lock; *bytes: how many were copied (a hole is not). 0, or the errno (logged)
- * of the first error; the disk itself is unharmed. cancel: as soon as may be.
+ * of the first error; the disk itself is unharmed.
  * block_save_end() follows, with the machine lock held. Syncing fd is block_save_wait()'s.
  */
-int block_save_begin(struct block *b, int fd);
-int block_save_wait(struct block *b, bool cancel, uint64_t *bytes);
+int block_save_begin(struct block *b, int fd, const _Atomic bool *cancel);
+int block_save_wait(struct block *b, uint64_t *bytes);
 void block_save_end(struct block *b);
 /* Whether the disk is an overlay: a copy of it needs the files below it. */
 bool block_is_overlay(const struct block *b);

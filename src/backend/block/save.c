@@ -40,7 +40,7 @@ struct block_save {
     uint64_t urgent_from;       /* the first is here or later */
     uint64_t bytes;
     int error;                  /* then nothing waits any more */
-    bool cancel;
+    const _Atomic bool *cancel;
     bool awaited;               /* a write waits */
 };
 
@@ -115,7 +115,7 @@ static void *copy_thread(void *opaque)
     pthread_mutex_lock(&s->lock);
     if (!buf)
         s->error = -ENOMEM;
-    while (!s->error && !s->cancel && (i = choose(s)) < s->chunks) {
+    while (!s->error && !*s->cancel && (i = choose(s)) < s->chunks) {
         int64_t r;
 
         pthread_mutex_unlock(&s->lock);
@@ -130,7 +130,7 @@ static void *copy_thread(void *opaque)
         s->chunk[i] = DONE;
         wake_writes(s);
     }
-    if (s->cancel && !s->error)
+    if (*s->cancel && !s->error)
         s->error = -ECANCELED;
     wake_writes(s);
     pthread_mutex_unlock(&s->lock);
@@ -243,7 +243,7 @@ static void destroy(struct block_save *s)
     free(s);
 }
 
-int block_save_begin(struct block *b, int fd)
+int block_save_begin(struct block *b, int fd, const _Atomic bool *cancel)
 {
     struct block_save *s = b->save ? NULL : calloc(1, sizeof(*s));
     int err;
@@ -255,6 +255,7 @@ int block_save_begin(struct block *b, int fd)
     s->block = b;
     s->from = -1;
     s->to = fd;
+    s->cancel = cancel;
     pthread_mutex_init(&s->lock, NULL);
     pthread_cond_init(&s->changed, NULL);
     err = prepare(s, b);
@@ -275,14 +276,11 @@ int block_save_begin(struct block *b, int fd)
     return 0;
 }
 
-int block_save_wait(struct block *b, bool cancel, uint64_t *bytes)
+int block_save_wait(struct block *b, uint64_t *bytes)
 {
     struct block_save *s = b->save;
     int err;
 
-    pthread_mutex_lock(&s->lock);
-    s->cancel |= cancel;
-    pthread_mutex_unlock(&s->lock);
     if (s->started)
         pthread_join(s->thread, NULL);
     s->started = false;
