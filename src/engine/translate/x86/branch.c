@@ -90,7 +90,7 @@ static void lookup(struct unit *x, uint16_t live, enum stub_kind kind)
         asm_set_short(hit, a->at);
         unit_restore_rcx(x);
     } else {
-        asm_rorx(a, A, T, 64 - (5 - TRANSLATE_JUMP_SHIFT));
+        asm_rorx(a, A, T, (TRANSLATE_JUMP_SHIFT - 5) & 63);
         asm_alu_imm(a, false, ALU_DIGIT_AND, A, (TRANSLATE_JUMPS - 1) << 5);
         asm_gs(a, true, 0x03, A, T_GS(jumps_now));
         asm_mem(a, true, 0x3b, T, A, H_NONE, 0, offsetof(struct jump_entry_host, rip));
