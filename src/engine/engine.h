@@ -56,6 +56,8 @@ struct engine {
     const char *name;           /* "interp", "translate", "kvm" */
     const char *summary;
     void (*probe)(struct engine_report *);
+    /* See engine_offer(). NULL: all that the host's processor can run (x86_cpu_model_usable()). */
+    const struct x86_cpu_model *(*offer)(const struct x86_cpu_model *m, bool exact, const char **missing);
     /* Power-on state until import_state. 0 or a negative errno (logged). */
     int (*vcpu_create)(struct vcpu *);
     void (*vcpu_destroy)(struct vcpu *);
@@ -65,16 +67,35 @@ struct engine {
     void (*kick)(struct vcpu *);
     /* Any thread: from the local APIC. */
     void (*signal)(struct vcpu *, enum lapic_signal, unsigned value);
-    /* While run() is not running. */
+    /*
+     * While no vCPU of the machine is inside run(). The LAPIC's state is not in there but in the machine's irqchip, which is up to
+     * date from export_state() of any vCPU on until the next run(); import_state() goes by it. What is imported replaces
+     * everything, also what was on its way to the vCPU.
+     */
     void (*export_state)(struct vcpu *, struct x86_state *);
     void (*import_state)(struct vcpu *, const struct x86_state *);
     /* Any thread: guest memory of this page was written by something that is not a vCPU. */
     void (*code_written)(struct vcpu *, gpa_t page);
+    /*
+     * Where writes of vCPUs are not seen by Ringfort itself but by the host's kernel; else NULL. dirty_start and dirty_stop: begins and
+     * ends noting them; 0 or a negative errno (logged). dirty_fetch: sets PAGE_DIRTY of the pages written since the last fetch and
+     * notes anew. Machine-wide, by any vCPU; any thread, one at a time, also while vCPUs run.
+     */
+    int (*dirty_start)(struct vcpu *);
+    int (*dirty_fetch)(struct vcpu *);
+    void (*dirty_stop)(struct vcpu *);
     /* Any thread; figures may be slightly old. */
     void (*counters)(const struct vcpu *, struct engine_counters *);
 };
 
-extern const struct engine interp_engine, translate_engine;
+/*
+ * The model as the engine can run it on this host: m itself, or, unless exact, one with fewer features. It stays valid. NULL and the
+ * name of what is missing: it cannot. A machine keeps the model that it was started with; before it changes its engine, ask
+ * for exactly that.
+ */
+const struct x86_cpu_model *engine_offer(const struct engine *e, const struct x86_cpu_model *m, bool exact, const char **missing);
+
+extern const struct engine interp_engine, translate_engine, kvm_engine;
 
 /*
  * How often a block is interpreted before the translator translates it: 1…, read when a vCPU is made. Tests

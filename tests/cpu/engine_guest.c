@@ -93,8 +93,9 @@ static void make_state(struct engine_guest *g)
     s->cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_PG;
     s->cr3 = TABLES;
     s->cr4 = CR4_PAE | CR4_PGE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE | CR4_FSGSBASE | CR4_SMEP | CR4_SMAP | CR4_UMIP;
+    s->cr4 &= g->model->cr4_allowed;
     s->efer = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE;
-    s->xcr0 = g->model->xcr0_allowed;
+    s->xcr0 = s->cr4 & CR4_OSXSAVE ? g->model->xcr0_allowed : 1;
     s->rflags = 2;
     s->gdt = (struct x86_table){ .base = KERNEL_BASE + GDT, .limit = 0x7f };
     s->idt = (struct x86_table){ .base = KERNEL_BASE + IDT, .limit = 0xfff };
@@ -181,6 +182,7 @@ void engine_guest_renew(struct engine_guest *g)
 
 void engine_guest_init(struct engine_guest *g, const char *engine, const char *model)
 {
+    struct engine_report report;
     const char *missing;
 
     g->engine = engine_find(engine);
@@ -189,7 +191,13 @@ void engine_guest_init(struct engine_guest *g, const char *engine, const char *m
         fprintf(stderr, "no engine '%s' or no model '%s'\n", engine, model);
         exit(2);
     }
-    if (x86_cpu_model_usable(g->model, &missing)) {
+    g->engine->probe(&report);
+    if (!report.usable) {
+        fprintf(stderr, "skipped: %s\n", report.text);
+        exit(77);
+    }
+    g->model = engine_offer(g->engine, g->model, false, &missing);
+    if (!g->model) {
         fprintf(stderr, "this host cannot run model %s: it lacks %s\n", model, missing);
         exit(2);
     }
