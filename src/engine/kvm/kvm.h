@@ -106,6 +106,7 @@ struct kvm_vcpu {
     void *xsave;                /* host->xsave_size bytes */
     _Atomic uint32_t request;
     _Atomic uint8_t sipi_vector;
+    bool told_about_tsc;
     bool shutdown;              /* it ended in a triple fault */
     struct x86_state kept;      /* what KVM does not keep of the state */
     bool msr_known[KVM_MSRS];

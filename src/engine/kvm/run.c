@@ -294,18 +294,20 @@ static void destroy(struct vcpu *vcpu)
     free(v);
 }
 
-/* The guest was told a rate when it started, perhaps on another host. */
+/* The guest was told a rate when it started, perhaps on another host. The kernel's idea of its own rate may differ from ours. */
 static void set_tsc_rate(struct kvm_vcpu *v)
 {
-    int khz = ioctl(v->fd, KVM_GET_TSC_KHZ, 0);
-    uint64_t wanted = v->vcpu->tsc_hz / 1000, tolerance = (uint64_t)MAX(khz, 0) * TSC_TOLERANCE_PPM / 1000000;
+    uint64_t wanted = v->vcpu->tsc_hz, host = tsc_frequency_hz(), tolerance = host / 1000000 * TSC_TOLERANCE_PPM;
+    int khz;
 
-    if (khz <= 0 || clock_is_manual(v->vcpu->machine->clock) ||
-        (wanted + tolerance >= (uint64_t)khz && wanted <= (uint64_t)khz + tolerance))
+    if (clock_is_manual(v->vcpu->machine->clock) || (wanted + tolerance >= host && wanted <= host + tolerance))
         return;
-    if (!v->k->host->tsc_control || ioctl(v->fd, KVM_SET_TSC_KHZ, wanted))
-        log_warn("the guest expects a TSC of %llu kHz, this host has %d and cannot scale it: the guest's clock may run wrong",
-                 (unsigned long long)wanted, khz);
+    khz = ioctl(v->fd, KVM_GET_TSC_KHZ, 0);
+    if (khz > 0)
+        khz = (int)((unsigned __int128)(unsigned)khz * wanted / host);
+    if (khz <= 0 || !v->k->host->tsc_control || ioctl(v->fd, KVM_SET_TSC_KHZ, (unsigned long)khz))
+        log_warn("vCPU %u expects a TSC of %llu MHz, this host has %llu and cannot scale it: the guest's clock may run wrong",
+                 v->vcpu->index, (unsigned long long)wanted / 1000000, (unsigned long long)host / 1000000);
 }
 
 static int set_cpuid(struct kvm_vcpu *v)

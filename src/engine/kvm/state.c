@@ -366,8 +366,11 @@ void kvm_import(struct vcpu *vcpu, const struct x86_state *s)
     kvm_lapics_forget(v->k);
     atomic_fetch_and(&v->request, (uint32_t)KVM_REQUEST_EXIT);
     v->kept = *s;
-    if (set_tsc_offset(v, s->tsc_offset) < 0)
-        log_warn("vCPU %u: KVM does not take the TSC's offset; the guest's clock may jump", vcpu->index);
+    /* A KVM without hardware cannot offset what user mode reads; it takes the value all the same. */
+    if ((set_tsc_offset(v, s->tsc_offset) < 0 || kvm_tsc_offset(v) != s->tsc_offset) && !v->told_about_tsc) {
+        v->told_about_tsc = true;
+        log_warn("vCPU %u: this KVM cannot give the guest a TSC of its own; its clock may jump", vcpu->index);
+    }
     for (unsigned i = 0; i < ARRAY_SIZE(part); i++) {
         int err = part[i].set(v, s);
 
