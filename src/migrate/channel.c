@@ -37,6 +37,7 @@ struct channel {
     gnutls_session_t session;   /* NULL: no TLS, or not yet */
     struct channel_tls *tls;    /* an accepted connection's, until its handshake */
     unsigned connect_ms, idle_ms;
+    uint64_t deadline;          /* now_ms(); 0: none */
     _Atomic bool aborted;
     _Atomic uint64_t bytes;
     char error[CHANNEL_ERROR_MAX];
@@ -351,6 +352,8 @@ static int wait_for(struct channel *c, short events, uint64_t until)
 {
     struct pollfd p = { .fd = c->fd, .events = events };
 
+    if (c->deadline && (!until || until > c->deadline))
+        until = c->deadline;
     for (;;) {
         uint64_t now = now_ms();
         int n;
@@ -468,6 +471,7 @@ int channel_wait(struct channel *c, int wait_ms)
     return err == -ETIMEDOUT ? 0 : err ? fail(c, err) : 1;
 }
 
+void channel_set_deadline(struct channel *c, unsigned ms) { c->deadline = ms ? now_ms() + ms : 0; }
 const char *channel_error(const struct channel *c) { return c->error; }
 uint64_t channel_bytes(const struct channel *c) { return atomic_load_explicit(&c->bytes, memory_order_relaxed); }
 

@@ -60,6 +60,8 @@ int channel_send(struct channel *c, const void *data, size_t len);
 int channel_recv(struct channel *c, void *data, size_t len);
 /* Waits for something to receive: 1, 0 after wait_ms, or a negative errno. */
 int channel_wait(struct channel *c, int wait_ms);
+/* All of what follows has to be over in ms from now; 0: no such bound any more. */
+void channel_set_deadline(struct channel *c, unsigned ms);
 /* Of the last call that failed: words to put after "the connection failed: ". */
 const char *channel_error(const struct channel *c);
 /* Any thread: whoever waits in the channel comes back with an error, now and later. */
