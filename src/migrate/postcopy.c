@@ -36,6 +36,7 @@ struct postcopy {
     pthread_mutex_t lock;                       /* guards what follows */
     uint64_t *requested[MEMORY_MAX_REGIONS];
     struct channel *urgent;
+    bool given_up;
 };
 
 static const uint8_t zeros[GUEST_PAGE_SIZE] __attribute__((aligned(GUEST_PAGE_SIZE)));
@@ -119,7 +120,9 @@ static void touched(struct postcopy *p, uint64_t address)
             return;
         }
         pthread_mutex_lock(&p->lock);
-        if (!(p->requested[i][page / 64] >> (page % 64) & 1)) {
+        if (p->given_up) {
+            copy_page(p, r->host + (page << GUEST_PAGE_SHIFT), zeros);
+        } else if (!(p->requested[i][page / 64] >> (page % 64) & 1)) {
             p->requested[i][page / 64] |= 1ull << (page % 64);
             atomic_fetch_add(&p->requests, 1);
             send_request(p, i, page);
@@ -259,6 +262,20 @@ void postcopy_connect(struct postcopy *p, struct channel *urgent)
 
             for (; bits && p->urgent; bits &= bits - 1)
                 send_request(p, i, w * 64 + (uint64_t)__builtin_ctzll(bits));
+        }
+    pthread_mutex_unlock(&p->lock);
+}
+
+void postcopy_give_up(struct postcopy *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->given_up = true;
+    for (unsigned i = 0; i < p->memory->regions; i++)
+        for (size_t w = 0; w < memory_bitmap_words(&p->memory->region[i]); w++) {
+            uint64_t bits = p->requested[i][w] & __atomic_load_n(&p->missing[i][w], __ATOMIC_ACQUIRE);
+
+            for (; bits; bits &= bits - 1)
+                copy_page(p, p->memory->region[i].host + ((w * 64 + (uint64_t)__builtin_ctzll(bits)) << GUEST_PAGE_SHIFT), zeros);
         }
     pthread_mutex_unlock(&p->lock);
 }

@@ -25,6 +25,11 @@ struct postcopy *postcopy_create(struct memory *m, uint64_t *missing[MEMORY_MAX_
 void postcopy_destroy(struct postcopy *p);
 /* Where requests go, from now on; those without an answer go there anew. NULL: nowhere, they are kept. Any thread. */
 void postcopy_connect(struct postcopy *p, struct channel *urgent);
+/*
+ * Pages will not come any more, and nobody is going to run the machine: whoever waits, or touches one later, finds zeros. For
+ * a machine that is abandoned while its state is loaded, never for one that has run. Any thread.
+ */
+void postcopy_give_up(struct postcopy *p);
 /* A page has come: contents, NULL for zeros. One that is there already stays. Any thread. 0 or a negative errno. */
 int postcopy_place(struct postcopy *p, unsigned region, uint64_t page, const uint8_t *contents);
 /* Pages that are missing still. Any thread. */

@@ -96,12 +96,16 @@ static void set_stage(struct migrate_target *t, enum migrate_stage stage)
     report(t);
 }
 
-/* Lock held: a stream or run() cannot go on. */
+/* Lock held: a stream or run() cannot go on. A machine that does not run yet never will, so its loading need not wait for memory. */
 static void set_broken(struct migrate_target *t, const char *reason)
 {
     if (!t->broken)
         snprintf(t->reason, sizeof(t->reason), "%s", reason);
     t->broken = true;
+    if (t->owner != TAKEN && t->postcopy) {
+        t->owner = GIVEN_UP;
+        postcopy_give_up(t->postcopy);
+    }
     pthread_cond_broadcast(&t->changed);
 }
 
@@ -426,6 +430,7 @@ void migrate_target_cancel(struct migrate_target *t)
 {
     atomic_store(&t->cancelled, true);
     pthread_mutex_lock(&t->lock);
+    set_broken(t, "cancelled");
     if (t->control)
         channel_abort(t->control);
     pthread_cond_broadcast(&t->changed);
@@ -586,6 +591,8 @@ static int take_state(struct migrate_target *t, const struct frame *f, char reas
         /* The source opened it before it sent the state. */
         if (t->stream[URGENT].channel)
             postcopy_connect(p, t->stream[URGENT].channel);
+        if (t->broken)
+            set_broken(t, t->reason);
         pthread_mutex_unlock(&t->lock);
     }
     err = t->ops->load(t->opaque, f->data, f->length, reason);

@@ -702,6 +702,9 @@ static void test_faults(void **state)
         /* Small, to be often where the machine changes hands; mostly within what all takes. */
         uint64_t at = next(&x) % 3 == 0 ? 1 + next(&x) % 2500000 : 2150000 + next(&x) % 40000;
 
+        /* A target that runs waits for its memory as long as it takes, so this link heals. */
+        if (post_copy && fault != FAULT_DAMAGE)
+            fault = FAULT_CUT_FOR_A_WHILE;
         if (post_copy && next(&x) % 2)
             at = 1 + next(&x) % 30000;
         t->a.hot_pages = 4;
