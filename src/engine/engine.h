@@ -55,6 +55,7 @@ struct engine_report {
 struct engine {
     const char *name;           /* "interp", "translate", "kvm" */
     const char *summary;
+    bool checks_pages;          /* a vCPU looks at the flags of a page before it writes it (memory.h) */
     void (*probe)(struct engine_report *);
     /* Power-on state until import_state. 0 or a negative errno (logged). */
     int (*vcpu_create)(struct vcpu *);
@@ -65,9 +66,14 @@ struct engine {
     void (*kick)(struct vcpu *);
     /* Any thread: from the local APIC. */
     void (*signal)(struct vcpu *, enum lapic_signal, unsigned value);
-    /* While run() is not running. */
+    /*
+     * While run() is not running. export: what is pending too, so that an import of it elsewhere goes on as if nothing
+     * had been; the vCPU here keeps it. import: devices have their state already; the guest's KVM clock page is written anew.
+     */
     void (*export_state)(struct vcpu *, struct x86_state *);
     void (*import_state)(struct vcpu *, const struct x86_state *);
+    /* While run() is not running: the guest's TSC moves by ticks (modulo 2^64). NULL: by export and import. */
+    void (*shift_tsc)(struct vcpu *, uint64_t ticks);
     /* Any thread: guest memory of this page was written by something that is not a vCPU. */
     void (*code_written)(struct vcpu *, gpa_t page);
     /* Any thread; figures may be slightly old. */

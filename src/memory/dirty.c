@@ -46,7 +46,7 @@ static void clear_flags(struct memory *m)
                 atomic_fetch_and(&m->region[i].flags[page], (uint8_t)~PAGE_DIRTY);
 }
 
-static void rearm(struct memory *m)
+void memory_rearm(struct memory *m)
 {
     for (unsigned i = 0; i < MEMORY_DIRTY_HOOKS; i++)
         if (m->dirty_hooks[i].hooks && m->dirty_hooks[i].hooks->rearm)
@@ -81,7 +81,7 @@ int memory_dirty_start(struct memory *m)
                 stop_users(m, i);
         }
     if (!err)
-        rearm(m);
+        memory_rearm(m);
 out:
     pthread_mutex_unlock(&m->dirty_lock);
     return err;
@@ -130,7 +130,7 @@ int memory_dirty_fetch(struct memory *m, uint64_t *const bitmap[])
                 err = m->dirty_hooks[k].hooks->collect(m->dirty_hooks[k].opaque, i, bitmap[i]);
     }
     if (!err)
-        rearm(m);
+        memory_rearm(m);
     pthread_mutex_unlock(&m->dirty_lock);
     return err;
 }

@@ -321,6 +321,7 @@ void interp_kick(struct vcpu *vcpu);
 void interp_signal(struct vcpu *vcpu, enum lapic_signal signal, unsigned value);
 void interp_export(struct vcpu *vcpu, struct x86_state *s);
 void interp_import(struct vcpu *vcpu, const struct x86_state *s);
+void interp_shift_tsc(struct vcpu *vcpu, uint64_t ticks);
 void interp_code_written(struct vcpu *vcpu, gpa_t page);
 void interp_counters(const struct vcpu *vcpu, struct engine_counters *c);
 

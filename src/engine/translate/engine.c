@@ -271,6 +271,7 @@ static void translate_probe(struct engine_report *r)
 const struct engine translate_engine = {
     .name = "translate",
     .summary = "binary translator on top of the interpreter",
+    .checks_pages = true,
     .probe = translate_probe,
     .vcpu_create = translate_create,
     .vcpu_destroy = translate_destroy,
@@ -279,6 +280,7 @@ const struct engine translate_engine = {
     .signal = interp_signal,
     .export_state = interp_export,
     .import_state = interp_import,
+    .shift_tsc = interp_shift_tsc,
     .code_written = interp_code_written,
     .counters = interp_counters,
 };

@@ -326,7 +326,7 @@ static bool may_write_unseen(struct x86_cpu *cpu, _Atomic uint8_t *flags)
 /* Whether a read may fill the write tag along: only where that changes nothing for anybody else. */
 static bool already_written_unseen(struct x86_cpu *cpu, _Atomic uint8_t *flags)
 {
-    return (atomic_load(flags) & (PAGE_CODE | PAGE_WRITABLE)) == PAGE_WRITABLE &&
+    return (atomic_load(flags) & (PAGE_CODE | PAGE_WRITABLE | PAGE_SAVE)) == PAGE_WRITABLE &&
            !atomic_load_explicit(&cpu->mem->dirty_logging, memory_order_relaxed);
 }
 
@@ -362,6 +362,8 @@ void x86_translate(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, enum x86_
     if (!page)
         return;
     place->host = page + (va & ~GUEST_PAGE_MASK);
+    if (access == ACCESS_WRITE && (atomic_load_explicit(flags, memory_order_relaxed) & PAGE_SAVE))
+        memory_before_write(cpu->mem, w.gpa);
 
     t->dirty = true;
     if (w.page_size != GUEST_PAGE_SIZE)
