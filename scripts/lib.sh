@@ -134,6 +134,47 @@ apt_unpack() { # PACKAGE DIR
     rm -rf "$work"
 }
 
+# Sorts out of an unpacked kernel package the modules NAME... with what they depend on, unpacked, into OUT,
+# in the order in which they load (file order).
+kernel_modules() { # ROOT VERSION OUT NAME...
+    local root=$1 version=$2 out=$3 module path base
+    shift 3
+    need depmod kmod
+    [ -d "$root/lib/modules" ] || ln -s usr/lib "$root/lib"
+    depmod -b "$root" "$version"
+    mkdir -p "$out"
+    for module in "$@"; do
+        # A name that this kernel has built in, or spells otherwise, has nothing to load.
+        modprobe -d "$root" -S "$version" --show-depends "$module" 2>/dev/null || true
+    done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' | while read -r path; do
+        base=${path##*/}
+        case $base in
+            *.xz) xz -dc "$path" >"$out/${base%.xz}" ;;
+            *.zst) zstd -qdc "$path" >"$out/${base%.zst}" ;;
+            *) cp "$path" "$out/$base" ;;
+        esac
+        base=${base%.xz}
+        printf '%s\n' "${base%.zst}" >>"$out/order"
+    done
+    [ -s "$out/order" ] || die "kernel $version holds none of the modules $*"
+}
+
+# Downloads the upstream source of PACKAGE, by the archives of the last apt_private, and unpacks it into DIR.
+apt_source() { # PACKAGE DIR
+    local work orig
+    work=$(mktemp -d "$2.src.XXXXXX")
+    RF_TEMP+=("$work")
+    mkdir -p "$work/lists/partial" "$2"
+    sed -n '1s/^deb /deb-src /p' "$RF_CACHE/apt/$RF_SUITE-amd64/sources.list" >"$work/sources.list"
+    (cd "$work" && for step in update "source --download-only $1"; do
+        # shellcheck disable=SC2086
+        quietly "$work/log" apt-get "${APT[@]}" -o "Dir::Etc::sourcelist=$work/sources.list" -o "Dir::State::Lists=$work/lists" -q $step
+    done)
+    orig=$(echo "$work"/*.orig.tar.*)
+    tar -x -f "$orig" --strip-components=1 --no-same-owner -C "$2"
+    rm -rf "$work"
+}
+
 now_ms() { date +%s%3N; }
 
 # The first free TCP port of the loopback from FIRST on.

@@ -55,6 +55,7 @@ struct engine_report {
 struct engine {
     const char *name;           /* "interp", "translate", "kvm" */
     const char *summary;
+    bool checks_pages;          /* a vCPU looks at the flags of a page before it writes it (memory.h) */
     void (*probe)(struct engine_report *);
     /* See engine_offer(). NULL: all that the host's processor can run (x86_cpu_model_usable()). */
     const struct x86_cpu_model *(*offer)(const struct x86_cpu_model *m, bool exact, const char **missing);
@@ -69,21 +70,15 @@ struct engine {
     void (*signal)(struct vcpu *, enum lapic_signal, unsigned value);
     /*
      * While no vCPU of the machine is inside run(). The LAPIC's state is not in there but in the machine's irqchip, which is up to
-     * date from export_state() of any vCPU on until the next run(); import_state() goes by it. What is imported replaces
-     * everything, also what was on its way to the vCPU.
+     * date then. export: what is pending too, so that an import of it elsewhere goes on as if nothing had been; the vCPU here keeps
+     * it. import: devices have their state already; the guest's KVM clock page is written anew.
      */
     void (*export_state)(struct vcpu *, struct x86_state *);
     void (*import_state)(struct vcpu *, const struct x86_state *);
+    /* While run() is not running: the guest's TSC moves by ticks (modulo 2^64). NULL: by export and import. */
+    void (*shift_tsc)(struct vcpu *, uint64_t ticks);
     /* Any thread: guest memory of this page was written by something that is not a vCPU. */
     void (*code_written)(struct vcpu *, gpa_t page);
-    /*
-     * Where writes of vCPUs are not seen by Ringfort itself but by the host's kernel; else NULL. dirty_start and dirty_stop: begins and
-     * ends noting them; 0 or a negative errno (logged). dirty_fetch: sets PAGE_DIRTY of the pages written since the last fetch and
-     * notes anew. Machine-wide, by any vCPU; any thread, one at a time, also while vCPUs run.
-     */
-    int (*dirty_start)(struct vcpu *);
-    int (*dirty_fetch)(struct vcpu *);
-    void (*dirty_stop)(struct vcpu *);
     /* Any thread; figures may be slightly old. */
     void (*counters)(const struct vcpu *, struct engine_counters *);
 };
@@ -96,12 +91,6 @@ struct engine {
 const struct x86_cpu_model *engine_offer(const struct engine *e, const struct x86_cpu_model *m, bool exact, const char **missing);
 
 extern const struct engine interp_engine, translate_engine, kvm_engine;
-
-/*
- * How often a block is interpreted before the translator translates it: 1…, read when a vCPU is made. Tests
- * set it to 1, so that everything is translated.
- */
-extern unsigned translate_threshold;
 
 /* NULL: no such engine. "auto" is not an engine: see engine_choose(). */
 const struct engine *engine_find(const char *name);

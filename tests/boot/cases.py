@@ -13,10 +13,11 @@ class Case:
     seconds: int    # bound for the whole case, enforced by ./check
     alone: bool     # measures time: nothing else may run beside it
     parts: bool     # gets (report, folder) and names its results itself; else (folder), one result
+    wanted: bool    # runs only when it is asked for by name: takes long, or downloads much
 
 
-def case(seconds, alone=False, parts=False, name=None):
+def case(seconds, alone=False, parts=False, name=None, wanted=False):
     def add(function):
-        ALL.append(Case(name or function.__name__.replace("_", "-"), function, seconds, alone, parts))
+        ALL.append(Case(name or function.__name__.replace("_", "-"), function, seconds, alone, parts, wanted))
         return function
     return add

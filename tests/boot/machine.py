@@ -78,12 +78,16 @@ class Machine:
             errors.write(("+ " + " ".join(argv) + "\n").encode())
             errors.flush()
             self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                                            preexec_fn=die_with_parent)
+                                            preexec_fn=die_with_parent, env=self.environment())
         self._text = ""
         self._ended = False
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def environment(self):
+        """Control sockets are the test's own: others may run machines of the same name."""
+        return {**os.environ, "XDG_RUNTIME_DIR": str(self.folder)}
 
     def __enter__(self):
         return self

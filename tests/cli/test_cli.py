@@ -146,7 +146,7 @@ class Help(Surface):
         contract = {"name", "config", "print-config", "kernel", "initrd", "cmdline", "cpus", "memory", "cpu-model",
                     "engine", "disk", "net", "device", "console", "stats", "on-crash", "help"}
         self.assertLessEqual(contract, flags)
-        for flag in flags - {"help", "print-config"}:
+        for flag in flags - {"help", "print-config", "detach"}:
             self.refused(["run", f"--{flag}"], f"--{flag} needs a value")
 
     def test_manual_page_agrees(self):

@@ -1,6 +1,8 @@
 /* See engine_guest.h. */
 #include "engine_guest.h"
 
+#include "engine/translate/options.h"
+
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -214,6 +216,8 @@ void engine_guest_init(struct engine_guest *g, const char *engine, const char *m
     struct engine_report report;
     const char *missing;
 
+    /* Translation begins with the first execution. */
+    translate_options.threshold = 1;
     g->engine = engine_find(engine);
     g->model = x86_cpu_model_find(model);
     if (!g->engine || !g->model) {
@@ -239,7 +243,7 @@ void engine_guest_init(struct engine_guest *g, const char *engine, const char *m
     g->machine.memory.code_written = on_code_written;
     g->machine.memory.code_written_opaque = g;
     pthread_mutex_lock(&g->machine.lock);
-    g->chip = irqchip_create(&g->machine, 1, tsc_hz(g));
+    g->chip = irqchip_create(&g->machine, ENGINE_GUEST_CPUS, tsc_hz(g));
     if (!g->chip || bus_add(&g->machine.ports, GUEST_PORT, 1, &port_ops, g, "test"))
         exit(2);
     pthread_mutex_unlock(&g->machine.lock);

@@ -20,6 +20,7 @@
 #define GUEST_RAM_SIZE MIB(64)
 #define GUEST_FREE_GPA 0x100000u        /* physical memory below is the kernel's and of page tables */
 #define KERNEL_BASE 0xffff800000000000ull
+#define ENGINE_GUEST_CPUS 4             /* local APICs; vCPUs beyond the first are the test's to make */
 #define GUEST_PORT 0x10                 /* any write ends engine_guest_run() */
 
 enum { SEL_KERNEL_CODE = 0x10, SEL_KERNEL_DATA = 0x18, SEL_CODE32 = 0x23, SEL_DATA = 0x2b, SEL_CODE64 = 0x33, SEL_TSS = 0x40 };

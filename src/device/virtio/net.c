@@ -126,6 +126,18 @@ static int send_in_software(struct nic *n, struct net_header *h, const struct io
     return n->backend->ops->send(n->backend, iov, 2);
 }
 
+enum figure { SENT_FRAMES, SENT_BYTES, RECEIVED_FRAMES, RECEIVED_BYTES };
+static const char *const figure_names[] = {
+    "sent_frames", "sent_bytes", "received_frames", "received_bytes", NULL};
+_Static_assert(ARRAY_SIZE(figure_names) - 1 <= VIRTIO_MAX_FIGURES, "there is room for each");
+
+/* len: with the header in front. */
+static void count(struct nic *n, enum figure frames, size_t len)
+{
+    n->v.figure[frames]++;
+    n->v.figure[frames + 1] += len > sizeof(struct net_header) ? len - sizeof(struct net_header) : 0;
+}
+
 /* Sends the frame in n->chain. 0: done with it, sent or lost; -EAGAIN: later. */
 static int send_frame(struct nic *n)
 {
@@ -169,6 +181,7 @@ static void transmit(struct nic *n, struct virtq *q)
                 ret = -EAGAIN;
                 break;
             }
+            count(n, SENT_FRAMES, n->chain.out_len);
             virtio_push(&n->v, q, &n->chain, 0);
         }
     } while (ret == 0 && virtq_notify_on(q));
@@ -261,12 +274,14 @@ static bool receive(void *opaque, const struct iovec *iov, unsigned iovcnt)
 
     /* The header is ours, the rest the backend's. */
     struct iovec *rest = n->iov + 1;
-    unsigned count = iovcnt;
-    memcpy(rest, iov, count * sizeof(*iov));
-    iov_drop_front(&rest, &count, sizeof(h));
+    unsigned pieces = iovcnt;
+    memcpy(rest, iov, pieces * sizeof(*iov));
+    iov_drop_front(&rest, &pieces, sizeof(h));
     *--rest = (struct iovec){&h, sizeof(h)};
-    if (deliver(n, rest, count + 1, len))
+    if (deliver(n, rest, pieces + 1, len)) {
+        count(n, RECEIVED_FRAMES, len);
         return true;
+    }
     n->receiving = false;
     return false;
 }
@@ -375,6 +390,7 @@ static const struct virtio_ops ops = {
     .save = save,
     .load = load,
     .destroy = destroy,
+    .figures = figure_names,
 };
 
 struct virtio_device *virtio_net_create(struct machine *m, struct pci_host *host,

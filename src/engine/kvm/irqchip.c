@@ -5,14 +5,13 @@
  * vectors are level-triggered, so that it comes back with their ends. While they do not run, the state is in the machine's irqchip.
  */
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "base/clock.h"
 #include "base/log.h"
 #include "base/util.h"
 #include "device/machine.h"
 #include "engine/kvm/kvm.h"
+#include "isa/x86/kvmclock.h"
 
 #define MSR_APIC_BASE 0x1bu
 #define MSR_TSC_DEADLINE 0x6e0u
@@ -122,13 +121,9 @@ static void to_kernel(struct kvm_vcpu *v)
 
 void kvm_lapics_to_kernel(struct kvm_machine *k)
 {
-    if (!irqchip_move_begin(k->chip)) {
-        kvm_clock_start(k);
-        for (unsigned i = 0; i < KVM_MAX_VCPUS; i++)
-            if (k->vcpu[i])
-                to_kernel(k->vcpu[i]);
-    }
-    irqchip_move_end(k->chip, true);
+    for (unsigned i = 0; i < KVM_MAX_VCPUS; i++)
+        if (k->vcpu[i])
+            to_kernel(k->vcpu[i]);
 }
 
 /*
@@ -172,24 +167,14 @@ static void to_machine(struct kvm_vcpu *v)
     /* A KVM without the register has no such timer. */
     kvm_msr_get(v, MSR_TSC_DEADLINE, &image.tsc_deadline);
     take_back_interrupt(v, &image);
-    lapic_put(v->vcpu->lapic, &image, tsc_read() + kvm_tsc_offset(v));
+    lapic_put(v->vcpu->lapic, &image, x86_tsc_base(v->k->machine, v->k->tsc_hz) + kvm_tsc_offset(v));
 }
 
 void kvm_lapics_to_machine(struct kvm_machine *k)
 {
-    if (irqchip_move_begin(k->chip)) {
-        kvm_clock_stop(k);
-        for (unsigned i = 0; i < KVM_MAX_VCPUS; i++)
-            if (k->vcpu[i])
-                to_machine(k->vcpu[i]);
-    }
-    irqchip_move_end(k->chip, false);
-}
-
-void kvm_lapics_forget(struct kvm_machine *k)
-{
-    irqchip_move_begin(k->chip);
-    irqchip_move_end(k->chip, false);
+    for (unsigned i = 0; i < KVM_MAX_VCPUS; i++)
+        if (k->vcpu[i])
+            to_machine(k->vcpu[i]);
 }
 
 /* ---- LINT1 ---- */

@@ -52,31 +52,32 @@ struct kvm_machine {
     struct kvm_vcpu *vcpu[KVM_MAX_VCPUS];
     struct kvm_irq_routing_entry route[IOAPIC_INPUTS];
     bool routed[IOAPIC_INPUTS];
-    bool dirty_log;
+    unsigned inside;            /* vCPUs in kvm_run() */
+    bool dirty_log;             /* this and the bitmap: guarded by memory.dirty_lock */
     uint64_t *dirty_bitmap;     /* of the largest region */
+    uint64_t tsc_hz;            /* of the guest's counter */
+    bool tsc_scaled;            /* which is not the host's */
+    uint64_t tsc_skew;          /* scaled: the machine's counter (x86_tsc_base()) minus KVM's */
     struct lapic_host lapic_host;
 };
 
-/* The one of this machine, made by the first vCPU that asks. NULL: an error, logged, its errno in *err. */
-struct kvm_machine *kvm_machine_get(struct machine *m, int *err);
+/* The one of this vCPU's machine, made by the first that asks. NULL: an error, logged, its errno in *err. */
+struct kvm_machine *kvm_machine_get(const struct vcpu *vcpu, int *err);
 void kvm_machine_put(struct kvm_machine *k);
-int kvm_dirty_start(struct vcpu *vcpu);
-int kvm_dirty_fetch(struct vcpu *vcpu);
-void kvm_dirty_stop(struct vcpu *vcpu);
-/* Guest time: from the machine's clock into KVM's, and back. No vCPU runs. */
-void kvm_clock_start(struct kvm_machine *k);
-void kvm_clock_stop(struct kvm_machine *k);
+/*
+ * Around all that a vCPU does in kvm_run(). While one is inside, LAPICs and kvmclock are the kernel's; while none is, they are the
+ * machine's, where they are saved and loaded.
+ */
+void kvm_enter(struct kvm_machine *k);
+void kvm_leave(struct kvm_machine *k);
 
 /* ---- irqchip.c ---- */
 
 /* For a fresh VM: the split irqchip. 0 or a negative errno (logged). */
 int kvm_irqchip_init(struct kvm_machine *k);
-/* Before a vCPU enters the guest: the kernel's LAPICs work from here on. */
+/* Moves the state of all LAPICs, between irqchip_move_begin() and _end(). No vCPU runs. */
 void kvm_lapics_to_kernel(struct kvm_machine *k);
-/* Before state is read or written; no vCPU runs: the machine's irqchip has the state from here on. */
 void kvm_lapics_to_machine(struct kvm_machine *k);
-/* Before a state is imported: what the kernel's LAPICs have is void, the state is what the machine's irqchip has. */
-void kvm_lapics_forget(struct kvm_machine *k);
 /* The vCPU's own thread: what a pulse of its LINT1 does. */
 void kvm_lapic_pulse_lint1(struct kvm_vcpu *v);
 
@@ -88,8 +89,11 @@ void kvm_import(struct vcpu *vcpu, const struct x86_state *s);
 void kvm_msrs_find(struct kvm_vcpu *v);
 int kvm_msr_get(struct kvm_vcpu *v, uint32_t msr, uint64_t *value);
 int kvm_msr_set(struct kvm_vcpu *v, uint32_t msr, uint64_t value);
-/* The guest's TSC minus the host's. */
+/* The guest's TSC minus the machine's counter. */
 uint64_t kvm_tsc_offset(struct kvm_vcpu *v);
+void kvm_shift_tsc(struct vcpu *vcpu, uint64_t ticks);
+/* Sets k->tsc_skew anew, if it is of account. */
+void kvm_tsc_find_skew(struct kvm_machine *k);
 
 /* ---- run.c ---- */
 

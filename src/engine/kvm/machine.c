@@ -14,6 +14,7 @@
 #include "base/util.h"
 #include "device/machine.h"
 #include "engine/kvm/kvm.h"
+#include "isa/x86/kvmclock.h"
 
 /* Four pages that Intel's processors need for a guest's real mode, where the machine's map has nothing. */
 #define IDENTITY_MAP 0xfeffc000ull
@@ -52,8 +53,6 @@ static int set_slots(struct kvm_machine *k)
 
 /* ---- pages that vCPUs write ---- */
 
-static struct kvm_machine *machine_of(struct vcpu *vcpu) { return ((struct kvm_vcpu *)vcpu->data)->k; }
-
 /* With the manual mode the log is write-protected anew only where this has taken note of the writes. */
 static void use_manual_protect(struct kvm_machine *k)
 {
@@ -63,99 +62,113 @@ static void use_manual_protect(struct kvm_machine *k)
         kvm_ioctl(k->fd, KVM_ENABLE_CAP, &cap);
 }
 
-int kvm_dirty_start(struct vcpu *vcpu)
+static void stop_log(void *opaque)
 {
-    struct kvm_machine *k = machine_of(vcpu);
-    uint64_t largest = 0;
-    int err;
+    struct kvm_machine *k = opaque;
 
-    if (k->dirty_log)
-        return 0;
-    for (unsigned i = 0; i < k->machine->memory.regions; i++)
-        largest = MAX(largest, k->machine->memory.region[i].size);
-    k->dirty_bitmap = calloc((largest >> GUEST_PAGE_SHIFT) / 64 + 1, 8);
-    if (!k->dirty_bitmap) {
-        log_error("out of memory for the log of written pages");
-        return -ENOMEM;
-    }
-    k->dirty_log = true;
-    err = set_slots(k);
-    if (err < 0)
-        kvm_dirty_stop(vcpu);
-    return err;
-}
-
-void kvm_dirty_stop(struct vcpu *vcpu)
-{
-    struct kvm_machine *k = machine_of(vcpu);
-
-    if (!k->dirty_log)
-        return;
     k->dirty_log = false;
     set_slots(k);
     free(k->dirty_bitmap);
     k->dirty_bitmap = NULL;
 }
 
-static int fetch_region(struct kvm_machine *k, unsigned slot)
+static int start_log(void *opaque)
 {
-    struct memory_region *r = &k->machine->memory.region[slot];
-    uint64_t pages = r->size >> GUEST_PAGE_SHIFT, words = (pages + 63) / 64;
-    struct kvm_dirty_log get = { .slot = slot, .dirty_bitmap = k->dirty_bitmap };
-    struct kvm_clear_dirty_log clear = { .slot = slot, .num_pages = (uint32_t)pages, .dirty_bitmap = k->dirty_bitmap };
-    bool any = false;
+    struct kvm_machine *k = opaque;
+    uint64_t largest = 0;
     int err;
 
-    memset(k->dirty_bitmap, 0, words * 8);
-    err = kvm_ioctl(k->fd, KVM_GET_DIRTY_LOG, &get);
-    if (err < 0)
-        return err;
-    for (uint64_t w = 0; w < words; w++)
-        for (uint64_t left = k->dirty_bitmap[w]; left; left &= left - 1, any = true)
-            atomic_fetch_or_explicit(&r->flags[w * 64 + (unsigned)__builtin_ctzll(left)], PAGE_DIRTY, memory_order_relaxed);
-    /* Whoever reads the pages does so after this, so writes up to here are in what is read. */
-    return any && k->host->manual_protect ? kvm_ioctl(k->fd, KVM_CLEAR_DIRTY_LOG, &clear) : 0;
+    for (unsigned i = 0; i < k->machine->memory.regions; i++)
+        largest = MAX(largest, memory_bitmap_words(&k->machine->memory.region[i]));
+    k->dirty_bitmap = calloc(largest, sizeof(uint64_t));
+    if (!k->dirty_bitmap) {
+        log_error("out of memory for the log of written pages");
+        return -ENOMEM;
+    }
+    k->dirty_log = true;
+    err = set_slots(k);
+    if (err)
+        stop_log(k);
+    return err;
 }
 
-int kvm_dirty_fetch(struct vcpu *vcpu)
+static int collect_log(void *opaque, unsigned region, uint64_t *bitmap)
 {
-    struct kvm_machine *k = machine_of(vcpu);
-    int err = k->dirty_log ? 0 : -EINVAL;
+    struct kvm_machine *k = opaque;
+    const struct memory_region *r = &k->machine->memory.region[region];
+    struct kvm_dirty_log get = { .slot = region, .dirty_bitmap = k->dirty_bitmap };
+    struct kvm_clear_dirty_log clear = { .slot = region, .num_pages = (uint32_t)(r->size >> GUEST_PAGE_SHIFT),
+                                         .dirty_bitmap = k->dirty_bitmap };
+    size_t words = memory_bitmap_words(r);
+    uint64_t any = 0;
+    int err;
 
-    for (unsigned i = 0; i < k->machine->memory.regions && err >= 0; i++)
-        err = fetch_region(k, i);
+    memset(k->dirty_bitmap, 0, words * sizeof(uint64_t));
+    err = kvm_ioctl(k->fd, KVM_GET_DIRTY_LOG, &get);
+    for (size_t i = 0; i < words && err >= 0; i++) {
+        any |= k->dirty_bitmap[i];
+        bitmap[i] |= k->dirty_bitmap[i];
+    }
+    /* Whoever reads the pages does so after this: writes up to here are in what is read, and later ones are logged. */
+    if (err >= 0 && any && k->host->manual_protect)
+        err = kvm_ioctl(k->fd, KVM_CLEAR_DIRTY_LOG, &clear);
     if (err < 0)
         log_error("KVM does not tell which pages were written: %s", strerror(-err));
     return err < 0 ? err : 0;
 }
 
-/* ---- time ---- */
+static const struct memory_dirty_hooks dirty_hooks = { .start = start_log, .stop = stop_log, .collect = collect_log };
+
+/* ---- entering and leaving ---- */
 
 /*
- * The machine's clock is what kvmclock shows to the guest. While vCPUs run the kernel keeps it by another clock of the host, undisturbed by
- * time servers; what the two have come apart by is taken over, so that guest time neither jumps nor goes back.
+ * What kvmclock shows to the guest goes on in the kernel while vCPUs run, by another clock of the host, and is carried over both ways:
+ * it neither jumps nor goes back.
  */
-void kvm_clock_start(struct kvm_machine *k)
+static void clock_to_kernel(struct kvm_machine *k)
 {
-    struct kvm_clock_data data = { .clock = clock_now(k->machine->clock) };
+    struct kvm_clock_data data = { .clock = x86_kvmclock_at(k->machine, x86_tsc_base(k->machine, k->tsc_hz), k->tsc_hz) };
     int err = kvm_ioctl(k->fd, KVM_SET_CLOCK, &data);
 
     if (err < 0)
         log_warn("KVM does not take the guest's time: %s", strerror(-err));
 }
 
-void kvm_clock_stop(struct kvm_machine *k)
+static void clock_to_machine(struct kvm_machine *k)
 {
     struct kvm_clock_data data = { 0 };
 
     if (!clock_is_manual(k->machine->clock) && kvm_ioctl(k->fd, KVM_GET_CLOCK, &data) >= 0)
-        clock_set(k->machine->clock, data.clock);
+        x86_kvmclock_set(k->machine, x86_tsc_base(k->machine, k->tsc_hz), data.clock);
+}
+
+void kvm_enter(struct kvm_machine *k)
+{
+    irqchip_move_begin(k->chip);
+    if (k->inside++ == 0) {
+        kvm_tsc_find_skew(k);
+        clock_to_kernel(k);
+        kvm_lapics_to_kernel(k);
+    }
+    irqchip_move_end(k->chip, true);
+}
+
+void kvm_leave(struct kvm_machine *k)
+{
+    irqchip_move_begin(k->chip);
+    if (--k->inside == 0) {
+        kvm_tsc_find_skew(k);
+        clock_to_machine(k);
+        kvm_lapics_to_machine(k);
+    }
+    irqchip_move_end(k->chip, k->inside != 0);
 }
 
 /* ---- life ---- */
 
 static void destroy(struct kvm_machine *k)
 {
+    memory_dirty_detach(&k->machine->memory, k);
     if (k->chip)
         irqchip_set_host(k->chip, NULL);
     free(k->dirty_bitmap);
@@ -165,8 +178,9 @@ static void destroy(struct kvm_machine *k)
     free(k);
 }
 
-static int create(struct machine *m, struct kvm_machine **out)
+static int create(const struct vcpu *vcpu, struct kvm_machine **out)
 {
+    struct machine *m = vcpu->machine;
     const char *why;
     const struct kvm_host *host = kvm_host(&why);
     uint64_t identity = IDENTITY_MAP;
@@ -185,6 +199,7 @@ static int create(struct machine *m, struct kvm_machine **out)
     pthread_mutex_init(&k->lock, NULL);
     k->host = host;
     k->machine = m;
+    k->tsc_hz = vcpu->tsc_hz;
     k->fd = kvm_ioctl(host->fd, KVM_CREATE_VM, NULL);
     if (k->fd < 0) {
         err = k->fd;
@@ -207,6 +222,8 @@ static int create(struct machine *m, struct kvm_machine **out)
     err = kvm_irqchip_init(k);
     if (err == 0)
         err = set_slots(k);
+    if (err == 0)
+        memory_dirty_attach(&m->memory, &dirty_hooks, k);
 out:
     if (err)
         destroy(k);
@@ -215,16 +232,16 @@ out:
     return err;
 }
 
-struct kvm_machine *kvm_machine_get(struct machine *m, int *err)
+struct kvm_machine *kvm_machine_get(const struct vcpu *vcpu, int *err)
 {
     struct kvm_machine *k;
 
     *err = 0;
     pthread_mutex_lock(&list_lock);
-    for (k = list; k && k->machine != m; k = k->next)
+    for (k = list; k && k->machine != vcpu->machine; k = k->next)
         ;
     if (!k) {
-        *err = create(m, &k);
+        *err = create(vcpu, &k);
         if (!*err) {
             k->next = list;
             list = k;

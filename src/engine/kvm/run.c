@@ -260,8 +260,9 @@ static enum vm_exit run(struct vcpu *vcpu)
     v->inside = true;
     pthread_mutex_unlock(&v->lock);
     if (!v->shutdown) {
-        kvm_lapics_to_kernel(v->k);
+        kvm_enter(v->k);
         exit = loop(v);
+        kvm_leave(v->k);
     }
     pthread_mutex_lock(&v->lock);
     v->inside = false;
@@ -308,6 +309,8 @@ static void set_tsc_rate(struct kvm_vcpu *v)
     if (khz <= 0 || !v->k->host->tsc_control || ioctl(v->fd, KVM_SET_TSC_KHZ, (unsigned long)khz))
         log_warn("vCPU %u expects a TSC of %llu MHz, this host has %llu and cannot scale it: the guest's clock may run wrong",
                  v->vcpu->index, (unsigned long long)wanted / 1000000, (unsigned long long)host / 1000000);
+    else
+        v->k->tsc_scaled = true;
 }
 
 static int set_cpuid(struct kvm_vcpu *v)
@@ -339,7 +342,7 @@ static int create(struct vcpu *vcpu)
         what = "there are too many";
         goto out;
     }
-    v->k = kvm_machine_get(vcpu->machine, &err);
+    v->k = kvm_machine_get(vcpu, &err);
     if (!v->k) {
         destroy(vcpu);
         return err;
@@ -392,9 +395,7 @@ const struct engine kvm_engine = {
     .signal = on_signal,
     .export_state = kvm_export,
     .import_state = kvm_import,
+    .shift_tsc = kvm_shift_tsc,
     .code_written = code_written,
-    .dirty_start = kvm_dirty_start,
-    .dirty_fetch = kvm_dirty_fetch,
-    .dirty_stop = kvm_dirty_stop,
     .counters = counters,
 };

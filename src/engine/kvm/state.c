@@ -14,9 +14,12 @@
 #include "base/util.h"
 #include "engine/kvm/kvm.h"
 #include "isa/x86/cpuid.h"
+#include "isa/x86/kvmclock.h"
 #include "isa/x86/xsave.h"
 
 /* ---- MSRs ---- */
+
+#define MSR_TSC 0x10u
 
 /* Those that are a field of the canonical state. APIC base, TSC and TSC deadline are elsewhere. */
 static const struct {
@@ -114,7 +117,8 @@ static struct kvm_device_attr tsc_attribute(uint64_t *offset)
     return (struct kvm_device_attr){ .group = KVM_VCPU_TSC_CTRL, .attr = KVM_VCPU_TSC_OFFSET, .addr = (uintptr_t)offset };
 }
 
-uint64_t kvm_tsc_offset(struct kvm_vcpu *v)
+/* KVM's own: to the host's counter, or to that after scaling. */
+static uint64_t raw_offset(struct kvm_vcpu *v)
 {
     uint64_t offset = v->kept.tsc_offset;
     struct kvm_device_attr a = tsc_attribute(&offset);
@@ -123,11 +127,33 @@ uint64_t kvm_tsc_offset(struct kvm_vcpu *v)
     return offset;
 }
 
+uint64_t kvm_tsc_offset(struct kvm_vcpu *v) { return raw_offset(v) - v->k->tsc_skew; }
+
 static int set_tsc_offset(struct kvm_vcpu *v, uint64_t offset)
 {
-    struct kvm_device_attr a = tsc_attribute(&offset);
+    uint64_t raw = offset + v->k->tsc_skew;
+    struct kvm_device_attr a = tsc_attribute(&raw);
 
     return kvm_ioctl(v->fd, KVM_SET_DEVICE_ATTR, &a);
+}
+
+void kvm_shift_tsc(struct vcpu *vcpu, uint64_t ticks)
+{
+    struct kvm_vcpu *v = vcpu->data;
+
+    set_tsc_offset(v, kvm_tsc_offset(v) + ticks);
+}
+
+/* KVM scales by a rate in kHz and in its own arithmetic, so the two counters are apart, and move apart a little. */
+void kvm_tsc_find_skew(struct kvm_machine *k)
+{
+    uint64_t guest;
+
+    for (unsigned i = 0; k->tsc_scaled && i < KVM_MAX_VCPUS; i++)
+        if (k->vcpu[i] && kvm_msr_get(k->vcpu[i], MSR_TSC, &guest) == 0) {
+            k->tsc_skew = x86_tsc_base(k->machine, k->tsc_hz) - (guest - raw_offset(k->vcpu[i]));
+            return;
+        }
 }
 
 /* ---- segments ---- */
@@ -341,7 +367,6 @@ void kvm_export(struct vcpu *vcpu, struct x86_state *s)
                  { "events", get_events } };
     struct kvm_vcpu *v = vcpu->data;
 
-    kvm_lapics_to_machine(v->k);
     *s = v->kept;
     for (unsigned i = 0; i < ARRAY_SIZE(part); i++) {
         int err = part[i].get(v, s);
@@ -362,8 +387,6 @@ void kvm_import(struct vcpu *vcpu, const struct x86_state *s)
                  { "MSRs", set_msrs },              { "debug registers", set_debug }, { "events", set_events } };
     struct kvm_vcpu *v = vcpu->data;
 
-    /* What the kernel's LAPICs have is of no account any more: the state that is in the machine goes there with the next run. */
-    kvm_lapics_forget(v->k);
     atomic_fetch_and(&v->request, (uint32_t)KVM_REQUEST_EXIT);
     v->kept = *s;
     /* A KVM without hardware cannot offset what user mode reads; it takes the value all the same. */

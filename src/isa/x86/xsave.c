@@ -197,7 +197,7 @@ static bool pointers_shown(const struct x86_cpu *cpu)
 }
 
 /* The first 24 and the register bytes of the legacy region: x87. rex_w: 64-bit pointers. */
-static void put_x87(const struct x86_fpu *f, bool pointers, uint8_t *image, bool rex_w)
+static void put_x87(const struct x86_fpu *f, bool pointers, bool selectors, uint8_t *image, bool rex_w)
 {
     uint64_t fip = pointers ? f->fip : 0, fdp = pointers ? f->fdp : 0;
 
@@ -209,8 +209,8 @@ static void put_x87(const struct x86_fpu *f, bool pointers, uint8_t *image, bool
     store_le64(image + 8, fip);
     store_le64(image + 16, fdp);
     if (!rex_w) {
-        store_le32(image + 12, pointers ? f->fcs : 0);
-        store_le32(image + 20, pointers ? f->fds : 0);
+        store_le32(image + 12, selectors ? f->fcs : 0);
+        store_le32(image + 20, selectors ? f->fds : 0);
     }
     for (unsigned i = 0; i < 8; i++) {
         memcpy(image + 32 + 16 * i, f->st[i], 10);
@@ -319,7 +319,7 @@ void x86_fpu_to_image(const struct x86_fpu *f, uint64_t components, uint8_t imag
     /* Who reads an image leaves MXCSR alone that stands without SSE or AVX. */
     if (f->mxcsr != MXCSR_DEFAULT)
         in_use |= BIT(XSTATE_SSE);
-    put_x87(f, true, image, true);
+    put_x87(f, true, false, image, true);
     store_le32(image + 24, f->mxcsr);
     store_le32(image + 28, MXCSR_MASK);
     put_component(f, 16, XSTATE_SSE, image + component_offset(XSTATE_SSE, 0));
@@ -346,22 +346,22 @@ void x86_fpu_from_image(struct x86_fpu *f, const uint8_t image[XSAVE_MAX_SIZE])
 
 /* ---- FXSAVE, FXRSTOR ---- */
 
-/* AMD's processors look for faults at certain bytes of an image first. */
+/* Processors look for faults at certain bytes of an image first. */
 static void probe(struct x86_cpu *cpu, gva_t va, bool write)
 {
-    if (!cpu->amd)
-        return;
     if (write)
         x86_probe_write(cpu, va, 1);
     else
         x86_read8(cpu, va);
 }
 
-/* The address of the image, whose alignment is checked. */
+/* The address of the image, whose alignment is checked. Intel's processors may tell by #AC. */
 static gva_t image_address(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned size, unsigned align, bool write)
 {
     gva_t va = x86_linear(cpu, insn, size, write);
 
+    if (!cpu->amd && cpu->tlb == &x86_checking_set && (va & 3) && x86_canonical(cpu, va))
+        x86_raise_error(cpu, X86_AC, 0);
     if (va & (align - 1))
         x86_raise_error(cpu, X86_GP, 0);
     return va;
@@ -395,7 +395,7 @@ void x86_insn_fxsave(struct x86_cpu *cpu, const struct x86_insn *insn)
     if (cpu->s.cr0 & (CR0_EM | CR0_TS))
         x86_raise(cpu, X86_NM);
     va = fx_address(cpu, insn, true);
-    put_x87(&cpu->s.fpu, pointers_shown(cpu), image, rex_w(insn));
+    put_x87(&cpu->s.fpu, pointers_shown(cpu), cpu->amd && pointers_shown(cpu), image, rex_w(insn));
     store_le32(image + 24, cpu->s.fpu.mxcsr);
     store_le32(image + 28, MXCSR_MASK);
     put_component(&cpu->s.fpu, vector_registers(cpu), XSTATE_SSE, image + 160);
@@ -459,17 +459,20 @@ static void xsave(struct x86_cpu *cpu, const struct x86_insn *insn, enum save_ki
     layout = compact ? rfbm | COMPACTED : 0;
     bytes = compact ? x86_xsave_compact_bytes(rfbm) : x86_xsave_standard_bytes(rfbm);
     va = image_address(cpu, insn, bytes, 64, true);
-    probe(cpu, va, true);
+    if (cpu->amd)
+        probe(cpu, va, true);
     probe(cpu, va + bytes - 1, true);
     x86_probe_write(cpu, va, bytes);
 
     in_use = x86_xinuse(&cpu->s.fpu) & rfbm;
+    if (!cpu->amd && cpu->code_size != 8)       /* out of reach, and not in use (SDM vol. 1 13.6) */
+        in_use &= ~BIT(XSTATE_HI16_ZMM);
     if (compact && (rfbm & BIT(XSTATE_SSE)) && cpu->s.fpu.mxcsr != MXCSR_DEFAULT)
         in_use |= BIT(XSTATE_SSE);
     write = kind == SAVE ? rfbm : in_use;
 
     if (write & BIT(XSTATE_X87)) {
-        put_x87(&cpu->s.fpu, pointers_shown(cpu), image, rex_w(insn));
+        put_x87(&cpu->s.fpu, pointers_shown(cpu), cpu->amd && pointers_shown(cpu), image, rex_w(insn));
         write_run(cpu, va, image, 0, 24);
         write_run(cpu, va, image, 32, 160);
     }
@@ -542,8 +545,13 @@ static void xrstor(struct x86_cpu *cpu, const struct x86_insn *insn, bool superv
     enabled = cpu->s.xcr0 | (supervisor ? cpu->s.xss : 0);
     rfbm = requested(cpu, enabled);
     va = image_address(cpu, insn, XSAVE_MIN_SIZE, 64, false);
-    probe(cpu, va, false);
-    probe(cpu, va + XSAVE_LEGACY_SIZE, false);
+    if (cpu->amd) {
+        probe(cpu, va, false);
+        probe(cpu, va + XSAVE_LEGACY_SIZE, false);
+    } else {
+        if (!(x86_read64(cpu, va + XSAVE_LEGACY_SIZE + 8) & COMPACTED))
+            probe(cpu, va + x86_xsave_standard_bytes(rfbm) - 1, false);
+    }
     x86_read_bytes(cpu, va, image, XSAVE_MIN_SIZE);
 
     bv = load_le64(header);
@@ -555,7 +563,8 @@ static void xrstor(struct x86_cpu *cpu, const struct x86_insn *insn, bool superv
     } else {
         if (supervisor || layout != 0 || load_le64(header + 16) != 0 || (bv & ~enabled))
             gp(cpu);
-        probe(cpu, va + x86_xsave_standard_bytes(rfbm) - 1, false);
+        if (cpu->amd)
+            probe(cpu, va + x86_xsave_standard_bytes(rfbm) - 1, false);
     }
     load = rfbm & bv;
     init = rfbm & ~bv;
