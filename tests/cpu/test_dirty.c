@@ -204,7 +204,6 @@ int main(int argc, char **argv)
 
     if (argc != 4)
         return 2;
-    translate_threshold = 1;
     epochs = (unsigned)strtoul(argv[2], NULL, 0);
     seed = x = strtoull(argv[3], NULL, 0) | 1;
     guest = aligned_alloc(64, align_up(sizeof(*guest), 64));
