@@ -83,6 +83,9 @@ static json_t *describe(const struct migrate_result *m)
                      (json_int_t)m->pages_skipped, "pages_requested", (json_int_t)m->pages_requested);
 }
 
+/* It is another process's now; this one has nothing left to do. */
+static void leave(struct vm *vm, int status) { vm_end_because(vm, status, "migrated"); }
+
 static int do_migrate(struct control_request *r, json_t **answer)
 {
     struct migrate_source_options options = { .name = r->vm->config->name, .downtime_ms = DOWNTIME_MS };
@@ -107,12 +110,11 @@ static int do_migrate(struct control_request *r, json_t **answer)
         *answer = describe(&result);
         json_object_set_new(*answer, "to", json_string(options.to));
         log_warn("the machine has moved to %s", options.to);
-        /* It is another process's now; this one has nothing left to do. */
-        vm_end_because(r->vm, VM_STATUS_POWEROFF, "migrated");
+        control_job_finally(r->job, leave, VM_STATUS_POWEROFF);
         return 200;
     }
     if (end == MIGRATE_LOST)
-        vm_end_because(r->vm, VM_STATUS_BACKEND, "migrated");
+        control_job_finally(r->job, leave, VM_STATUS_BACKEND);
     return control_refuse(answer, control_job_cancelled(r->job) ? 499 : 409, "%s", why[0] ? why : result.reason);
 }
 
