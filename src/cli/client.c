@@ -47,12 +47,13 @@ static int await(const struct stream *s, short events)
 {
     for (;;) {
         struct pollfd p = {.fd = s->fd, .events = events};
-        int64_t left = s->deadline_ms < 0 ? -1 : s->deadline_ms - now_ms();
-        if (s->deadline_ms >= 0 && left <= 0)
-            return -ETIMEDOUT;
+        int64_t left = s->deadline_ms < 0 ? -1 : MAX(s->deadline_ms - now_ms(), 0);
+        /* What is there already is taken even when no time is left. */
         int r = poll(&p, 1, (int)left);
         if (r > 0)
             return 0;
+        if (r == 0 && left == 0)
+            return -ETIMEDOUT;
         if (r < 0 && errno != EINTR)
             return -errno;
     }

@@ -23,7 +23,7 @@
 static const char help[] =
     "Usage: ringfort logs NAME [--lines N] [--messages] [-o text|json]\n\n"
     "Prints what a machine's console has printed so far; of a detached machine also after its end.\n\n"
-    "  --lines N            only the last N lines\n"
+    "  -n, --lines N        only the last N lines\n"
     "  --messages           what ringfort said about a detached machine instead\n"
     "  -o, --output FORMAT  text (default) or json\n"
     "  --help               show this text\n";

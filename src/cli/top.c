@@ -22,10 +22,10 @@
 
 static const char help[] =
     "Usage: ringfort top [--interval SECONDS] [--count N] [-o text|json]\n\n"
-    "Shows the machines that run with their use of processors, memory, disks and networks, until q or Ctrl-C.\n"
-    "With -o json, or where the output is no terminal, prints one sample; --count N: so many.\n\n"
+    "Shows the machines that run with their use of processors, memory, disks and networks, until q or\n"
+    "Ctrl-C. With -o json, or where the output is no terminal, prints one sample; --count N: so many.\n\n"
     "  --interval SECONDS   between samples (default 1)\n"
-    "  --count N            end after N samples\n"
+    "  -n, --count N        end after N samples\n"
     "  -o, --output FORMAT  text (default) or json: an array of machines for each sample\n"
     "  --help               show this text\n";
 

@@ -28,8 +28,7 @@ static json_t *absolute(json_t *path)
     return json_sprintf("%s/%s", folder, text);
 }
 
-/* The configuration as JSON, with absolute names of files. NULL (logged). */
-static char *config_text(const struct vm_config *c)
+char *vm_config_text(const struct vm_config *c)
 {
     char *text = vm_config_to_json(c);
     json_t *root = text ? json_loads(text, 0, NULL) : NULL, *v;
@@ -53,7 +52,7 @@ static char *config_text(const struct vm_config *c)
 
 int vm_save_held(struct vm *vm, struct state_writer *w)
 {
-    char *config = config_text(vm->config);
+    char *config = vm_config_text(vm->config);
     struct vm_hardware hw;
 
     if (!config)

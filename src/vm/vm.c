@@ -148,6 +148,11 @@ static void vm_event(void *opaque, enum machine_event event, int status)
 
 void vm_end(struct vm *vm, int status)
 {
+    vm_end_because(vm, status, status == VM_STATUS_USER ? "user" : "error");
+}
+
+void vm_end_because(struct vm *vm, int status, const char *cause)
+{
     bool ends;
 
     pthread_mutex_lock(&vm->gate);
@@ -155,7 +160,7 @@ void vm_end(struct vm *vm, int status)
     if (ends) {
         vm->ended = true;
         vm->status = status;
-        vm->cause = status == VM_STATUS_USER ? "user" : "error";
+        vm->cause = cause;
     }
     pthread_mutex_unlock(&vm->gate);
     loop_schedule(vm->machine.loop, &vm->settle);

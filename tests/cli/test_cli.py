@@ -14,7 +14,7 @@ import unittest
 
 RINGFORT = os.environ["RINGFORT"]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-VERBS = ("run", "host", "version", "devtest")
+VERBS = ("run", "ls", "info", "console", "logs", "pause", "resume", "stop", "reset", "migrate", "receive", "top", "host", "version", "devtest")
 
 
 def ringfort(*args, cwd=None, stdout=subprocess.PIPE):

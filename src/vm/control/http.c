@@ -310,10 +310,11 @@ static enum MHD_Result carry_out(struct exchange *ex, const char *method, const 
     return result;
 }
 
+/* A body that is only a little too long is read to its end, so that a client who reads the answer last gets it. */
 static bool announces_too_much(struct MHD_Connection *http)
 {
     const char *length = MHD_lookup_connection_value(http, MHD_HEADER_KIND, "Content-Length");
-    return length && strtoull(length, NULL, 10) > CONTROL_MAX_BODY;
+    return length && strtoull(length, NULL, 10) > CONTROL_MAX_DISCARD;
 }
 
 /* One more piece of the body. */

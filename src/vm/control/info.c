@@ -126,7 +126,8 @@ static int get_info(struct control_request *r, json_t **answer)
                         holders(vm_holds(vm)), "engine", vm->engine->name, "configured_engine", c->engine, "cpu_model", vm->model->name, "cpus",
                         (int)vm->cpus, "memory_bytes", (json_int_t)c->memory, "uptime_seconds", running_seconds(),
                         "guest_seconds", seconds(clock_now(vm->machine.clock)), "socket", r->control->claim.socket,
-                        "console_file", r->control->console_path, "config", config);
+                        "console_file",
+                        r->control->keeper ? r->control->console_path : NULL, "config", config);
     return *answer ? 200 : control_refuse(answer, 500, "out of memory");
 }
 

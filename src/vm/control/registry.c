@@ -25,7 +25,7 @@
 /* Whoever clears away after a dead machine holds its lock for a moment. */
 #define LOCK_TRIES    20
 #define LOCK_RETRY_NS 10000000
-#define BACKLOG       16
+#define BACKLOG       128
 
 _Static_assert(REGISTRY_MAX_PATH == sizeof(((struct sockaddr_un *)0)->sun_path), "as the kernel has it");
 

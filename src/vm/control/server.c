@@ -200,6 +200,12 @@ static void console_woken(void *opaque)
     attach_wake(opaque);
 }
 
+/* A name with a NUL in it would be taken for what stands before that: such an escape stays one. */
+static size_t unescape(void *opaque, struct MHD_Connection *http, char *text)
+{
+    return strstr(text, "%00") ? strlen(text) : MHD_http_unescape(text);
+}
+
 static void http_log(void *opaque, const char *fmt, va_list ap)
 {
     char text[256];
@@ -265,7 +271,7 @@ static int start_http(struct control *c)
     c->http = MHD_start_daemon(
         MHD_USE_EPOLL | MHD_USE_NO_LISTEN_SOCKET | MHD_ALLOW_SUSPEND_RESUME | MHD_ALLOW_UPGRADE | MHD_USE_ERROR_LOG,
         0, NULL, NULL, http_access, c, MHD_OPTION_EXTERNAL_LOGGER, http_log, c, MHD_OPTION_NOTIFY_COMPLETED,
-        http_completed, c, MHD_OPTION_NOTIFY_CONNECTION, on_connection, c, MHD_OPTION_CONNECTION_LIMIT,
+        http_completed, c, MHD_OPTION_UNESCAPE_CALLBACK, unescape, c, MHD_OPTION_NOTIFY_CONNECTION, on_connection, c, MHD_OPTION_CONNECTION_LIMIT,
         CONTROL_MAX_CONNECTIONS, MHD_OPTION_CONNECTION_TIMEOUT, CONTROL_IDLE_S, MHD_OPTION_CONNECTION_MEMORY_LIMIT,
         (size_t)CONTROL_MAX_HEADER, MHD_OPTION_STRICT_FOR_CLIENT, 1, MHD_OPTION_END);
     if (!c->http) {

@@ -24,6 +24,7 @@
 #define CONTROL_MAX_STREAMS     32u        /* of those: followers of events or the console, and waiters for jobs */
 #define CONTROL_MAX_HEADER      16384u     /* bytes of a request's head */
 #define CONTROL_MAX_BODY        65536u     /* bytes */
+#define CONTROL_MAX_DISCARD     1048576u   /* bytes of a longer body that are read before it is refused */
 #define CONTROL_REQUEST_NS      10000000000u /* from the connection to the end of the request */
 #define CONTROL_IDLE_S          30u        /* an answer that nobody reads */
 
