@@ -355,6 +355,12 @@ static int get_activity(struct kvm_vcpu *v, struct x86_state *s)
     return 0;
 }
 
+/* On a host whose own TSC is not to be trusted, KVM moves a guest's about. */
+static bool about_same(const struct kvm_vcpu *v, uint64_t difference)
+{
+    return difference + v->k->tsc_hz / 10 < v->k->tsc_hz / 5;
+}
+
 /* ---- all of it ---- */
 
 void kvm_export(struct vcpu *vcpu, struct x86_state *s)
@@ -390,7 +396,7 @@ void kvm_import(struct vcpu *vcpu, const struct x86_state *s)
     atomic_fetch_and(&v->request, (uint32_t)KVM_REQUEST_EXIT);
     v->kept = *s;
     /* A KVM without hardware cannot offset what user mode reads; it takes the value all the same. */
-    if ((set_tsc_offset(v, s->tsc_offset) < 0 || kvm_tsc_offset(v) != s->tsc_offset) && !v->told_about_tsc) {
+    if ((set_tsc_offset(v, s->tsc_offset) < 0 || !about_same(v, kvm_tsc_offset(v) - s->tsc_offset)) && !v->told_about_tsc) {
         v->told_about_tsc = true;
         log_warn("vCPU %u: this KVM cannot give the guest a TSC of its own; its clock may jump", vcpu->index);
     }
