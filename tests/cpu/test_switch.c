@@ -238,7 +238,7 @@ static void make_distinct(struct x86_state *x)
     x->tsc_adjust = 0x55;
     x->mtrr_def_type = 0xc06;
     x->mtrr_base[1] = 0xc0000000;
-    x->mtrr_mask[1] = 0x3fffc0000800;
+    x->mtrr_mask[1] = 0x7fc0000800;     /* as far as the smallest physical address space goes */
     for (unsigned i = 0; i < 11; i++)
         x->mtrr_fixed[i] = 0x0606060606060606;
     /* Vector state, as far as the model has it. */
