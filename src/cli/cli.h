@@ -13,6 +13,8 @@ int cli_run(char **args);
 int cli_host(char **args);
 int cli_snapshot(char **args);
 int cli_engine(char **args);
+int cli_migrate(char **args);
+int cli_receive(char **args);
 int cli_version(char **args);
 int cli_devtest(char **args);
 /* Of machines that run. */

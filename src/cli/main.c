@@ -25,6 +25,8 @@ static const struct verb {
     {"reset", "press a machine's reset button", cli_reset},
     {"snapshot", "save a running machine, and go on from what was saved", cli_snapshot},
     {"engine", "change how a running machine's processors are run", cli_engine},
+    {"migrate", "move a running machine to another process or host", cli_migrate},
+    {"receive", "wait for a machine that is moved here, and run it", cli_receive},
     {"top", "show the machines' use of the host, live", cli_top},
     {"host", "show what this host offers to each engine", cli_host},
     {"version", "show the version", cli_version},

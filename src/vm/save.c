@@ -13,6 +13,7 @@
 #include "base/state.h"
 #include "base/util.h"
 #include "engine/soft.h"
+#include "isa/x86/cpuid.h"
 #include "vm/config.h"
 #include "vm/stats.h"
 #include "vm/vm_internal.h"
@@ -28,8 +29,7 @@ static json_t *absolute(json_t *path)
     return json_sprintf("%s/%s", folder, text);
 }
 
-/* The configuration as JSON, with absolute names of files. NULL (logged). */
-static char *config_text(const struct vm_config *c)
+char *vm_config_text(const struct vm_config *c)
 {
     char *text = vm_config_to_json(c);
     json_t *root = text ? json_loads(text, 0, NULL) : NULL, *v;
@@ -53,7 +53,7 @@ static char *config_text(const struct vm_config *c)
 
 int vm_save_held(struct vm *vm, struct state_writer *w)
 {
-    char *config = config_text(vm->config);
+    char *config = vm_config_text(vm->config);
     struct vm_hardware hw;
 
     if (!config)
@@ -181,12 +181,18 @@ static uint64_t monotonic_ns(void)
 int vm_set_engine(struct vm *vm, const struct engine *engine, uint64_t *pause_ns)
 {
     struct engine_report report;
+    const char *missing;
     uint64_t start;
     int err;
 
     engine->probe(&report);
     if (!report.usable) {
         log_error("engine %s cannot run here: %s", engine->name, report.text);
+        return -ENOSYS;
+    }
+    if (!engine_offer(engine, vm->model, true, &missing)) {
+        log_error("engine %s cannot show the guest the processor that it was started with (%s): it lacks %s; a machine that is started "
+                  "with engine %s can change to the others and back", engine->name, vm->model->name, missing, engine->name);
         return -ENOSYS;
     }
     start = monotonic_ns();

@@ -148,6 +148,11 @@ static void vm_event(void *opaque, enum machine_event event, int status)
 
 void vm_end(struct vm *vm, int status)
 {
+    vm_end_because(vm, status, status == VM_STATUS_USER ? "user" : "error");
+}
+
+void vm_end_because(struct vm *vm, int status, const char *cause)
+{
     bool ends;
 
     pthread_mutex_lock(&vm->gate);
@@ -155,7 +160,7 @@ void vm_end(struct vm *vm, int status)
     if (ends) {
         vm->ended = true;
         vm->status = status;
-        vm->cause = status == VM_STATUS_USER ? "user" : "error";
+        vm->cause = cause;
     }
     pthread_mutex_unlock(&vm->gate);
     loop_schedule(vm->machine.loop, &vm->settle);
@@ -321,11 +326,13 @@ static int choose(struct vm *vm)
         log_error("engine '%s' or CPU model '%s' is not known", c->engine, c->cpu_model);
         return -EINVAL;
     }
-    if (x86_cpu_model_usable(vm->model, &missing)) {
-        log_error("this host cannot run CPU model %s: it lacks %s; use a smaller --cpu-model, or host",
-                  vm->model->name, missing);
+    const struct x86_cpu_model *offered = engine_offer(vm->engine, vm->model, false, &missing);
+    if (!offered) {
+        log_error("engine %s cannot run CPU model %s on this host: it lacks %s; use a smaller --cpu-model, or host",
+                  vm->engine->name, vm->model->name, missing);
         return -ENOSYS;
     }
+    vm->model = offered;
     x86_cpu_model_select(vm->model);
     return 0;
 }

@@ -55,7 +55,7 @@ int vm_set_engine(struct vm *vm, const struct engine *engine, uint64_t *pause_ns
 void vm_end(struct vm *vm, int status);
 
 /* Whether the run has ended or is ending; then its exit status and what ended it ("poweroff", "crash", "exit", "backend",
- * "user", "error"; static), each unless NULL. Any thread. */
+ * "user", "migrated", "error"; static), each unless NULL. Any thread. */
 bool vm_ended(struct vm *vm, int *status, const char **cause);
 /* Presses the guest's power button. Any thread, machine lock not held. */
 void vm_press_button(struct vm *vm);

@@ -60,6 +60,9 @@ struct vm {
     pthread_cond_t gate_changed;
     bool paused, ending;        /* guarded by gate */
 
+    struct migrate_target *incoming; /* the migration that brings the machine here; set before vm_run(), borrowed */
+    bool undecided;             /* a migration away ended without it being known who has the machine; guarded by life */
+
     bool saving;                /* a snapshot is being saved; guarded by gate */
     _Atomic bool save_cancelled;
 
@@ -79,6 +82,10 @@ struct vm {
  * get out.
  */
 void vm_stop_vcpus(struct vm *vm);
+/* The configuration as JSON, with absolute names of files. NULL (logged). */
+char *vm_config_text(const struct vm_config *c);
+/* vm_end() with the cause for vm_ended(), which is static. */
+void vm_end_because(struct vm *vm, int status, const char *cause);
 /* Waits until no snapshot is being saved. */
 void vm_snapshot_drain(struct vm *vm);
 /* vm_save() with life and the machine lock held. */

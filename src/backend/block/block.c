@@ -602,7 +602,7 @@ int block_open_with(struct loop *loop, const struct block_options *opt,
     int ret = open_file(b, opt);
     if (!ret)
         ret = find_size(b);
-    if (!ret)
+    if (!ret && !opt->unlocked)
         ret = lock_file(b);
     if (!ret)
         ret = find_alignment(b);
@@ -641,14 +641,8 @@ int block_open(struct loop *loop, const struct block_options *opt, struct block 
     return block_open_with(loop, opt, NULL, out);
 }
 
-void block_close(struct block *b)
+static void sync_all(struct block *b)
 {
-    if (!b)
-        return;
-    block_drain(b);
-    loop_cancel(b->loop, &b->start_call);
-    b->engine->close(b);
-    block_workers_stop(b);
     int ret = 0;
     if (!b->readonly && b->overlay)
         ret = block_overlay_sync(b);
@@ -657,6 +651,29 @@ void block_close(struct block *b)
     if (ret)
         log_error("disk %s: the last writes may not have reached the disk: %s", b->path,
                   strerror(-ret));
+}
+
+int block_lock(struct block *b)
+{
+    return lock_file(b);
+}
+
+void block_unlock(struct block *b)
+{
+    struct flock fl = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
+    sync_all(b);
+    fcntl(b->fd, F_OFD_SETLK, &fl);
+}
+
+void block_close(struct block *b)
+{
+    if (!b)
+        return;
+    block_drain(b);
+    loop_cancel(b->loop, &b->start_call);
+    b->engine->close(b);
+    block_workers_stop(b);
+    sync_all(b);
     overlay_close(b->overlay);
     if (b->buffered_fd >= 0)
         close(b->buffered_fd);

@@ -24,6 +24,7 @@ struct block_options {
     const char *path;           /* raw image file, block device, or overlay */
     bool readonly;
     enum block_cache cache;
+    bool unlocked;              /* open without locking: another machine has it until block_lock() */
 };
 
 enum block_op { BLOCK_READ, BLOCK_WRITE, BLOCK_FLUSH, BLOCK_DISCARD, BLOCK_WRITE_ZEROES };
@@ -79,6 +80,13 @@ void block_save_end(struct block *b);
 bool block_is_overlay(const struct block *b);
 /* Hands what was written to the host's disk, so that a copy does not have to. Any thread; errors are the flushes' to tell. */
 void block_presync(struct block *b);
+/*
+ * A disk changes hands between two machines, as in a migration: block_unlock() hands what was written to the host's disk and gives the
+ * lock up; nothing may be in flight or be submitted until block_lock() has succeeded. 0, or -EBUSY: another machine has
+ * the lock (logged). Machine lock held.
+ */
+void block_unlock(struct block *b);
+int block_lock(struct block *b);
 uint64_t block_size(const struct block *b);             /* bytes */
 bool block_readonly(const struct block *b);
 bool block_can_discard(const struct block *b);

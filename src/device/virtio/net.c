@@ -294,6 +294,25 @@ static void set_receiving(struct nic *n, bool on)
     n->backend->ops->set_receive(n->backend, on);
 }
 
+/* RFC 903. The address is what switches look at; nobody answers. */
+void virtio_net_announce(struct device *dev)
+{
+    struct nic *n = from_virtio(container_of(dev, struct virtio_device, dev));
+    struct net_header header = {0};
+    uint8_t frame[ETH_ZLEN] = {0};
+    static const uint8_t request[] = {0x80, 0x35, 0, 1, 0x08, 0, ETH_ALEN, 4, 0, 3};
+    const struct iovec iov[] = {{&header, sizeof(header)}, {frame, sizeof(frame)}};
+
+    if (!n->backend)
+        return;
+    memset(frame, 0xff, ETH_ALEN);
+    memcpy(frame + 6, n->mac, ETH_ALEN);
+    memcpy(frame + 12, request, sizeof(request));
+    memcpy(frame + 22, n->mac, ETH_ALEN);
+    memcpy(frame + 32, n->mac, ETH_ALEN);
+    n->backend->ops->send(n->backend, iov, 2);
+}
+
 /* ---- The device. ---- */
 
 static void process(struct virtio_device *v, struct virtq *q)
