@@ -25,9 +25,12 @@ static struct jump_table *table_of(struct translator *t, const struct x86_tlb_sp
     return &t->jumps[space ? 1 + (space - t->it.cpu.tlbs->space) : 0];
 }
 
+/* An empty entry has an address of another index, so no look-up finds it. */
 static void empty_entry(struct jump_table *table, unsigned i)
 {
-    table->entry[i] = (struct jump_entry_host){ .rip = JUMP_EMPTY, .negative = -JUMP_EMPTY };
+    uint64_t rip = (uint64_t)(i ^ 1) << TRANSLATE_JUMP_SHIFT;
+
+    table->entry[i] = (struct jump_entry_host){ .rip = rip, .negative = -rip };
 }
 
 /* Address spaces come and go with a few entries each, so it is remembered which were used. */
@@ -45,7 +48,7 @@ static void enter_jump(struct jump_table *table, uint64_t rip, const void *code)
 {
     unsigned i = translate_jump_index(rip);
 
-    if (table->entry[i].rip == JUMP_EMPTY && table->count <= TRANSLATE_JUMPS_NOTED) {
+    if (!table->entry[i].code && table->count <= TRANSLATE_JUMPS_NOTED) {
         if (table->count < TRANSLATE_JUMPS_NOTED)
             table->noted[table->count] = (uint16_t)i;
         table->count++;
@@ -104,10 +107,11 @@ static void select_space(struct translator *t)
 
     t->jumps_now = table_of(t, mode ? cpu->space : NULL);
     if (mode != t->return_mode) {
-        t->returns[t->return_mode].saved = (uint64_t *)t->return_rsp;
+        t->returns[t->return_mode].saved = t->it.returns.top;
         t->return_mode = (uint8_t)mode;
-        t->return_rsp = (uint64_t)t->returns[mode].saved;
-        t->return_bottom = t->returns[mode].bottom;
+        t->it.returns.top = t->returns[mode].saved;
+        t->it.returns.bottom = t->returns[mode].bottom;
+        t->it.returns.limit = (uint64_t *)(t->returns[mode].memory + GUEST_PAGE_SIZE);
     }
     if (mode && t->return_space != cpu->space) {
         t->return_space = cpu->space;

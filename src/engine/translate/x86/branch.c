@@ -8,11 +8,15 @@
  * Calls and returns use the return stack (translate.h). Where a RET comes back to, T is the guest address that was
  * returned to, and what the CALL had pushed lies on top:
  *
- *     cmp   (%rsp), T
- *     jne   return_missed
+ *     mov   (%rsp), %rcx
+ *     not   %rcx
+ *     lea   1(%rcx, T), %rcx
+ *     jrcxz hit                          ; else return_missed
  *     lea   8(%rsp), %rsp
  *     lea   -offset(T), A
  *     mov   A, gs:code_page
+ *
+ * with RCX put aside. Flags stay, whatever the code here makes of them: who missed goes on somewhere else.
  */
 #include "engine/translate/x86/unit.h"
 
@@ -132,6 +136,42 @@ void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward)
     through_entry(x, 4);
 }
 
+/* Leaves to the interpreter unless RCX is 0; flags stay. RCX is in its slot. */
+static void unless_zero(struct unit *x, uint64_t target)
+{
+    uint8_t *zero = asm_jrcxz(&x->a);
+    struct stub *s = unit_stub(x, STUB_INTERPRET, asm_jmp(&x->a));
+
+    if (s) {
+        s->restore_rcx = true;
+        s->target = target;
+    }
+    asm_set_short(zero, x->a.at);
+}
+
+void unit_cross(struct unit *x, unsigned k)
+{
+    struct assembler *a = &x->a;
+    uint64_t offset = x->insn[k].offset;
+
+    unit_take_a(x, k);
+    unit_target(x, GUEST_PAGE_SIZE);
+    unit_save_rcx(x);
+    asm_pext_gs(a, A, T, T_GS(tlb_mask));
+    asm_load_gs(a, H_RCX, CPU_GS(tlb_fetch));
+    asm_lea(a, A, H_NONE, A, 2, 0);
+    asm_lea(a, A, H_RCX, A, 3, 0);
+    asm_mem(a, true, 0x8b, H_RCX, A, H_NONE, 0, (int32_t)(offsetof(struct tlb_entry, tag) + TLB_EXEC * 8));
+    asm_lea(a, H_RCX, H_RCX, T, 0, 0);
+    unless_zero(x, offset);
+    asm_mem(a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct tlb_entry, addend));
+    asm_lea(a, A, A, T, 0, 0);
+    asm_mov_imm(a, H_RCX, -(uint64_t)(uintptr_t)x->b->host2);
+    asm_lea(a, H_RCX, H_RCX, A, 0, 0);
+    unless_zero(x, offset);
+    unit_restore_rcx(x);
+}
+
 static void emit_jcc(struct unit *x, unsigned k)
 {
     const struct unit_insn *i = &x->insn[k];
@@ -167,26 +207,19 @@ static void return_site(struct unit *x, unsigned k)
     const struct unit_insn *i = &x->insn[k];
     struct assembler *a = &x->a;
     struct return_site *r = block_alloc(&x->t->it, sizeof(*r));
-    uint16_t live = k + 1 < x->insns ? x->insn[k + 1].live : x->end_live;
     struct stub *s;
+    uint8_t *hit;
 
     *r = (struct return_site){ .code = a->at, .next = x->b->returns };
     x->b->returns = r;
-    if (live) {
-        uint8_t *hit;
-
-        unit_save_rcx(x);
-        asm_mem(a, true, 0x8b, H_RCX, H_RSP, H_NONE, 0, 0);
-        asm_byte(a, 0x48), asm_byte(a, 0xf7), asm_byte(a, 0xd1);        /* not %rcx */
-        asm_lea(a, H_RCX, H_RCX, T, 0, 1);
-        hit = asm_jrcxz(a);
-        s = lookup_stub(x, asm_jmp(a), STUB_CODE, true);
-        asm_set_short(hit, a->at);
-        unit_restore_rcx(x);
-    } else {
-        asm_mem(a, true, 0x3b, T, H_RSP, H_NONE, 0, 0);
-        s = lookup_stub(x, asm_jcc(a, 5), STUB_CODE, false);
-    }
+    unit_save_rcx(x);
+    asm_mem(a, true, 0x8b, H_RCX, H_RSP, H_NONE, 0, 0);
+    asm_byte(a, 0x48), asm_byte(a, 0xf7), asm_byte(a, 0xd1);            /* not %rcx */
+    asm_lea(a, H_RCX, H_RCX, T, 0, 1);
+    hit = asm_jrcxz(a);
+    s = lookup_stub(x, asm_jmp(a), STUB_CODE, true);
+    asm_set_short(hit, a->at);
+    unit_restore_rcx(x);
     if (s)
         s->code = x->t->return_missed;
     asm_lea(a, H_RSP, H_RSP, H_NONE, 0, 8);
