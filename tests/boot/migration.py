@@ -136,15 +136,14 @@ class Journey:
     def messages(self, name):
         return self.run("logs", name, "--messages", status=None).stdout
 
-    def pid(self, name):
-        """Of the process of that name: its lock file has it, also while it waits for its machine."""
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.folder / "ringfort" / f"{name}.lock").read_text())
-        return None
-
     def next_name(self):
         self.count += 1
         return f"m{self.count}"
+
+    def waits_for_memory(self, name):
+        """In post-copy, for a source that is gone."""
+        said = self.messages(name)
+        return said.rfind("still at the source") > said.rfind("the source is there again")
 
     # ---- the guest ----
 
@@ -236,7 +235,7 @@ class Journey:
             states = {n: there[n]["state"] for n in (source, target) if n in there}
             run = [n for n, s in states.items() if s == "running"]
             check(len(run) < 2, f"both {source} and {target} run")
-            if run == [target] and source not in states:
+            if run == [target] and source not in states and not self.waits_for_memory(target):
                 self.current = target
                 return "moved"
             if run == [source] and target not in states:
@@ -244,6 +243,9 @@ class Journey:
                 return "stayed"
             if run == [source] and "source is gone" in self.messages(target):
                 # The link broke when all was there: the source knows that it goes on, the target cannot.
+                self.run("stop", "--force", target, status=None)
+            elif run == [target] and source not in states:
+                # Killed in post-copy: part of the memory is gone.
                 self.run("stop", "--force", target, status=None)
             elif run == [target] and "not known who has the machine" in self.messages(source):
                 self.run("stop", "--force", source, status=None)
