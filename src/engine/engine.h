@@ -68,7 +68,8 @@ struct engine {
     void (*signal)(struct vcpu *, enum lapic_signal, unsigned value);
     /*
      * While run() is not running. export: what is pending too, so that an import of it elsewhere goes on as if nothing
-     * had been; the vCPU here keeps it. import: devices have their state already; the guest's KVM clock page is written anew.
+     * had been; the vCPU here keeps it. import: devices have their state already. Clock pages that the guest has stay as they
+     * are: they are in terms of its TSC, which goes on from where it stood.
      */
     void (*export_state)(struct vcpu *, struct x86_state *);
     void (*import_state)(struct vcpu *, const struct x86_state *);
