@@ -131,6 +131,8 @@ int source_connect(struct migrate_source *s, unsigned kind, unsigned index, stru
         snprintf(reason, CHANNEL_ERROR_MAX, "%s", channel_error(c));
     else
         err = frame_recv(c, &f, reason);
+    if (err == -ECONNRESET && !s->opt->tls_dir)
+        snprintf(reason, CHANNEL_ERROR_MAX, "the target closed the connection at once: does it want TLS?");
     if (!err && f.type == FRAME_REFUSE) {
         snprintf(reason, CHANNEL_ERROR_MAX, "the target refuses: %.220s", (const char *)f.data);
         err = -EACCES;

@@ -209,7 +209,8 @@ class Journey:
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment, text=True)
         if fault.startswith("kill"):
             time.sleep(self.random.random() * 0.8)
-            victims = pids if fault == "kill-target" else [self.machines()[source]["pid"]] if source in self.machines() else []
+            there = self.machines()
+            victims = pids if fault == "kill-target" else [there[source]["pid"]] if source in there else []
             for pid in victims:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
