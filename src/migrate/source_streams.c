@@ -63,7 +63,7 @@ static int send_round(struct source_stream *t, uint64_t number, char reason[CHAN
             w = t->index;
             continue;
         }
-        bits = s->todo[region][w] ? __atomic_exchange_n(&s->todo[region][w], 0, __ATOMIC_ACQ_REL) : 0;
+        bits = __atomic_load_n(&s->todo[region][w], __ATOMIC_RELAXED) ? __atomic_exchange_n(&s->todo[region][w], 0, __ATOMIC_ACQ_REL) : 0;
         for (; bits && !err; bits &= bits - 1, handled++)
             if (page_encoder_add(t->encoder, region, w * 64 + (uint64_t)__builtin_ctzll(bits)))
                 err = flush(t);

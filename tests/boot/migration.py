@@ -256,8 +256,10 @@ class Journey:
             elif not run and target in states and source not in states and "source is gone" in self.messages(target):
                 self.run("resume", target)
             elif not states:
-                check("not received" in self.messages(target) or "will not come" in self.messages(target) or
-                      "ended" in self.messages(source) or status != 0, "no machine is left, and nobody says why")
+                # The source died as its owner, or in the middle of post-copy; or the target did after it had taken the machine.
+                check(any(t in self.messages(target) for t in ("not received", "will not come")) or
+                      "has moved" in self.messages(source), f"no machine is left, and nobody says why; the source said:\n"
+                      f"{self.messages(source)[-800:]}\nthe target said:\n{self.messages(target)[-800:]}")
                 self.current = None
                 return "lost"
             check(time.monotonic() < deadline, f"after 60 s: {states}; the source said:\n{self.messages(source)[-800:]}\n"

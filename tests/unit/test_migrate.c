@@ -63,11 +63,11 @@ struct machine {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     bool run, end, in_write, counted;
-    unsigned throttled;
+    _Atomic unsigned throttled;
     const char *refuse_prepare, *refuse_load, *refuse_activate;
     bool abandoned, orphaned;
-    struct migrate_progress last;
     unsigned stages;            /* bits that were seen */
+    _Atomic uint64_t sent;      /* bytes of pre-copy */
     uint64_t bad;               /* pages found with other contents */
 };
 
@@ -223,8 +223,9 @@ static void op_progress(void *opaque, const struct migrate_progress *p)
 {
     struct machine *m = opaque;
 
-    m->last = *p;
     m->stages |= 1u << p->stage;
+    if (p->stage == MIGRATE_PRE_COPY)
+        m->sent = p->bytes;
 }
 
 static const struct migrate_source_ops source_ops = { op_describe, op_pause, op_resume, op_save, op_release, op_reclaim,
@@ -632,7 +633,7 @@ static void *cancel_soon(void *opaque)
 {
     struct trip *t = opaque;
 
-    while (t->a.last.stage != MIGRATE_PRE_COPY || t->a.last.bytes < 100000)
+    while (t->a.sent < 100000)
         nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
     assert_true(migrate_source_cancel(t->source, false));
     return NULL;
