@@ -13,6 +13,7 @@
 #include "base/state.h"
 #include "base/util.h"
 #include "engine/soft.h"
+#include "isa/x86/cpuid.h"
 #include "vm/config.h"
 #include "vm/stats.h"
 #include "vm/vm_internal.h"
@@ -180,12 +181,18 @@ static uint64_t monotonic_ns(void)
 int vm_set_engine(struct vm *vm, const struct engine *engine, uint64_t *pause_ns)
 {
     struct engine_report report;
+    const char *missing;
     uint64_t start;
     int err;
 
     engine->probe(&report);
     if (!report.usable) {
         log_error("engine %s cannot run here: %s", engine->name, report.text);
+        return -ENOSYS;
+    }
+    if (!engine_offer(engine, vm->model, true, &missing)) {
+        log_error("engine %s cannot show the guest the processor that it was started with (%s): it lacks %s; a machine that is started "
+                  "with engine %s can change to the others and back", engine->name, vm->model->name, missing, engine->name);
         return -ENOSYS;
     }
     start = monotonic_ns();

@@ -330,11 +330,13 @@ static int choose(struct vm *vm)
         log_error("engine '%s' or CPU model '%s' is not known", c->engine, c->cpu_model);
         return -EINVAL;
     }
-    if (x86_cpu_model_usable(vm->model, &missing)) {
-        log_error("this host cannot run CPU model %s: it lacks %s; use a smaller --cpu-model, or host",
-                  vm->model->name, missing);
+    const struct x86_cpu_model *offered = engine_offer(vm->engine, vm->model, false, &missing);
+    if (!offered) {
+        log_error("engine %s cannot run CPU model %s on this host: it lacks %s; use a smaller --cpu-model, or host",
+                  vm->engine->name, vm->model->name, missing);
         return -ENOSYS;
     }
+    vm->model = offered;
     x86_cpu_model_select(vm->model);
     return 0;
 }

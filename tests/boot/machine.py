@@ -5,6 +5,7 @@ The program is $RINGFORT or the one in build/; the engine is $ENGINE (interp).
 """
 
 import ctypes
+import functools
 import json
 import os
 import re
@@ -41,6 +42,16 @@ def ringfort():
         if path and os.access(path, os.X_OK):
             return str(path)
     raise Failure("there is no built ringfort: run scripts/build")
+
+
+@functools.cache
+def kvm():
+    """What `ringfort host` says of engine kvm."""
+    try:
+        done = subprocess.run([ringfort(), "host", "-o", "json"], stdout=subprocess.PIPE, check=True)
+        return json.loads(done.stdout)["engines"]["kvm"]
+    except (Failure, OSError, subprocess.SubprocessError, ValueError, KeyError):
+        return {}
 
 
 def script(name, *args):

@@ -198,7 +198,12 @@ class Host(Surface):
         for model in models.values():
             self.assertTrue(model["usable"] or model["missing"])
         self.assertEqual(host["cpu"]["processors"], os.cpu_count())
-        self.assertEqual(host["facilities"]["kvm"]["usable"], self.kvm_works())
+        kvm = host["engines"]["kvm"]
+        self.assertLessEqual(kvm["usable"], self.kvm_works())
+        # auto goes by what was measured, not by what is there.
+        self.assertLessEqual(kvm["fast"], kvm["usable"])
+        best = "kvm" if kvm["fast"] else "translate" if host["engines"]["translate"]["usable"] else "interp"
+        self.assertEqual(host["auto"], best)
 
     @staticmethod
     def kvm_works():

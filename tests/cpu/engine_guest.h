@@ -36,11 +36,15 @@ struct engine_guest {
     struct machine machine;
     struct irqchip *chip;
     const struct engine *engine;
+    bool emulated;              /* it is a /dev/kvm that emulates the supervisor's code, with less than all instructions */
     const struct x86_cpu_model *model;
     struct vcpu vcpu;
     struct soft_group *group;
     uint8_t *ram;
     struct x86_state base;      /* 64-bit mode, paging, flat segments; CS, RIP and RSP are the test's */
+    const char *other_engine;   /* NULL, or one that has to be able to go on with the model */
+    bool real_clock;            /* time passes by itself, and a thread runs the machine's timers; else it stands still */
+    pthread_t loop;
     gpa_t next_table;
     uint64_t instructions;      /* of vCPUs before */
     /* The watchdog. */
@@ -51,9 +55,14 @@ struct engine_guest {
     uint64_t runs;
 };
 
-/* Ends the process with status 2 and a message when it cannot. g: zeroed. */
+/*
+ * Ends the process with status 2 and a message when it cannot, with 77 when this host lacks the engine. g: zeroed but for
+ * real_clock and other_engine.
+ */
 void engine_guest_init(struct engine_guest *g, const char *engine, const char *model);
 void engine_guest_destroy(struct engine_guest *g);
+/* Another engine goes on with the state. The model stays, which the other engine has to be able to run. g->engine runs nothing. */
+void engine_guest_switch(struct engine_guest *g, const char *engine);
 /* A fresh vCPU, without anything that the old one had decoded or prepared. */
 void engine_guest_renew(struct engine_guest *g);
 
