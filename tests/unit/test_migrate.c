@@ -249,6 +249,8 @@ static int op_prepare(void *opaque, const char *description, size_t len, struct 
     return 0;
 }
 
+static bool op_in_kernel(void *opaque) { return false; }
+
 static int op_load(void *opaque, const void *data, size_t len, char reason[MIGRATE_TEXT])
 {
     struct machine *m = opaque;
@@ -276,7 +278,7 @@ static int op_activate(void *opaque, char reason[MIGRATE_TEXT])
 static void op_abandon(void *opaque) { ((struct machine *)opaque)->abandoned = true; }
 static void op_orphan(void *opaque) { ((struct machine *)opaque)->orphaned = true; }
 
-static const struct migrate_target_ops target_ops = { op_prepare, op_load, op_activate, op_abandon, op_orphan, op_progress };
+static const struct migrate_target_ops target_ops = { op_prepare, op_in_kernel, op_load, op_activate, op_abandon, op_orphan, op_progress };
 
 /* ---- a link that can break ---- */
 
@@ -555,7 +557,7 @@ static void test_post_copy(void **state)
     char why[CHANNEL_ERROR_MAX];
     struct trip *t;
 
-    if (!postcopy_usable(why)) {
+    if (!postcopy_usable(false, why)) {
         print_message("%s\n", why);
         skip();
     }
@@ -579,7 +581,7 @@ static void test_stalls(void **state)
     for (unsigned i = 0; i < 2; i++) {
         struct trip *t = trip_make();
 
-        t->options.post_copy = i && postcopy_usable(why) ? MIGRATE_POST_COPY_AUTO : MIGRATE_POST_COPY_NEVER;
+        t->options.post_copy = i && postcopy_usable(false, why) ? MIGRATE_POST_COPY_AUTO : MIGRATE_POST_COPY_NEVER;
         t->options.bandwidth = 12 << 20;
         t->options.downtime_ms = 30;
         t->a.pause_us = 0;
@@ -782,7 +784,7 @@ static void test_tls(void **state)
         trip_target(t, i == 5 ? NULL : ours);
         snprintf(t->to, sizeof(t->to), "tcp:%s:%u", i == 3 ? "127.0.0.1" : "localhost", migrate_target_port(t->target));
         t->options.tls_dir = i == 2 ? theirs : i == 4 ? NULL : ours;
-        t->options.post_copy = i == 1 && postcopy_usable(why) ? MIGRATE_POST_COPY_NOW : MIGRATE_POST_COPY_NEVER;
+        t->options.post_copy = i == 1 && postcopy_usable(false, why) ? MIGRATE_POST_COPY_NOW : MIGRATE_POST_COPY_NEVER;
         trip_source(t);
         if (i < 2)
             assert_arrived(t);
@@ -807,9 +809,9 @@ static void test_faults(void **state)
         struct relay r;
         char why[CHANNEL_ERROR_MAX];
         enum fault fault = 1 + next(&x) % (i % 8 == 0 ? 4 : 3);
-        bool post_copy = next(&x) % 2 && postcopy_usable(why);
+        bool post_copy = next(&x) % 2 && postcopy_usable(false, why);
         /* Small, to be often where the machine changes hands; mostly within what all takes. */
-        uint64_t at = next(&x) % 3 == 0 ? 1 + next(&x) % 2500000 : 2150000 + next(&x) % 40000;
+        uint64_t at = next(&x) % 3 == 0 ? 1 + next(&x) % 2500000 : 2100000 + next(&x) % 40000;
 
         /* A target that runs waits for its memory as long as it takes, so this link heals. */
         if (post_copy && fault != FAULT_DAMAGE)
