@@ -107,10 +107,11 @@ static void select_space(struct translator *t)
 
     t->jumps_now = table_of(t, mode ? cpu->space : NULL);
     if (mode != t->return_mode) {
-        t->returns[t->return_mode].saved = (uint64_t *)t->return_rsp;
+        t->returns[t->return_mode].saved = t->it.returns.top;
         t->return_mode = (uint8_t)mode;
-        t->return_rsp = (uint64_t)t->returns[mode].saved;
-        t->return_bottom = t->returns[mode].bottom;
+        t->it.returns.top = t->returns[mode].saved;
+        t->it.returns.bottom = t->returns[mode].bottom;
+        t->it.returns.limit = (uint64_t *)(t->returns[mode].memory + GUEST_PAGE_SIZE);
     }
     if (mode && t->return_space != cpu->space) {
         t->return_space = cpu->space;
