@@ -21,15 +21,15 @@ static const char help[] =
     "       ringfort snapshot ls [-o text|json]\n"
     "       ringfort snapshot restore SNAPSHOT [flag...]\n"
     "       ringfort snapshot rm SNAPSHOT [-o text|json]\n\n"
-    "Saves a running machine, with its memory and disks as they are at one moment, and makes machines that\n"
-    "go on from there. 'ringfort snapshot COMMAND --help' tells more.\n";
+    "Saves a running machine, with its memory and disks as they are at one moment, and makes machines\n"
+    "that go on from there. 'ringfort snapshot COMMAND --help' tells more.\n";
 
 static const char save_help[] =
     "Usage: ringfort snapshot save NAME SNAPSHOT [-o text|json]\n\n"
     "Saves the machine NAME as SNAPSHOT. The guest goes on meanwhile; it stands still only for the moment\n"
     "that is saved. Disks are copied (where the file system can, without taking room), but those with\n"
     "readonly=on stay where they are.\n\n"
-    "  -o, --output FORMAT  text (default) or json: snapshot, pause_ms, total_ms, memory_bytes, disk_bytes\n"
+    "  -o, --output FORMAT  text (default) or json: pause_ms, total_ms, memory_bytes, disk_bytes\n"
     "  --help               show this text\n";
 
 static const char ls_help[] = "Usage: ringfort snapshot ls [-o text|json]\n\n"

@@ -80,8 +80,8 @@ struct engine {
     /*
      * While no vCPU of the machine is inside run(). The LAPIC's state is not in there but in the machine's irqchip, which is up to
      * date then. export: what is pending too, so that an import of it elsewhere goes on as if nothing had been; the vCPU here keeps
-     * it. import: devices have their state already. Clock pages that the guest has stay as they are: they are in terms of its
-     * TSC, which goes on from where it stood.
+     * it. import: devices have their state already. Clock pages that the guest has stay true by themselves: they
+     * are in terms of its TSC, which goes on from where it stood.
      */
     void (*export_state)(struct vcpu *, struct x86_state *);
     void (*import_state)(struct vcpu *, const struct x86_state *);

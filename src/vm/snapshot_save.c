@@ -7,7 +7,8 @@
  * their page themselves, which holds them back. Zero pages are holes of the file, at each page's own place, so that a restored
  * machine can map it.
  *
- * An engine whose vCPUs do not look at page flags has its RAM copied while it stands.
+ * With an engine whose vCPUs do not look at page flags, RAM is written before that moment, and then what the engine's dirty log says was
+ * written since, in rounds; the guest stands still for the last one.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -34,6 +35,10 @@
 /* Copies of pages that wait to be written: at least this, else a share of RAM. */
 #define MIN_WAITING MIB(32)
 #define WAITING_SHARE 8
+/* Rounds after the dirty log end when so little is left, or when they bring nothing. */
+#define FEW_BYTES MIB(8)
+#define MAX_ROUNDS 8
+#define PIECE KIB(256)
 
 struct page_copy {
     struct page_copy *next;
@@ -49,6 +54,8 @@ struct saver {
     struct state_writer *state;
     char created[32];
     const char *engine;
+    bool logging;               /* after the dirty log: what is below of RAM has been written once */
+    uint64_t *dirty[MEMORY_MAX_REGIONS];
     unsigned disks;             /* whose copies have begun: the first so many of the configuration's */
     struct vm_snapshot_result result;
 
@@ -202,6 +209,107 @@ static void end_memory(struct saver *s)
     write_copies(s);
 }
 
+/* ---- RAM after the dirty log ---- */
+
+/* Everything that the guest ever touched. The file has zeroes already. */
+static void write_region(struct saver *s, unsigned index)
+{
+    struct memory_region *r = &s->vm->machine.memory.region[index];
+    uint64_t at = 0, end = 0;
+
+    while (at < r->size && !s->error && !atomic_load(&s->vm->save_cancelled)) {
+        uint64_t n;
+
+        if (at >= end && r->fd >= 0) {
+            off_t data = lseek(r->fd, (off_t)at, SEEK_DATA);
+            off_t hole = data < 0 ? -1 : lseek(r->fd, data, SEEK_HOLE);
+
+            if (data < 0 && errno == ENXIO)
+                break;
+            at = data < 0 ? at : align_down((uint64_t)data, GUEST_PAGE_SIZE);
+            end = hole < 0 ? r->size : (uint64_t)hole;
+        }
+        n = MIN(PIECE, r->size - at);
+        for (uint64_t page = at; page < at + n; page += GUEST_PAGE_SIZE)
+            if (!is_zero(r->host + page))
+                write_bytes(s, region_offset(&s->vm->machine.memory, index) + page, r->host + page, GUEST_PAGE_SIZE);
+        at += n;
+    }
+}
+
+/* Writes what was written to since the last round. Bytes, or a negative errno. */
+static int64_t write_dirty(struct saver *s)
+{
+    struct memory *m = &s->vm->machine.memory;
+    int64_t bytes = 0;
+    int err;
+
+    for (unsigned i = 0; i < m->regions; i++)
+        memset(s->dirty[i], 0, memory_bitmap_words(&m->region[i]) * sizeof(uint64_t));
+    err = memory_dirty_fetch(m, s->dirty);
+    if (err)
+        return err;
+    for (unsigned i = 0; i < m->regions; i++)
+        for (size_t word = 0; word < memory_bitmap_words(&m->region[i]); word++)
+            for (uint64_t bits = s->dirty[i][word]; bits; bits &= bits - 1) {
+                uint64_t offset = (word * 64 + (unsigned)__builtin_ctzll(bits)) << GUEST_PAGE_SHIFT;
+
+                write_bytes(s, region_offset(m, i) + offset, m->region[i].host + offset, GUEST_PAGE_SIZE);
+                bytes += GUEST_PAGE_SIZE;
+            }
+    return bytes;
+}
+
+static void end_log(struct saver *s)
+{
+    if (s->logging)
+        memory_dirty_stop(&s->vm->machine.memory);
+    s->logging = false;
+    for (unsigned i = 0; i < MEMORY_MAX_REGIONS; i++) {
+        free(s->dirty[i]);
+        s->dirty[i] = NULL;
+    }
+}
+
+/* While the guest runs. Without a log (a migration has it) RAM is written while it stands. */
+static int write_ahead(struct saver *s)
+{
+    struct memory *m = &s->vm->machine.memory;
+    int64_t before = INT64_MAX, bytes;
+
+    for (unsigned i = 0; i < m->regions; i++)
+        if (!(s->dirty[i] = malloc(memory_bitmap_words(&m->region[i]) * sizeof(uint64_t)))) {
+            log_error("out of memory");
+            return -ENOMEM;
+        }
+    s->logging = memory_dirty_start(m) == 0;
+    for (unsigned i = 0; s->logging && i < m->regions; i++)
+        write_region(s, i);
+    for (unsigned round = 0; s->logging && round < MAX_ROUNDS && !s->error; round++) {
+        bytes = write_dirty(s);
+        if (bytes < 0)
+            return (int)bytes;
+        if (bytes < (int64_t)FEW_BYTES || bytes > before / 4 * 3)
+            break;
+        before = bytes;
+    }
+    return atomic_load(&s->vm->save_cancelled) ? -ECANCELED : 0;
+}
+
+/* The guest stands still. */
+static int write_rest(struct saver *s)
+{
+    int64_t bytes = 0;
+
+    if (s->logging)
+        bytes = write_dirty(s);
+    else
+        for (unsigned i = 0; i < s->vm->machine.memory.regions; i++)
+            write_region(s, i);
+    end_log(s);
+    return bytes < 0 ? (int)bytes : 0;
+}
+
 /* ---- the moment ---- */
 
 static int begin_disks(struct saver *s)
@@ -266,7 +374,7 @@ static int take(struct saver *s, bool *memory_begun)
     pthread_mutex_lock(&vm->machine.lock);
     s->engine = vm->engine->name;
     err = vm_save_held(vm, s->state);
-    if (!err) {
+    if (!err && vm->engine->checks_pages) {
         err = memory_save_begin(&vm->machine.memory, copy_page, s);
         *memory_begun = !err;
         if (err)
@@ -277,7 +385,7 @@ static int take(struct saver *s, bool *memory_begun)
     pthread_mutex_unlock(&vm->machine.lock);
     pthread_mutex_unlock(&vm->life);
     if (!err && !vm->engine->checks_pages)
-        err = save_memory(s);
+        err = write_rest(s);
     vm_resume(vm, VM_HOLD_SAVE);
     s->result.pause_ns = monotonic_ns() - start;
     return err;
@@ -401,13 +509,17 @@ static int save(struct saver *s)
         return err;
     for (unsigned i = 0; i < s->vm->config->disk_count; i++)
         block_presync(s->vm->parts.disks[i].backend);
-    err = take(s, &memory_begun);
+    if (!s->vm->engine->checks_pages)
+        err = write_ahead(s);
+    if (!err)
+        err = take(s, &memory_begun);
     if (!err)
         err = finish_state(s);
-    if (!err)
+    if (!err && memory_begun)
         err = save_memory(s);
     if (memory_begun)
         end_memory(s);
+    end_log(s);
     if (!err && s->error) {
         err = s->error;
         log_error("%s/%s: cannot write: %s", s->path, SNAPSHOT_MEMORY, strerror(-err));

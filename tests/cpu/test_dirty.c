@@ -13,6 +13,7 @@
 #include <time.h>
 
 #include "engine_guest.h"
+#include "engine/translate/options.h"
 
 #define VCPUS 3
 #define CODE 0x400000ull
@@ -204,6 +205,7 @@ int main(int argc, char **argv)
 
     if (argc != 4)
         return 2;
+    translate_options.threshold = 1;
     epochs = (unsigned)strtoul(argv[2], NULL, 0);
     seed = x = strtoull(argv[3], NULL, 0) | 1;
     guest = aligned_alloc(64, align_up(sizeof(*guest), 64));

@@ -4,6 +4,7 @@
  *   host.c     /dev/kvm and what it can do; the probe
  *   model.c    CPUID
  *   machine.c  what the vCPUs of one machine share: the VM, its memory, the dirty log, the clock
+ *   doorbell.c writes that are only notices, without leaving the guest
  *   irqchip.c  the kernel's LAPICs and the machine's irqchip
  *   state.c    registers, to and from the canonical state
  *   run.c      a vCPU's life and its exits
@@ -15,6 +16,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "device/bus.h"
 #include "engine/engine.h"
 
 #define KVM_MAX_VCPUS 64
@@ -59,6 +61,8 @@ struct kvm_machine {
     bool tsc_scaled;            /* which is not the host's */
     uint64_t tsc_skew;          /* scaled: the machine's counter (x86_tsc_base()) minus KVM's */
     struct lapic_host lapic_host;
+    struct bus_listener listener;
+    struct kvm_doorbell *doorbells;     /* guarded by the machine lock */
 };
 
 /* The one of this vCPU's machine, made by the first that asks. NULL: an error, logged, its errno in *err. */
@@ -70,6 +74,12 @@ void kvm_machine_put(struct kvm_machine *k);
  */
 void kvm_enter(struct kvm_machine *k);
 void kvm_leave(struct kvm_machine *k);
+
+/* ---- doorbell.c ---- */
+
+/* Machine lock held, or nothing else runs. */
+void kvm_doorbells_start(struct kvm_machine *k);
+void kvm_doorbells_stop(struct kvm_machine *k);
 
 /* ---- irqchip.c ---- */
 

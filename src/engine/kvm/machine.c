@@ -168,6 +168,7 @@ void kvm_leave(struct kvm_machine *k)
 
 static void destroy(struct kvm_machine *k)
 {
+    kvm_doorbells_stop(k);
     memory_dirty_detach(&k->machine->memory, k);
     if (k->chip)
         irqchip_set_host(k->chip, NULL);
@@ -222,8 +223,10 @@ static int create(const struct vcpu *vcpu, struct kvm_machine **out)
     err = kvm_irqchip_init(k);
     if (err == 0)
         err = set_slots(k);
-    if (err == 0)
+    if (err == 0) {
         memory_dirty_attach(&m->memory, &dirty_hooks, k);
+        kvm_doorbells_start(k);
+    }
 out:
     if (err)
         destroy(k);
