@@ -65,6 +65,8 @@ struct block {
     struct chain *chains;
     struct return_site *returns;
     struct translate_site *sites;
+    uint16_t insns;             /* guest instructions that are translated together with it */
+    bool apart;                 /* translated without shared checks too */
     uint32_t heat;              /* how often it ran before it was translated */
     uint16_t seen_from, seen_to;        /* bytes of the first page, besides the block's, that its translation depends on */
     struct op op[];
@@ -92,11 +94,22 @@ struct block_hooks {
     void (*flushed)(struct interp *it);
 };
 
+/*
+ * Where the translator predicts returns (translate.h): pairs of host and guest address, growing down. The interpreter keeps it
+ * in step with the calls and returns that it executes.
+ */
+struct interp_returns {
+    uint64_t *top;              /* NULL: there is none */
+    uint64_t *bottom, *limit;
+    uint64_t stub;              /* host address for calls of the interpreter's */
+};
+
 struct interp {
     struct x86_cpu cpu;         /* first: handlers get a struct x86_cpu* */
     struct jump_entry jump[1 << JUMP_CACHE_BITS];
     struct soft_vcpu soft;
     const struct block_hooks *block_hooks;      /* NULL: none */
+    struct interp_returns returns;
     /* Block cache. */
     struct block **hash;
     struct code_page **page_hash;
@@ -278,6 +291,8 @@ bool block_invalidate(struct interp *it, gpa_t gpa, unsigned len);
 void block_kill(struct interp *it, struct block *block);
 /* op is the first of its block. False when no link may lead to it: the scratch block, and the way out when the arena is full. */
 bool block_linkable(const struct op *op);
+/* The block that begins at this host address in the current mode, or NULL. */
+struct block *block_lookup(struct x86_cpu *cpu, const uint8_t *host);
 /* The block depends on bytes [from, to) of its first page from now on: when they change it is dropped. */
 void block_depends(struct interp *it, struct block *b, unsigned from, unsigned to);
 /* Arena for lowering; NULL never: block_find makes room before it starts. */
@@ -288,6 +303,27 @@ static inline unsigned jump_index(const uint8_t *host)
     uintptr_t h = (uintptr_t)host;
 
     return (h ^ (h >> JUMP_CACHE_BITS)) & ((1u << JUMP_CACHE_BITS) - 1);
+}
+
+static inline void note_call(struct x86_cpu *cpu, uint64_t return_rip)
+{
+    struct interp_returns *r = &interp_of(cpu)->returns;
+
+    if (!r->top)
+        return;
+    if (unlikely(r->top - 2 < r->limit))
+        r->top = r->bottom;
+    r->top -= 2;
+    r->top[0] = r->stub;
+    r->top[1] = return_rip;
+}
+
+static inline void note_return(struct x86_cpu *cpu, uint64_t rip)
+{
+    struct interp_returns *r = &interp_of(cpu)->returns;
+
+    if (r->top < r->bottom && r->top[1] == rip)
+        r->top += 2;
 }
 
 /* What of the guest address belongs to a block's key, with cpu->code_page set. */
