@@ -74,9 +74,12 @@ static int print_text(const json_t *info, const json_t *stats)
                 json_is_true(json_object_get(o, "readonly")) ? " (read-only)" : "");
     json_array_foreach(json_object_get(config, "net"), i, o) fprintf(f, "net %-8zu %s\n", i, text_of(o, "type"));
     json_array_foreach(json_object_get(stats, "vcpus"), i, o)
-        fprintf(f, "vCPU %-7zu %.1f s of processor time, %.0f million instructions, %.0f halts, %.0f interrupts\n", i,
-                number_of(o, "cpu_seconds"), number_of(o, "instructions") / 1e6, number_of(o, "halts"),
-                number_of(o, "interrupts"));
+    {
+        fprintf(f, "vCPU %-7zu %.1f s of processor time, ", i, number_of(o, "cpu_seconds"));
+        if (json_is_integer(json_object_get(o, "instructions")))
+            fprintf(f, "%.0f million instructions, ", number_of(o, "instructions") / 1e6);
+        fprintf(f, "%.0f halts, %.0f interrupts\n", number_of(o, "halts"), number_of(o, "interrupts"));
+    }
     put_devices(f, json_object_get(stats, "devices"));
     fprintf(f, "console      %s\n", text_of(config, "console"));
     if (json_object_get(info, "console_file"))

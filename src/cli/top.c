@@ -36,6 +36,7 @@ struct sample {
     char state[16], engine[16];
     unsigned cpus;
     double at; /* seconds */
+    bool counted; /* instructions are */
     double cpu, instructions, ram, ram_resident, own, disk_read, disk_written, net_received, net_sent;
 };
 
@@ -71,7 +72,12 @@ static void read_stats(struct sample *s, const json_t *stats)
     snprintf(s->engine, sizeof(s->engine), "%s", engine ? engine : "-");
     s->cpus = (unsigned)json_array_size(vcpus);
     s->cpu = number_of(stats, "cpu_seconds");
-    json_array_foreach(vcpus, i, v) s->instructions += number_of(v, "instructions");
+    s->counted = true;
+    json_array_foreach(vcpus, i, v)
+    {
+        s->counted &= json_is_integer(json_object_get(v, "instructions"));
+        s->instructions += number_of(v, "instructions");
+    }
     s->ram = number_of(memory, "ram_bytes");
     s->ram_resident = number_of(memory, "ram_resident_bytes");
     s->own = number_of(memory, "own_bytes");
@@ -147,9 +153,9 @@ static json_t *to_json(const struct samples *now, const struct samples *old)
         struct rates r = rates(s, before(old, s));
         json_array_append_new(
             list,
-            json_pack("{s:s, s:i, s:s, s:s, s:i, s:f, s:f, s:I, s:I, s:I, s:f, s:f, s:f, s:f}", "name",
+            json_pack("{s:s, s:i, s:s, s:s, s:i, s:f, s:o, s:I, s:I, s:I, s:f, s:f, s:f, s:f}", "name",
                       s->machine.name, "pid", (int)s->machine.pid, "state", s->state, "engine", s->engine, "cpus",
-                      (int)s->cpus, "cpu_percent", r.cpu_percent, "million_instructions_per_second", r.mips,
+                      (int)s->cpus, "cpu_percent", r.cpu_percent, "million_instructions_per_second", s->counted ? json_real(r.mips) : json_null(),
                       "ram_bytes", (json_int_t)s->ram, "ram_resident_bytes", (json_int_t)s->ram_resident,
                       "own_bytes", (json_int_t)s->own, "disk_read_bytes_per_second", r.disk_read,
                       "disk_write_bytes_per_second", r.disk_written, "net_received_bytes_per_second",
@@ -175,8 +181,11 @@ static void put_table(FILE *f, const struct samples *now, const struct samples *
     for (unsigned i = 0; i < now->count && i + 2 < rows; i++) {
         const struct sample *s = &now->list[i];
         struct rates r = rates(s, before(old, s));
-        int n = snprintf(line, sizeof(line), "%-16s %-12s %-9s %4u %6.1f %6.0f %9s %9s", s->machine.name, s->state,
-                         s->engine, s->cpus, r.cpu_percent, r.mips, verb_bytes(s->ram_resident), verb_bytes(s->own));
+        char mips[24] = "-"; /* not counted */
+        if (s->counted)
+            snprintf(mips, sizeof(mips), "%.0f", r.mips);
+        int n = snprintf(line, sizeof(line), "%-16s %-12s %-9s %4u %6.1f %6s %9s %9s", s->machine.name, s->state,
+                         s->engine, s->cpus, r.cpu_percent, mips, verb_bytes(s->ram_resident), verb_bytes(s->own));
         snprintf(line + n, sizeof(line) - (size_t)n, " %9s %9s %9s %9s", verb_bytes(r.disk_read),
                  verb_bytes(r.disk_written), verb_bytes(r.net_received), verb_bytes(r.net_sent));
         put_line(f, columns, line, clear);

@@ -28,6 +28,7 @@ enum vm_exit {
 
 struct engine_counters {
     uint64_t instructions;      /* retired by the guest; 0 where the engine does not count */
+    bool instructions_partial;  /* it does not count those of translated code */
     uint64_t first_user_ns;     /* guest clock at the first user-mode instruction; 0: none yet */
     uint64_t mmio_exits, port_exits, halts, exceptions, interrupts;
     uint64_t tlb_misses, tlb_flushes, page_walks;
@@ -79,7 +80,8 @@ struct engine {
     /*
      * While no vCPU of the machine is inside run(). The LAPIC's state is not in there but in the machine's irqchip, which is up to
      * date then. export: what is pending too, so that an import of it elsewhere goes on as if nothing had been; the vCPU here keeps
-     * it. import: devices have their state already; the guest's KVM clock page is written anew.
+     * it. import: devices have their state already. Clock pages that the guest has stay as they are: they are in terms of its
+     * TSC, which goes on from where it stood.
      */
     void (*export_state)(struct vcpu *, struct x86_state *);
     void (*import_state)(struct vcpu *, const struct x86_state *);

@@ -25,6 +25,7 @@
 #include "engine/engine.h"
 #include "engine/soft.h"
 #include "isa/x86/cpuid.h"
+#include "migrate/migrate.h"
 #include "vm/config.h"
 #include "vm/stats.h"
 #include "vm/status.h"
@@ -163,6 +164,9 @@ void vm_end_because(struct vm *vm, int status, const char *cause)
         vm->cause = cause;
     }
     pthread_mutex_unlock(&vm->gate);
+    /* vCPUs may wait for memory that is not here yet, and would keep the machine from ending. */
+    if (ends && vm->incoming)
+        migrate_target_cancel(vm->incoming);
     loop_schedule(vm->machine.loop, &vm->settle);
     if (ends)
         vm_notify(vm, VM_NOTICE_ENDED, status);
@@ -360,17 +364,6 @@ static int make_vcpus(struct vm *vm)
     return 0;
 }
 
-/*
- * The rate of the guest's TSC. What a saved guest knows is kept: if this host's counter has that rate (but for what two
- * measurements differ by), it is used as it is, otherwise scaled.
- */
-static uint64_t choose_tsc_hz(uint64_t saved)
-{
-    uint64_t host = tsc_frequency_hz(), apart = saved > host ? saved - host : host - saved;
-
-    return saved && apart > host / 5000 ? saved : host;
-}
-
 /* empty: without a guest, for a state that was saved with this rate of the TSC. */
 static int start(struct vm *vm, bool empty, uint64_t saved_tsc_hz)
 {
@@ -395,7 +388,8 @@ static int start(struct vm *vm, bool empty, uint64_t saved_tsc_hz)
     if (err)
         return err;
     vm->parts_open = true;
-    vm->parts.board.tsc_hz = choose_tsc_hz(saved_tsc_hz);
+    /* What a saved guest knows stays as it is. */
+    vm->parts.board.tsc_hz = saved_tsc_hz ? saved_tsc_hz : tsc_frequency_hz();
     err = vm_parts_build(&vm->parts, &vm->machine, &vm->pc);
     if (!err)
         err = make_vcpus(vm);

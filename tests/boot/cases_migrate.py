@@ -63,7 +63,7 @@ def migrate(report, folder):
 def migrate_storm(folder):
     rounds, seed = int(os.environ.get("MIGRATE_ROUNDS", "200")), int(os.environ.get("MIGRATE_SEED", "1"))
     outcomes = {}
-    with Journey(folder, seed=seed) as journey:
+    with Journey(folder, seed=seed, extra=("--cpus", str(1 + seed % 2)), workload="memcheck 16 1500 & memcheck 16 1500") as journey:
         choose = journey.random
         for i in range(rounds):
             if not journey.current:

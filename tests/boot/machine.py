@@ -97,8 +97,8 @@ class Machine:
         self._reader.start()
 
     def environment(self):
-        """Control sockets are the test's own: others may run machines of the same name."""
-        return {**os.environ, "XDG_RUNTIME_DIR": str(self.folder)}
+        """Control sockets and snapshots are the test's own: others may run machines of the same name."""
+        return {**os.environ, "XDG_RUNTIME_DIR": str(self.folder), "XDG_DATA_HOME": str(self.folder / "data")}
 
     def __enter__(self):
         return self

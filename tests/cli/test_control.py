@@ -215,8 +215,8 @@ class Machines(unittest.TestCase):
         self.assertIn(part, r.stderr, args)
 
     def start(self, name, *args):
-        self.assertEqual(self.ok("run", "--detach", "--name", name, "--memory", "16M", "--kernel", self.guest, *args),
-                         f"{name}\n")
+        self.assertEqual(self.ok("run", "--detach", "--name", name, "--engine", "interp", "--memory", "16M", "--kernel",
+                                 self.guest, *args), f"{name}\n")
         eventually(lambda: "R>" in self.ok("logs", name))
         return name
 

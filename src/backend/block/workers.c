@@ -371,6 +371,8 @@ void block_workers_reap(struct block *b, bool wait)
         w->busy--;
         block_part_done(b, io);
     }
+    if (b->engine->submit)
+        b->engine->submit(b); /* next parts of requests */
 }
 
 /* The engine for hosts without io_uring. */

@@ -8,7 +8,6 @@
 #include "base/log.h"
 #include "device/machine.h"
 #include "engine/interp/interp.h"
-#include "isa/x86/kvmclock.h"
 
 /*
  * Decoded code of one vCPU. A kernel's boot is content with 8 MiB, but a server's start goes through programs of
@@ -241,7 +240,6 @@ void interp_import(struct vcpu *vcpu, const struct x86_state *s)
     /* What was on its way to the former state is not for the new one. */
     atomic_fetch_and(&cpu->request, ~(REQUEST_NMI | REQUEST_INIT | REQUEST_SIPI | REQUEST_START));
     x86_cpu_import(cpu, s);
-    x86_kvmclock_update(cpu);
     x86_request(cpu, (s->init_pending ? REQUEST_INIT : 0) | (s->sipi_pending ? REQUEST_SIPI : 0));
 }
 

@@ -328,8 +328,7 @@ static void translate_counters(const struct vcpu *vcpu, struct engine_counters *
     c->interpreted_ops = t->slow_ops;
     c->returns_missed = t->return_misses;
     c->return_overflows = t->stack_overflows;
-    if (!t->options.count)
-        c->instructions = 0;
+    c->instructions_partial = !t->options.count;
 }
 
 const struct engine translate_engine = {

@@ -22,6 +22,7 @@
 #define TSC_STABLE 1u
 /* How far clock_now() may have strayed from the anchor before a pause must have been the cause. */
 #define STRAY_NS 5000000ull
+#define SAME_RATE 5000          /* 200 ppm */
 #define STRAY_PER_ELAPSED 10000ull      /* plus 100 ppm of the time since */
 
 /* Guest memory layout: struct pvclock_vcpu_time_info and struct pvclock_wall_clock. */
@@ -47,13 +48,14 @@ uint64_t x86_tsc_ticks(uint64_t ns, uint64_t hz)
 
 uint64_t x86_tsc_base(const struct machine *m, uint64_t hz)
 {
-    uint64_t host_hz;
+    uint64_t host_hz, apart;
 
     if (m != NULL && clock_is_manual(m->clock))
         return x86_tsc_ticks(clock_now(m->clock), hz);
     host_hz = tsc_frequency_hz();
-    /* Another rate: the machine was begun on another host. */
-    return hz == host_hz ? tsc_read() : (uint64_t)((unsigned __int128)tsc_read() * hz / host_hz);
+    /* The rate that the guest knows may be another host's; but two measurements of one counter differ a little, too. */
+    apart = hz > host_hz ? hz - host_hz : host_hz - hz;
+    return apart <= host_hz / SAME_RATE ? tsc_read() : (uint64_t)((unsigned __int128)tsc_read() * hz / host_hz);
 }
 
 static uint64_t base_tsc(const struct x86_cpu *cpu)

@@ -212,20 +212,11 @@ static enum MHD_Result add_argument(void *opaque, enum MHD_ValueKind kind, const
 static json_t *read_arguments(struct exchange *ex, const char **error)
 {
     json_t *args;
-    json_error_t e;
 
-    if (!ex->body_len) {
-        args = json_object();
-        MHD_get_connection_values(ex->conn->http, MHD_GET_ARGUMENT_KIND, add_argument, args);
-        return args;
-    }
-    args = json_loadb(ex->body, ex->body_len, JSON_REJECT_DUPLICATES, &e);
-    *error = "the body is not JSON";
-    if (args && !json_is_object(args)) {
-        *error = "the body must be a JSON object";
-        json_decref(args);
-        args = NULL;
-    }
+    if (ex->body_len)
+        return control_args_parse(ex->body, ex->body_len, error);
+    args = json_object();
+    MHD_get_connection_values(ex->conn->http, MHD_GET_ARGUMENT_KIND, add_argument, args);
     return args;
 }
 

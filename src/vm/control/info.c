@@ -159,8 +159,9 @@ static json_t *vcpu_stats(struct vm *vm)
         pthread_mutex_unlock(&vm->gate);
         vm->engine->counters(&v->vcpu, &n);
         json_array_append_new(
-            list, json_pack("{s:i, s:b, s:f, s:I, s:I, s:I, s:I, s:I, s:I}", "index", (int)i, "running", (int)running,
-                            "cpu_seconds", cpu, "instructions", (json_int_t)n.instructions, "mmio_exits",
+            list, json_pack("{s:i, s:b, s:f, s:o, s:I, s:I, s:I, s:I, s:I}", "index", (int)i, "running", (int)running,
+                            "cpu_seconds", cpu, "instructions",
+                            n.instructions_partial ? json_null() : json_integer((json_int_t)n.instructions), "mmio_exits",
                             (json_int_t)n.mmio_exits, "port_exits", (json_int_t)n.port_exits, "halts",
                             (json_int_t)n.halts, "exceptions", (json_int_t)n.exceptions, "interrupts",
                             (json_int_t)n.interrupts));

@@ -42,10 +42,11 @@ struct folder {
     char path[REGISTRY_MAX_PATH];
 };
 
-static bool is_folder(const char *path)
+/* A folder of ours: su keeps the environment of whom it leaves, and root's files in there would be in their way. */
+static bool is_own_folder(const char *path)
 {
     struct stat st;
-    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode) && st.st_uid == geteuid();
 }
 
 static bool add_folder(struct folder *f, unsigned *n, const char *fmt, const char *base, unsigned uid)
@@ -68,10 +69,10 @@ static unsigned folders(struct folder f[MAX_FOLDERS])
     char session[64];
 
     snprintf(session, sizeof(session), "/run/user/%u", uid);
-    bool chosen = xdg && *xdg == '/' && strcmp(xdg, session) != 0 && is_folder(xdg);
+    bool chosen = xdg && *xdg == '/' && strcmp(xdg, session) != 0 && is_own_folder(xdg);
     if (chosen && add_folder(f, &n, "%s/ringfort", xdg, 0))
         return n;
-    if (is_folder(session))
+    if (is_own_folder(session))
         add_folder(f, &n, "%s/ringfort", session, 0);
     if (uid == 0)
         add_folder(f, &n, "%s", "/run/ringfort", 0);

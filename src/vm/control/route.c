@@ -64,6 +64,18 @@ int control_route_find(const char *method, const char *path, const struct contro
     return status;
 }
 
+json_t *control_args_parse(const char *body, size_t len, const char **error)
+{
+    json_t *args = json_loadb(body, len, JSON_REJECT_DUPLICATES, NULL);
+
+    *error = "the body is not JSON";
+    if (!args || json_is_object(args))
+        return args;
+    *error = "the body must be a JSON object";
+    json_decref(args);
+    return NULL;
+}
+
 /* The names in r->args, and "wait" for jobs. */
 static unsigned arg_names(const struct control_route *r, char *copy, size_t size, const char *names[MAX_ARGS])
 {

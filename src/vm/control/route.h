@@ -12,6 +12,7 @@
 
 #include <jansson.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 struct control;
@@ -61,6 +62,8 @@ const struct control_route *control_route_at(unsigned i);
  * 404, 405.
  */
 int control_route_find(const char *method, const char *path, const struct control_route **route, const char **name);
+/* The arguments in a body: an object (a new reference), or NULL with *error (static). */
+json_t *control_args_parse(const char *body, size_t len, const char **error);
 /* 0, or 400 with *answer when args has a member that the route does not take. */
 int control_route_check(const struct control_route *route, const json_t *args, json_t **answer);
 

@@ -178,6 +178,10 @@ static void http_dispatch(void *opaque)
         c->closing_deadline_ns = control_now_ns() + CLOSING_PATIENCE_NS;
         control_need_ticks(c);
         set_accepting(c, false);
+        /* Who has not asked by now does not get an answer. */
+        for (struct connection *conn = c->connections; conn; conn = conn->next)
+            if (conn->deadline_ns)
+                shutdown(conn->fd, SHUT_RDWR);
         http_wake(c);
     }
     attach_wake(c);
