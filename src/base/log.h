@@ -17,6 +17,8 @@ enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
 
 /* Messages above this level are dropped. Default LOG_WARN. */
 void log_set_level(enum log_level level);
+/* When set, each line begins with the time (UTC): it goes to a file. */
+void log_set_times(bool on);
 bool log_enabled(enum log_level level);
 /* The name shown with every message; copied. NULL: none. */
 void log_set_machine(const char *name);

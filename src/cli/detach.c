@@ -99,6 +99,7 @@ int detach_ready(struct detach *d)
     }
     dup2(fd, STDERR_FILENO);
     close(fd);
+    log_set_times(true);
     do
         n = write(d->ready_fd, "", 1);
     while (n < 0 && errno == EINTR);

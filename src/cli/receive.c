@@ -122,7 +122,9 @@ static int receive(const struct verb *v, const struct vm_reception_options *opt,
         goto out;
     if (!detach)
         say(v, r, opt->target.listen);
-    else if (detach_ready(detach))
+    else if (vm_reception_port(r) && strcmp(strrchr(opt->target.listen, ':'), ":0") == 0)
+        log_warn("waiting for a machine at port %u", vm_reception_port(r));
+    if (detach && detach_ready(detach))
         goto out;
     vm_reception_on_config(r, on_config, &s);
     vm = await(r, signals, &status);

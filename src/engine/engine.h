@@ -28,7 +28,6 @@ enum vm_exit {
 
 struct engine_counters {
     uint64_t instructions;      /* retired by the guest; 0 where the engine does not count */
-    bool instructions_partial;  /* it does not count those of translated code */
     uint64_t first_user_ns;     /* guest clock at the first user-mode instruction; 0: none yet */
     uint64_t mmio_exits, port_exits, halts, exceptions, interrupts;
     uint64_t tlb_misses, tlb_flushes, page_walks;

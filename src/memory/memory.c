@@ -292,5 +292,12 @@ void *memory_map(struct memory *m, gpa_t gpa, size_t len)
     struct memory_region *r = memory_find(m, gpa);
     if (!r || bytes_in(r, gpa, len) != len)
         return NULL;
-    return r->host + (gpa - r->base);
+    uint8_t *host = r->host + (gpa - r->base);
+    if (atomic_load_explicit(&m->touch, memory_order_acquire)) {
+        for (size_t at = 0; at < len; at += GUEST_PAGE_SIZE)
+            (void)*(volatile uint8_t *)(host + at);
+        if (len)
+            (void)*(volatile uint8_t *)(host + len - 1);
+    }
+    return host;
 }

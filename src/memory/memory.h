@@ -76,6 +76,11 @@ struct memory {
     struct memory_dirty_user dirty_hooks[MEMORY_DIRTY_HOOKS];
     /* save.c's: */
     _Atomic bool saving;        /* some page may have PAGE_SAVE */
+    /*
+     * Pages may be missing, and come when this process touches them, but not when the kernel does on its behalf (post-copy without
+     * privileges): memory_map() touches what it gives out.
+     */
+    _Atomic bool touch;
     pthread_mutex_t save_lock;  /* guards what follows; inside dirty_lock */
     void (*save_copy)(void *opaque, gpa_t page, const uint8_t *bytes);
     void *save_opaque;

@@ -562,6 +562,8 @@ static int tls_handshake(struct channel *c, struct channel_tls *tls, bool server
                 int told = fail_tls(c, ret);
 
                 gnutls_alert_send_appropriate(c->session, ret);
+                if (told == -ECONNRESET)
+                    snprintf(c->error, sizeof(c->error), "TLS: the other side closed the connection: does it use TLS, too?");
                 return told;
             }
             continue;

@@ -127,6 +127,8 @@ struct migrate_target_ops {
      * logged). *memory: NULL: there is none.
      */
     int (*prepare)(void *opaque, const char *description, size_t len, struct memory **memory, char reason[MIGRATE_TEXT]);
+    /* Whether the kernel runs vCPUs (KVM): what that means for post-copy, postcopy.h has. After prepare. */
+    bool (*in_kernel)(void *opaque);
     /* Memory is there (post-copy: comes when touched). Takes locks, loads the state; does not run. Errors as prepare. */
     int (*load)(void *opaque, const void *data, size_t len, char reason[MIGRATE_TEXT]);
     /* Runs it, and announces it to the network. Its owner from the call on. */

@@ -41,11 +41,15 @@ struct postcopy {
 
 static const uint8_t zeros[GUEST_PAGE_SIZE] __attribute__((aligned(GUEST_PAGE_SIZE)));
 
-static int open_uffd(void)
+/* *kernel: whether the kernel's faults are stopped, too. */
+static int open_uffd(bool *kernel)
 {
     struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_MISSING_SHMEM };
     int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK), err;
 
+    *kernel = fd >= 0;
+    if (fd < 0 && errno == EPERM)
+        fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
     if (fd < 0)
         return -errno;
     if (ioctl(fd, UFFDIO_API, &api)) {
@@ -56,16 +60,17 @@ static int open_uffd(void)
     return fd;
 }
 
-bool postcopy_usable(char why[CHANNEL_ERROR_MAX])
+bool postcopy_usable(bool kernel, char why[CHANNEL_ERROR_MAX])
 {
-    int fd = open_uffd();
+    bool has_kernel;
+    int fd = open_uffd(&has_kernel);
 
-    if (fd >= 0) {
+    if (fd >= 0)
         close(fd);
+    if (fd >= 0 && (has_kernel || !kernel))
         return true;
-    }
     snprintf(why, CHANNEL_ERROR_MAX, "the target may not use userfaultfd (%s): run it with CAP_SYS_PTRACE or set vm.unprivileged_userfaultfd=1",
-             strerror(-fd));
+             fd < 0 ? strerror(-fd) : "not for faults of the kernel, which its engine needs");
     return false;
 }
 
@@ -194,6 +199,7 @@ struct postcopy *postcopy_create(struct memory *m, uint64_t *missing[MEMORY_MAX_
 {
     struct postcopy *p = calloc(1, sizeof(*p));
     int err = p ? 0 : -ENOMEM;
+    bool kernel = true;
 
     if (err)
         goto out;
@@ -209,11 +215,12 @@ struct postcopy *postcopy_create(struct memory *m, uint64_t *missing[MEMORY_MAX_
     if (!err && pipe2(p->wake, O_CLOEXEC))
         err = -errno;
     if (!err) {
-        p->fd = open_uffd();
+        p->fd = open_uffd(&kernel);
         err = MIN(p->fd, 0);
     }
     if (!err)
         err = empty_missing(p);
+    atomic_store(&m->touch, !kernel);
     if (!err)
         err = watch(p);
     if (!err)
@@ -246,6 +253,8 @@ void postcopy_destroy(struct postcopy *p)
     for (unsigned i = 0; i < 2; i++)
         if (p->wake[i] >= 0)
             close(p->wake[i]);
+    if (p->memory)
+        atomic_store(&p->memory->touch, false);
     bitmaps_free(p->missing);
     bitmaps_free(p->requested);
     pthread_mutex_destroy(&p->lock);

@@ -3,8 +3,11 @@
  *
  * userfaultfd stops whoever touches a page that is not there: vCPUs of any engine, devices, the kernel on their behalf. A
  * thread asks the source for the page through the urgent connection; whoever receives pages places them here. A page
- * that nobody misses (the source never had to send it) is zero. Needs the right to handle faults of the kernel
- * (root, CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd = 1).
+ * that nobody misses (the source never had to send it) is zero.
+ *
+ * Without the right to handle faults of the kernel (root, CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd = 1) only this
+ * process's own touches are stopped. That will do where vCPUs are software, since devices get at memory through memory_map(),
+ * which then touches what the kernel is going to; not for KVM.
  */
 #ifndef RINGFORT_MIGRATE_POSTCOPY_H
 #define RINGFORT_MIGRATE_POSTCOPY_H
@@ -16,8 +19,8 @@
 
 struct postcopy;
 
-/* Whether this host lets this process do it; else why not. */
-bool postcopy_usable(char why[CHANNEL_ERROR_MAX]);
+/* Whether this host lets this process do it; else why not. kernel: faults of the kernel have to be stopped, too. */
+bool postcopy_usable(bool kernel, char why[CHANNEL_ERROR_MAX]);
 
 /* Empties the pages in missing (taken over: freed by postcopy_destroy) and waits for touches from then on. NULL: error. */
 struct postcopy *postcopy_create(struct memory *m, uint64_t *missing[MEMORY_MAX_REGIONS], char error[CHANNEL_ERROR_MAX]);

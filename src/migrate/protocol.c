@@ -86,7 +86,7 @@ uint64_t bitmaps_count(const struct memory *m, uint64_t *const bitmap[])
 
     for (unsigned i = 0; i < m->regions; i++)
         for (size_t w = 0; w < memory_bitmap_words(&m->region[i]); w++)
-            n += (uint64_t)__builtin_popcountll(bitmap[i][w]);
+            n += (uint64_t)__builtin_popcountll(__atomic_load_n(&bitmap[i][w], __ATOMIC_RELAXED));
     return n;
 }
 

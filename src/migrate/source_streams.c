@@ -63,7 +63,7 @@ static int send_round(struct source_stream *t, uint64_t number, char reason[CHAN
             w = t->index;
             continue;
         }
-        bits = s->todo[region][w] ? __atomic_exchange_n(&s->todo[region][w], 0, __ATOMIC_ACQ_REL) : 0;
+        bits = __atomic_load_n(&s->todo[region][w], __ATOMIC_RELAXED) ? __atomic_exchange_n(&s->todo[region][w], 0, __ATOMIC_ACQ_REL) : 0;
         for (; bits && !err; bits &= bits - 1, handled++)
             if (page_encoder_add(t->encoder, region, w * 64 + (uint64_t)__builtin_ctzll(bits)))
                 err = flush(t);
@@ -131,6 +131,8 @@ int source_connect(struct migrate_source *s, unsigned kind, unsigned index, stru
         snprintf(reason, CHANNEL_ERROR_MAX, "%s", channel_error(c));
     else
         err = frame_recv(c, &f, reason);
+    if (err == -ECONNRESET && !s->opt->tls_dir)
+        snprintf(reason, CHANNEL_ERROR_MAX, "the target closed the connection at once: does it want TLS?");
     if (!err && f.type == FRAME_REFUSE) {
         snprintf(reason, CHANNEL_ERROR_MAX, "the target refuses: %.220s", (const char *)f.data);
         err = -EACCES;

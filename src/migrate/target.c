@@ -547,7 +547,8 @@ static int take_offer(struct migrate_target *t, const struct frame *f, char reas
     t->streams = (unsigned)streams;
     pthread_mutex_unlock(&t->lock);
     t->progress.total_pages = memory_total(memory) >> GUEST_PAGE_SHIFT;
-    post_copy = json_is_true(json_object_get(o, "post_copy")) && postcopy_usable(why);
+    post_copy = json_is_true(json_object_get(o, "post_copy")) &&
+                postcopy_usable(t->ops->in_kernel(t->opaque), why);
     answer = json_pack("{s:b,s:s,s:s}", "post_copy", post_copy, "post_copy_reason", why, "ringfort", RINGFORT_VERSION);
     text = json_dumps(answer, JSON_COMPACT);
     err = text ? frame_send(t->control, FRAME_READY, 0, text, (uint32_t)strlen(text)) : -ENOMEM;

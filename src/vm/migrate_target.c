@@ -208,6 +208,13 @@ static int prepare(void *opaque, const char *text, size_t len, struct memory **m
     return failed(err, why, reason);
 }
 
+static bool in_kernel(void *opaque)
+{
+    struct vm_reception *r = opaque;
+
+    return strcmp(r->vm->engine->name, "kvm") == 0;
+}
+
 /* ---- its state ---- */
 
 static int load(void *opaque, const void *data, size_t len, char reason[MIGRATE_TEXT])
@@ -289,7 +296,7 @@ static void orphan(void *opaque)
     vm_migrate_unlock_disks(r->vm);
 }
 
-static const struct migrate_target_ops ops = { prepare, load, activate, abandon, orphan, NULL };
+static const struct migrate_target_ops ops = { prepare, in_kernel, load, activate, abandon, orphan, NULL };
 
 /* ---- life ---- */
 

@@ -25,6 +25,7 @@
 #include "engine/engine.h"
 #include "engine/soft.h"
 #include "isa/x86/cpuid.h"
+#include "migrate/migrate.h"
 #include "vm/config.h"
 #include "vm/stats.h"
 #include "vm/status.h"
@@ -163,6 +164,9 @@ void vm_end_because(struct vm *vm, int status, const char *cause)
         vm->cause = cause;
     }
     pthread_mutex_unlock(&vm->gate);
+    /* vCPUs may wait for memory that is not here yet, and would keep the machine from ending. */
+    if (ends && vm->incoming)
+        migrate_target_cancel(vm->incoming);
     loop_schedule(vm->machine.loop, &vm->settle);
     if (ends)
         vm_notify(vm, VM_NOTICE_ENDED, status);

@@ -44,7 +44,7 @@ def nested(folder):
            "--add", f"script={folder}/script", "--output", str(image))
     numbers = "".join(f"{i}\n" for i in range(1, 100001)).encode()
     start = time.monotonic()
-    with Machine(folder, command=[qemu, "-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "q35", "-smp", "2", "-m", "512M",
+    with Machine(folder, command=[qemu, "-accel", "tcg,thread=single", "-cpu", "max", "-machine", "q35", "-smp", "2", "-m", "512M",
                                   "-kernel", str(kernel / "vmlinuz"), "-initrd", str(image), "-nodefaults", "-no-user-config",
                                   "-display", "none", "-serial", "stdio", "-no-reboot",
                                   "-append", 'console=ttyS0 quiet mitigations=off rf.cmd="sh /script"']) as m:

@@ -298,7 +298,8 @@ class Life(Machines):
         self.assertEqual(list((self.runtime / "ringfort").iterdir()), [])
         # What it said stays.
         self.assertEqual(self.ok("logs", "web"), "R>R>")
-        self.assertIn("ended with status 0", self.ok("logs", "--messages", "web"))
+        self.assertRegex(self.ok("logs", "--messages", "web"),
+                         r"(?m)^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ringfort: web: ended with status 0$")
         self.refused(["info", "web"], "none runs")
 
     def test_stop_that_is_not_heard(self):

@@ -378,6 +378,42 @@ static void copies_end_early(void **state)
     block_close(b);
 }
 
+/* Two machines have the disk open and use it in turn, as in a migration: the lock says who, and each sees all writes. */
+static void hands_over(void **state)
+{
+    static const char *const names[] = {"base", "over"};
+    struct fixture *f = *state;
+
+    assert_int_equal(block_overlay_create(f->dirfd, "over", "base", DISK_SIZE), 0);
+    for (unsigned i = 0; i < 2; i++) {
+        struct block *b[2];
+        char path[128];
+        const char *name = names[1 - i];
+
+        path_of(f, name, path);
+        b[0] = open_disk(f, name, BLOCK_CACHE_WRITEBACK);
+        struct block_options opt = {.path = path, .cache = BLOCK_CACHE_WRITEBACK, .unlocked = true};
+        assert_int_equal(block_open_with(f->loop, &opt, engine, &b[1]), 0);
+        for (unsigned turn = 0; turn < 6; turn++) {
+            struct block *here = b[turn % 2], *there = b[1 - turn % 2];
+
+            for (unsigned k = 0; k < 20; k++)
+                step(f, here, turn * 20 + k);
+            assert_int_equal(block_lock(there), -EBUSY);
+            block_unlock(here);
+            assert_int_equal(block_lock(there), 0);
+            check_all(f, there, f->model);
+        }
+        /* The one that does not have it closes without a trace. */
+        block_close(b[1]);
+        check_all(f, b[0], f->model);
+        block_close(b[0]);
+        /* The next round is of the file below, as it was. */
+        if (i == 0)
+            fill(f, "base");
+    }
+}
+
 int main(void)
 {
     log_set_level(-1);
@@ -388,6 +424,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(bad_overlays_are_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(copied_while_used, setup, teardown),
         cmocka_unit_test_setup_teardown(copies_end_early, setup, teardown),
+        cmocka_unit_test_setup_teardown(hands_over, setup, teardown),
     };
     print_message("--- engine: the best of this host\n");
     int failed = cmocka_run_group_tests(tests, NULL, NULL);

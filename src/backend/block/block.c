@@ -589,6 +589,7 @@ int block_open_with(struct loop *loop, const struct block_options *opt,
     b->fd = b->buffered_fd = -1;
     b->cache = opt->cache;
     b->readonly = opt->readonly;
+    b->unlocked = opt->unlocked;
     b->queue_tail = &b->queue;
     b->start_call = (struct loop_call){.fn = start_called, .opaque = b};
     for (unsigned i = 0; i < BLOCK_DEPTH; i++) {
@@ -655,13 +656,31 @@ static void sync_all(struct block *b)
 
 int block_lock(struct block *b)
 {
-    return lock_file(b);
+    int ret = lock_file(b);
+    if (ret || !b->unlocked)
+        return ret;
+    /* Who had it until now has put more into an overlay than was there when it was opened. */
+    if (b->overlay) {
+        overlay_close(b->overlay);
+        close(b->buffered_fd);
+        b->overlay = NULL;
+        b->buffered_fd = -1;
+        ret = open_overlay(b);
+        if (ret) {
+            block_unlock(b);
+            return ret;
+        }
+    }
+    b->unlocked = false;
+    return 0;
 }
 
 void block_unlock(struct block *b)
 {
     struct flock fl = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
-    sync_all(b);
+    if (!b->unlocked)
+        sync_all(b);
+    b->unlocked = true;
     fcntl(b->fd, F_OFD_SETLK, &fl);
 }
 
@@ -673,7 +692,9 @@ void block_close(struct block *b)
     loop_cancel(b->loop, &b->start_call);
     b->engine->close(b);
     block_workers_stop(b);
-    sync_all(b);
+    /* What another machine has by now is not to be touched. */
+    if (!b->unlocked)
+        sync_all(b);
     overlay_close(b->overlay);
     if (b->buffered_fd >= 0)
         close(b->buffered_fd);

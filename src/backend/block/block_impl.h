@@ -71,6 +71,7 @@ struct block {
     struct block_save *save; /* a copy is being made; save.c's */
     enum block_cache cache;
     bool readonly, device, can_discard;
+    bool unlocked; /* another machine has it */
 
     const struct block_engine *engine;
     void *engine_data;

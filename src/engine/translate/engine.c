@@ -328,7 +328,8 @@ static void translate_counters(const struct vcpu *vcpu, struct engine_counters *
     c->interpreted_ops = t->slow_ops;
     c->returns_missed = t->return_misses;
     c->return_overflows = t->stack_overflows;
-    c->instructions_partial = !t->options.count;
+    if (!t->options.count)
+        c->instructions = 0;
 }
 
 const struct engine translate_engine = {

@@ -161,7 +161,7 @@ static json_t *vcpu_stats(struct vm *vm)
         json_array_append_new(
             list, json_pack("{s:i, s:b, s:f, s:o, s:I, s:I, s:I, s:I, s:I}", "index", (int)i, "running", (int)running,
                             "cpu_seconds", cpu, "instructions",
-                            n.instructions_partial ? json_null() : json_integer((json_int_t)n.instructions), "mmio_exits",
+                            n.instructions ? json_integer((json_int_t)n.instructions) : json_null(), "mmio_exits",
                             (json_int_t)n.mmio_exits, "port_exits", (json_int_t)n.port_exits, "halts",
                             (json_int_t)n.halts, "exceptions", (json_int_t)n.exceptions, "interrupts",
                             (json_int_t)n.interrupts));

@@ -1,8 +1,8 @@
 /*
  * Jobs: threads, their progress, and what is remembered of them; job.h has the rules.
  *
- * The table's lock guards every field of every job but for what only the job's own thread uses. Events are sent
- * without it. A cancel hook runs under a lock of its own, so that taking it away waits for one that runs.
+ * The table's lock guards every field of every job but for what only the job's own thread uses; events are sent
+ * under it. A cancel hook runs under a lock of its own, so that taking it away waits for one that runs.
  */
 #include "vm/control/job.h"
 
@@ -46,7 +46,6 @@ struct control_jobs {
     void (*changed)(void *opaque);
     void *opaque;
     pthread_mutex_t lock;
-    pthread_cond_t ended;
     struct control_job *job[KEPT_JOBS]; /* slot: id modulo */
     unsigned next_id;
     bool stopped;
@@ -67,7 +66,6 @@ struct control_jobs *control_jobs_create(struct control *control, void (*changed
         return NULL;
     *jobs = (struct control_jobs){.control = control, .changed = changed, .opaque = opaque, .next_id = 1};
     pthread_mutex_init(&jobs->lock, NULL);
-    pthread_cond_init(&jobs->ended, NULL);
     return jobs;
 }
 
@@ -113,12 +111,10 @@ static json_t *describe(const struct control_job *job)
     return o;
 }
 
+/* Lock held, so that followers see a job's states in their order. */
 static void tell(struct control_job *job)
 {
-    pthread_mutex_lock(&job->jobs->lock);
-    json_t *o = describe(job);
-    pthread_mutex_unlock(&job->jobs->lock);
-    control_event(job->jobs->control, "job", o);
+    control_event(job->jobs->control, "job", describe(job));
 }
 
 static void *run(void *opaque)
@@ -135,9 +131,8 @@ static void *run(void *opaque)
     job->status = status;
     job->answer = answer ? answer : json_object();
     job->ended = true;
-    pthread_cond_broadcast(&jobs->ended);
-    pthread_mutex_unlock(&jobs->lock);
     tell(job);
+    pthread_mutex_unlock(&jobs->lock);
     jobs->changed(jobs->opaque);
     if (job->finally)
         job->finally(job->vm, job->finally_status);
@@ -259,12 +254,12 @@ static void cancel(struct control_job *job)
     pthread_mutex_lock(&job->jobs->lock);
     first = !job->ended && !job->cancelled;
     job->cancelled |= first;
+    if (first)
+        tell(job);
     pthread_mutex_unlock(&job->jobs->lock);
     if (first && job->on_cancel)
         job->on_cancel(job->on_cancel_opaque);
     pthread_mutex_unlock(&job->hook_lock);
-    if (first)
-        tell(job);
 }
 
 int control_jobs_cancel(struct control_jobs *jobs, unsigned id)
@@ -282,18 +277,17 @@ void control_jobs_stop(struct control_jobs *jobs)
 {
     pthread_mutex_lock(&jobs->lock);
     jobs->stopped = true;
+    pthread_mutex_unlock(&jobs->lock);
+    /* No job begins any more, so the table stays as it is. */
     for (unsigned i = 0; i < KEPT_JOBS; i++) {
         struct control_job *job = jobs->job[i];
 
-        if (!job || job->ended)
+        if (!job || !job->started)
             continue;
-        pthread_mutex_unlock(&jobs->lock);
         cancel(job);
-        pthread_mutex_lock(&jobs->lock);
-        while (!job->ended)
-            pthread_cond_wait(&jobs->ended, &jobs->lock);
+        pthread_join(job->thread, NULL);
+        job->started = false;
     }
-    pthread_mutex_unlock(&jobs->lock);
 }
 
 void control_jobs_destroy(struct control_jobs *jobs)
@@ -302,7 +296,6 @@ void control_jobs_destroy(struct control_jobs *jobs)
         return;
     for (unsigned i = 0; i < KEPT_JOBS; i++)
         free_job(jobs->job[i]);
-    pthread_cond_destroy(&jobs->ended);
     pthread_mutex_destroy(&jobs->lock);
     free(jobs);
 }
@@ -335,9 +328,9 @@ void control_job_progress(struct control_job *job, json_t *progress)
     json_decref(job->progress);
     job->progress = progress;
     bool due = now - job->told_ns >= PROGRESS_GAP_NS;
-    if (due)
+    if (due) {
         job->told_ns = now;
-    pthread_mutex_unlock(&job->jobs->lock);
-    if (due)
         tell(job);
+    }
+    pthread_mutex_unlock(&job->jobs->lock);
 }

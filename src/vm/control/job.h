@@ -38,7 +38,7 @@ struct control_jobs;
 struct control_jobs *control_jobs_create(struct control *control, void (*changed)(void *opaque), void *opaque);
 /* After control_jobs_stop(). NULL is allowed. */
 void control_jobs_destroy(struct control_jobs *jobs);
-/* Refuses new ones, cancels the one there is and waits for its end. Any thread but its own. */
+/* Refuses new ones, cancels the one there is and waits for its end. Any thread but a job's. */
 void control_jobs_stop(struct control_jobs *jobs);
 
 /*
