@@ -84,8 +84,28 @@ static void write_line(const char *p, size_t n)
     }
 }
 
+static _Thread_local struct {
+    char *buf;
+    size_t size;
+} keep;
+
+void log_keep_error(char *buf, size_t size)
+{
+    keep.buf = buf;
+    keep.size = size;
+    if (buf)
+        buf[0] = 0;
+}
+
 void log_at(enum log_level level, const char *fmt, ...)
 {
+    if (level == LOG_ERROR && keep.buf && !keep.buf[0]) {
+        va_list ap;
+        va_start(ap, fmt);
+        vsnprintf(keep.buf, keep.size, fmt, ap);
+        va_end(ap);
+        make_printable(keep.buf, strlen(keep.buf));
+    }
     if (!log_enabled(level))
         return;
 

@@ -11,6 +11,10 @@
 
 int cli_run(char **args);
 int cli_host(char **args);
+int cli_snapshot(char **args);
+int cli_engine(char **args);
+int cli_migrate(char **args);
+int cli_receive(char **args);
 int cli_version(char **args);
 int cli_devtest(char **args);
 /* Of machines that run. */
@@ -40,6 +44,15 @@ bool cli_flag(char ***args, const char *flag, const char **value);
  * without dashes); returns the exit status for bad usage.
  */
 int cli_unknown(const char *verb, const char *arg, const char *const *names);
+
+struct detach;
+struct vm;
+/*
+ * The life of a machine that make() makes, with its control socket; detach: NULL, or the verb goes on in its own process
+ * (cli/detach.h). Returns the exit status.
+ */
+int cli_run_machine(const struct vm_config *config, struct detach *detach, struct vm *(*make)(void *opaque, int *status),
+                    void *opaque);
 
 /* A flag of a verb that is not part of a configuration. */
 struct cli_own_flag {

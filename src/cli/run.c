@@ -51,6 +51,9 @@ static int serve_machine(const struct vm_config *config, struct control *control
         err = control_serve(control, vm);
     if (!err)
         err = vm_start(vm);
+    /* A restored machine waits until somebody can see it. */
+    if (!err)
+        err = vm_resume(vm, VM_HOLD_SAVE);
     if (detach && !err)
         err = detach_ready(detach);
     if (err)
@@ -61,13 +64,19 @@ static int serve_machine(const struct vm_config *config, struct control *control
     return status;
 }
 
-static int run_machine(const struct vm_config *config, struct detach *detach)
+static struct vm *make(void *opaque, int *status)
+{
+    return vm_create(opaque, status);
+}
+
+int cli_run_machine(const struct vm_config *config, struct detach *detach, struct vm *(*make_vm)(void *opaque, int *status),
+                    void *opaque)
 {
     struct control *control;
     int status = vm_status_of(control_open(config, &control));
     if (status)
         return status;
-    struct vm *vm = vm_create(config, &status);
+    struct vm *vm = make_vm(opaque, &status);
     if (vm)
         status = serve_machine(config, control, vm, detach);
     control_close(control);
@@ -120,7 +129,7 @@ int cli_run(char **args)
     if (status == 0 && own[1].given && detach_begin(&detach, config.name, &status))
         goto out;
     if (status == 0)
-        status = run_machine(&config, own[1].given ? &detach : NULL);
+        status = cli_run_machine(&config, own[1].given ? &detach : NULL, make, &config);
 out:
     vm_config_destroy(&config);
     return status;

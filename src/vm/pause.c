@@ -36,34 +36,30 @@ void vm_start_vcpus(struct vm *vm)
     pthread_mutex_unlock(&vm->gate);
 }
 
-/* Moves the guest's TSC by so many ticks. vCPUs stopped. */
-static void shift_tsc(struct vm *vm, uint64_t ticks)
+void vm_get_hardware(struct vm *vm, struct vm_hardware *hw)
 {
-    for (unsigned i = 0; i < vm->cpus; i++) {
-        struct vcpu *v = &vm->vcpus[i].vcpu;
-        struct x86_state state;
-
-        if (vm->engine->shift_tsc) {
-            vm->engine->shift_tsc(v, ticks);
-            continue;
-        }
-        vm->engine->export_state(v, &state);
-        state.tsc_offset += ticks;
-        vm->engine->import_state(v, &state);
-    }
+    for (unsigned i = 0; i < vm->cpus; i++)
+        hw->vcpus[i] = &vm->vcpus[i].vcpu;
+    hw->machine = &vm->machine;
+    hw->engine = vm->engine;
+    hw->cpus = vm->cpus;
+    hw->model = vm->model;
+    hw->tsc_hz = vm->parts.board.tsc_hz;
+    hw->config = NULL;
 }
 
 /* life held. */
 static int quieten(struct vm *vm)
 {
+    struct vm_hardware hw;
     int err;
 
     vm_stop_vcpus(vm);
     pthread_mutex_lock(&vm->machine.lock);
     err = machine_pause_devices(&vm->machine);
     if (!err) {
-        clock_pause(vm->machine.clock);
-        vm->quiet_tsc = tsc_read();
+        vm_get_hardware(vm, &hw);
+        vm_stand_still(&hw, &vm->still);
         vm->quiet = true;
     }
     pthread_mutex_unlock(&vm->machine.lock);
@@ -73,12 +69,12 @@ static int quieten(struct vm *vm)
 /* life held. */
 static int wake(struct vm *vm)
 {
+    struct vm_hardware hw;
     int err;
 
     pthread_mutex_lock(&vm->machine.lock);
-    if (!clock_is_manual(vm->machine.clock))
-        shift_tsc(vm, vm->quiet_tsc - tsc_read());
-    clock_resume(vm->machine.clock);
+    vm_get_hardware(vm, &hw);
+    vm_go_on(&hw, &vm->still);
     err = machine_resume_devices(&vm->machine);
     vm->quiet = false;
     pthread_mutex_unlock(&vm->machine.lock);

@@ -25,6 +25,7 @@
 #include "engine/engine.h"
 #include "engine/soft.h"
 #include "isa/x86/cpuid.h"
+#include "migrate/migrate.h"
 #include "vm/config.h"
 #include "vm/stats.h"
 #include "vm/status.h"
@@ -148,6 +149,11 @@ static void vm_event(void *opaque, enum machine_event event, int status)
 
 void vm_end(struct vm *vm, int status)
 {
+    vm_end_because(vm, status, status == VM_STATUS_USER ? "user" : "error");
+}
+
+void vm_end_because(struct vm *vm, int status, const char *cause)
+{
     bool ends;
 
     pthread_mutex_lock(&vm->gate);
@@ -155,9 +161,12 @@ void vm_end(struct vm *vm, int status)
     if (ends) {
         vm->ended = true;
         vm->status = status;
-        vm->cause = status == VM_STATUS_USER ? "user" : "error";
+        vm->cause = cause;
     }
     pthread_mutex_unlock(&vm->gate);
+    /* vCPUs may wait for memory that is not here yet, and would keep the machine from ending. */
+    if (ends && vm->incoming)
+        migrate_target_cancel(vm->incoming);
     loop_schedule(vm->machine.loop, &vm->settle);
     if (ends)
         vm_notify(vm, VM_NOTICE_ENDED, status);
@@ -321,11 +330,13 @@ static int choose(struct vm *vm)
         log_error("engine '%s' or CPU model '%s' is not known", c->engine, c->cpu_model);
         return -EINVAL;
     }
-    if (x86_cpu_model_usable(vm->model, &missing)) {
-        log_error("this host cannot run CPU model %s: it lacks %s; use a smaller --cpu-model, or host",
-                  vm->model->name, missing);
+    const struct x86_cpu_model *offered = engine_offer(vm->engine, vm->model, false, &missing);
+    if (!offered) {
+        log_error("engine %s cannot run CPU model %s on this host: it lacks %s; use a smaller --cpu-model, or host",
+                  vm->engine->name, vm->model->name, missing);
         return -ENOSYS;
     }
+    vm->model = offered;
     x86_cpu_model_select(vm->model);
     return 0;
 }
@@ -353,7 +364,8 @@ static int make_vcpus(struct vm *vm)
     return 0;
 }
 
-static int start(struct vm *vm)
+/* empty: without a guest, for a state that was saved with this rate of the TSC. */
+static int start(struct vm *vm, bool empty, uint64_t saved_tsc_hz)
 {
     const struct vm_config *c = vm->config;
     int err = choose(vm);
@@ -376,7 +388,8 @@ static int start(struct vm *vm)
     if (err)
         return err;
     vm->parts_open = true;
-    vm->parts.board.tsc_hz = tsc_frequency_hz();
+    /* What a saved guest knows stays as it is. */
+    vm->parts.board.tsc_hz = saved_tsc_hz ? saved_tsc_hz : tsc_frequency_hz();
     err = vm_parts_build(&vm->parts, &vm->machine, &vm->pc);
     if (!err)
         err = make_vcpus(vm);
@@ -386,14 +399,15 @@ static int start(struct vm *vm)
     vm->machine.memory.code_written_opaque = vm;
     pthread_mutex_lock(&vm->machine.lock);
     machine_reset_devices(&vm->machine);
-    err = prepare_guest(vm);
+    if (!empty)
+        err = prepare_guest(vm);
     pthread_mutex_unlock(&vm->machine.lock);
     if (!err)
         vm_parts_set_escape(&vm->parts, on_escape, vm);
     return err;
 }
 
-struct vm *vm_create(const struct vm_config *config, int *status)
+static struct vm *create(const struct vm_config *config, bool empty, uint64_t saved_tsc_hz, int *status)
 {
     struct vm *vm = calloc(1, sizeof(*vm));
     int err;
@@ -409,9 +423,27 @@ struct vm *vm_create(const struct vm_config *config, int *status)
     pthread_mutex_init(&vm->life, NULL);
     pthread_mutex_init(&vm->gate, NULL);
     pthread_cond_init(&vm->gate_changed, NULL);
-    err = start(vm);
+    err = start(vm, empty, saved_tsc_hz);
     *status = vm_status_of(err);
     if (err) {
+        vm_destroy(vm);
+        return NULL;
+    }
+    return vm;
+}
+
+struct vm *vm_create(const struct vm_config *config, int *status) { return create(config, false, 0, status); }
+
+struct vm *vm_create_empty(const struct vm_config *config, uint64_t tsc_hz, enum vm_hold hold, int *status)
+{
+    struct vm *vm = create(config, true, tsc_hz, status);
+    int err;
+
+    if (!vm)
+        return NULL;
+    err = vm_pause(vm, hold);
+    if (err) {
+        *status = vm_status_of(err);
         vm_destroy(vm);
         return NULL;
     }
@@ -512,6 +544,7 @@ void vm_destroy(struct vm *vm)
 {
     if (!vm)
         return;
+    vm_snapshot_drain(vm);
     join_vcpus(vm); /* after vm_start() without vm_run() */
     vm_stats_destroy(vm->stats);
     for (unsigned i = 0; i < vm->cpus; i++) {

@@ -7,6 +7,7 @@
 #define RINGFORT_VM_VM_H
 
 #include <stdbool.h>
+#include <stdint.h>
 
 struct console;
 struct vm;
@@ -30,11 +31,31 @@ int vm_start(struct vm *vm);
 int vm_run(struct vm *vm);
 void vm_destroy(struct vm *vm);
 
+struct engine;
+struct state_reader;
+struct state_writer;
+
+/*
+ * The state of everything but RAM (vm/state.h; docs/state.md has the sections). Both while the caller holds the machine
+ * (vm_pause()); any thread, machine lock not held.
+ * vm_save: 0, or -ENOMEM (logged). vm_load: into a machine of vm_create_empty() or any other of the same configuration, whose
+ * RAM has its contents already. 0, or -EINVAL (logged); the machine may then only be ended.
+ */
+int vm_save(struct vm *vm, struct state_writer *w);
+int vm_load(struct vm *vm, const struct state_reader *r);
+
+/*
+ * Goes on with another engine; the guest does not notice. Any thread but a vCPU's, machine lock not held. *pause_ns
+ * (may be NULL): how long the guest stood still. 0; -ENOSYS when the engine cannot run here, or its other error
+ * (logged): the machine goes on as it was.
+ */
+int vm_set_engine(struct vm *vm, const struct engine *engine, uint64_t *pause_ns);
+
 /* Ends the run as soon as may be, with this exit status (the first one given counts). Any thread, machine lock held or not. */
 void vm_end(struct vm *vm, int status);
 
 /* Whether the run has ended or is ending; then its exit status and what ended it ("poweroff", "crash", "exit", "backend",
- * "user", "error"; static), each unless NULL. Any thread. */
+ * "user", "migrated", "error"; static), each unless NULL. Any thread. */
 bool vm_ended(struct vm *vm, int *status, const char **cause);
 /* Presses the guest's power button. Any thread, machine lock not held. */
 void vm_press_button(struct vm *vm);
@@ -77,6 +98,10 @@ enum vm_hold {
  */
 int vm_pause(struct vm *vm, enum vm_hold hold);
 int vm_resume(struct vm *vm, enum vm_hold hold);
+/*
+ * As vm_create(), for vm_load(): without a guest, and held. tsc_hz: the rate that the state's guest knows (vm_state_peek()).
+ */
+struct vm *vm_create_empty(const struct vm_config *config, uint64_t tsc_hz, enum vm_hold hold, int *status);
 /* The holds there are now; 0: the guest runs. Any thread. */
 unsigned vm_holds(struct vm *vm);
 

@@ -19,6 +19,7 @@
 #include "device/machine.h"
 #include "engine/engine.h"
 #include "vm/parts.h"
+#include "vm/state.h"
 #include "vm/vm.h"
 
 struct control;
@@ -52,12 +53,18 @@ struct vm {
     pthread_mutex_t life;
     unsigned holds;             /* VM_HOLD_*; written under life and gate, so either is enough to read */
     bool quiet;                 /* vCPUs out of their engines, devices and clock stand still; guarded by life */
-    uint64_t quiet_tsc;         /* host TSC when the clock was stopped */
+    struct vm_standstill still; /* while quiet: where the clocks stood */
 
     /* The gate that vCPU threads pass before they run the guest. */
     pthread_mutex_t gate;
     pthread_cond_t gate_changed;
     bool paused, ending;        /* guarded by gate */
+
+    struct migrate_target *incoming; /* the migration that brings the machine here; set before vm_run(), borrowed */
+    bool undecided;             /* a migration away ended without it being known who has the machine; guarded by life */
+
+    bool saving;                /* a snapshot is being saved; guarded by gate */
+    _Atomic bool save_cancelled;
 
     /* What happened, from any thread; guarded by gate. */
     struct loop_call settle;
@@ -75,6 +82,16 @@ struct vm {
  * get out.
  */
 void vm_stop_vcpus(struct vm *vm);
+/* The configuration as JSON, with absolute names of files. NULL (logged). */
+char *vm_config_text(const struct vm_config *c);
+/* vm_end() with the cause for vm_ended(), which is static. */
+void vm_end_because(struct vm *vm, int status, const char *cause);
+/* Waits until no snapshot is being saved. */
+void vm_snapshot_drain(struct vm *vm);
+/* vm_save() with life and the machine lock held. */
+int vm_save_held(struct vm *vm, struct state_writer *w);
+/* What of the machine has state; without its configuration. */
+void vm_get_hardware(struct vm *vm, struct vm_hardware *hw);
 /* Lets them run again, unless something holds the machine or an event waits for settle(). life held. */
 void vm_start_vcpus(struct vm *vm);
 /* Tells the observer. Gate not held. */

@@ -5,6 +5,7 @@ The program is $RINGFORT or the one in build/; the engine is $ENGINE (interp).
 """
 
 import ctypes
+import functools
 import json
 import os
 import re
@@ -41,6 +42,16 @@ def ringfort():
         if path and os.access(path, os.X_OK):
             return str(path)
     raise Failure("there is no built ringfort: run scripts/build")
+
+
+@functools.cache
+def kvm():
+    """What `ringfort host` says of engine kvm."""
+    try:
+        done = subprocess.run([ringfort(), "host", "-o", "json"], stdout=subprocess.PIPE, check=True)
+        return json.loads(done.stdout)["engines"]["kvm"]
+    except (Failure, OSError, subprocess.SubprocessError, ValueError, KeyError):
+        return {}
 
 
 def script(name, *args):
@@ -86,8 +97,8 @@ class Machine:
         self._reader.start()
 
     def environment(self):
-        """Control sockets are the test's own: others may run machines of the same name."""
-        return {**os.environ, "XDG_RUNTIME_DIR": str(self.folder)}
+        """Control sockets and snapshots are the test's own: others may run machines of the same name."""
+        return {**os.environ, "XDG_RUNTIME_DIR": str(self.folder), "XDG_DATA_HOME": str(self.folder / "data")}
 
     def __enter__(self):
         return self

@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/state.h"
 #include "base/util.h"
 #include "vm/config.h"
 #include "vm/vm_internal.h"
@@ -272,6 +273,93 @@ static void test_many_holders(void **state)
     assert_int_equal(finish(&r), VM_STATUS_USER);
 }
 
+/* Back and forth while it runs. */
+static void test_engines(void **state)
+{
+    struct running r;
+
+    start(&r, "interp", false);
+    for (unsigned i = 0; i < 20; i++) {
+        uint64_t pause_ns = 0;
+
+        await_progress(&r);
+        assert_int_equal(vm_set_engine(r.vm, engine_find(i & 1 ? "interp" : "translate"), &pause_ns), 0);
+        assert_true(pause_ns > 0);
+    }
+    await_progress(&r);
+    /* A paused machine stays so. */
+    assert_int_equal(vm_pause(r.vm, VM_HOLD_USER), 0);
+    assert_int_equal(vm_set_engine(r.vm, engine_find("translate"), NULL), 0);
+    assert_stands(&r);
+    assert_string_equal(r.vm->engine->name, "translate");
+    assert_int_equal(vm_resume(r.vm, VM_HOLD_USER), 0);
+    await_progress(&r);
+    assert_int_equal(finish(&r), VM_STATUS_USER);
+}
+
+static void save(struct running *r, struct state_writer **w, struct state_reader *reader)
+{
+    const void *data;
+    size_t len;
+
+    *w = state_writer_create();
+    assert_int_equal(vm_save(r->vm, *w), 0);
+    assert_int_equal(state_writer_finish(*w, &data, &len), 0);
+    state_reader_init(reader, data, len);
+}
+
+/* A machine with all its devices goes on in another; what was loaded is saved with the same bytes. */
+static void test_save_and_load(void **state)
+{
+    struct running r, other;
+    struct state_writer *w, *again;
+    struct state_reader saved, second;
+    const char *json;
+    size_t len;
+    uint64_t tsc_hz;
+    int status;
+
+    start(&r, "interp", false);
+    await_progress(&r);
+    assert_int_equal(vm_pause(r.vm, VM_HOLD_SAVE), 0);
+    save(&r, &w, &saved);
+
+    assert_int_equal(vm_state_peek(&saved, &json, &len, &tsc_hz), 0);
+    assert_int_equal(vm_config_init(&other.config), 0);
+    assert_int_equal(vm_config_load_json(&other.config, json, len, "saved"), 0);
+    assert_int_equal(vm_config_finish(&other.config), 0);
+    strcpy(other.kernel, r.kernel);
+    other.vm = vm_create_empty(&other.config, tsc_hz, VM_HOLD_SAVE, &status);
+    assert_non_null(other.vm);
+    memcpy(memory_map(&other.vm->machine.memory, 0, MIB(16)), memory_map(&r.vm->machine.memory, 0, MIB(16)), MIB(16));
+    assert_int_equal(vm_load(other.vm, &saved), 0);
+    save(&other, &again, &second);
+    assert_int_equal(saved.len, second.len);
+    assert_memory_equal(saved.data, second.data, saved.len);
+    state_writer_free(again);
+    state_writer_free(w);
+
+    uint32_t before = counter(&r);
+    assert_int_equal(counter(&other), before);
+    assert_int_equal(pthread_create(&other.thread, NULL, run, &other), 0);
+    assert_stands(&other);
+    assert_int_equal(vm_resume(other.vm, VM_HOLD_SAVE), 0);
+    await_progress(&other);
+    /* A reset there begins with a clean memory. */
+    assert_int_equal(memory_fill(&other.vm->machine.memory, MIB(8), 0x77, 16), 0);
+    machine_raise(&other.vm->machine, MACHINE_RESET, 0);
+    uint8_t byte = 1;
+    for (unsigned i = 0; i < 20000 && byte; i++) {
+        nap();
+        assert_int_equal(memory_read(&other.vm->machine.memory, MIB(8), &byte, 1), 0);
+    }
+    assert_int_equal(byte, 0);
+    await_progress(&other);
+    assert_int_equal(finish(&other), VM_STATUS_USER);
+    assert_int_equal(counter(&r), before);
+    assert_int_equal(finish(&r), VM_STATUS_USER);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -281,6 +369,8 @@ int main(void)
         cmocka_unit_test(test_reset_while_held),
         cmocka_unit_test(test_end_while_held),
         cmocka_unit_test(test_many_holders),
+        cmocka_unit_test(test_engines),
+        cmocka_unit_test(test_save_and_load),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

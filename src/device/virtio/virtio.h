@@ -40,6 +40,11 @@ struct virtio_device *virtio_blk_create(struct machine *m, struct pci_host *host
 /* backend: as above; NULL: a network card without link. */
 struct virtio_device *virtio_net_create(struct machine *m, struct pci_host *host,
                                         struct net *backend, const uint8_t mac[6]);
+/*
+ * Tells switches that the card of this address is here now, as its guest would by sending: a RARP request, to all. For a machine that came from
+ * another host. dev: of virtio_net_create().
+ */
+void virtio_net_announce(struct device *dev);
 /* console is borrowed and outlives the device (the serial port or the VM may own it). */
 struct virtio_device *virtio_console_create(struct machine *m, struct pci_host *host,
                                             struct console *console);

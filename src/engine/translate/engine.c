@@ -335,6 +335,7 @@ static void translate_counters(const struct vcpu *vcpu, struct engine_counters *
 const struct engine translate_engine = {
     .name = "translate",
     .summary = "binary translator on top of the interpreter",
+    .checks_pages = true,
     .probe = translate_probe,
     .vcpu_create = translate_create,
     .vcpu_destroy = translate_destroy,

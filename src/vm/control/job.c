@@ -37,6 +37,8 @@ struct control_job {
     pthread_mutex_t hook_lock; /* taken before the table's */
     void (*on_cancel)(void *opaque);
     void *on_cancel_opaque;
+    void (*finally)(struct vm *vm, int status); /* the job's thread's own */
+    int finally_status;
 };
 
 struct control_jobs {
@@ -132,7 +134,15 @@ static void *run(void *opaque)
     tell(job);
     pthread_mutex_unlock(&jobs->lock);
     jobs->changed(jobs->opaque);
+    if (job->finally)
+        job->finally(job->vm, job->finally_status);
     return NULL;
+}
+
+void control_job_finally(struct control_job *job, void (*fn)(struct vm *vm, int status), int status)
+{
+    job->finally = fn;
+    job->finally_status = status;
 }
 
 /* "/v1/snapshots/{name}" -> "snapshots" */

@@ -26,6 +26,10 @@ void control_job_on_cancel(struct control_job *job, void (*fn)(void *opaque), vo
  * one always. */
 void control_job_progress(struct control_job *job, json_t *progress);
 
+/* fn runs in the job's thread once followers have been told of the job's end: to end the machine by that, which they would
+ * otherwise hear of first. The handler's own thread only. */
+void control_job_finally(struct control_job *job, void (*fn)(struct vm *vm, int status), int status);
+
 /* ---- For the server. ---- */
 
 struct control_jobs;

@@ -4,6 +4,7 @@
 #include "base/log.h"
 #include "device/power.h"
 #include "vm/control/server.h"
+#include "vm/migrate.h"
 #include "vm/vm_internal.h"
 
 #define STOP_SECONDS     60u
@@ -30,7 +31,16 @@ static int do_pause(struct control_request *r, json_t **answer)
 
 static int do_resume(struct control_request *r, json_t **answer)
 {
-    int err = vm_resume(r->vm, VM_HOLD_USER);
+    char why[512] = "";
+    int err;
+
+    /* After a migration of which nobody knows how it ended, a person decides by this. */
+    log_keep_error(why, sizeof(why));
+    err = vm_migrate_decide(r->vm);
+    log_keep_error(NULL, 0);
+    if (err)
+        return control_refuse(answer, 409, "%s", why[0] ? why : "the machine's log says why");
+    err = vm_resume(r->vm, VM_HOLD_USER);
     return err ? refuse_errno(err, answer) : answer_state(r, 200, answer);
 }
 

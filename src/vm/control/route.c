@@ -15,6 +15,7 @@
 
 static const struct control_route *const tables[] = {
     control_info_routes, control_life_routes, control_console_routes, control_job_routes, control_event_routes,
+    control_snapshot_routes, control_engine_routes, control_migrate_routes,
 };
 
 const struct control_route *control_route_at(unsigned i)

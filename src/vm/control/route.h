@@ -51,6 +51,9 @@ extern const struct control_route control_info_routes[];
 extern const struct control_route control_console_routes[];
 extern const struct control_route control_job_routes[];
 extern const struct control_route control_event_routes[];
+extern const struct control_route control_snapshot_routes[];
+extern const struct control_route control_engine_routes[];
+extern const struct control_route control_migrate_routes[];
 
 /* i counts over all tables; NULL past the end. */
 const struct control_route *control_route_at(unsigned i);
