@@ -30,7 +30,7 @@ static void empty_table(struct jump_table *table)
     if (!table->used)
         return;
     for (unsigned i = 0; i < TRANSLATE_JUMPS; i++)
-        table->entry[i] = (struct jump_entry_host){ .rip = JUMP_EMPTY, .negative = -JUMP_EMPTY };
+        table->entry[i] = (struct jump_entry_host){ .rip = translate_no_jump(i), .negative = -translate_no_jump(i) };
     table->used = false;
 }
 

@@ -43,13 +43,13 @@ struct jump_table {
 /* What enter() returns besides ops and chains: a RET whose target (in s.rip) has no translation. */
 #define RETURNED_NOWHERE 2u
 
-/* Non-canonical: nothing is ever fetched from there. */
-#define JUMP_EMPTY 0x4000000000000000ull
-
 static inline unsigned translate_jump_index(uint64_t rip)
 {
     return (rip >> TRANSLATE_JUMP_SHIFT) & (TRANSLATE_JUMPS - 1);
 }
+
+/* What an empty entry has for a guest address: one with another index, since a register may hold any value. */
+static inline uint64_t translate_no_jump(unsigned i) { return (uint64_t)(i ^ 1) << TRANSLATE_JUMP_SHIFT; }
 
 /* A place where translated code is left, patched into a jump when its target is translated. */
 struct chain {
