@@ -66,6 +66,8 @@ struct block {
     struct return_site *returns;
     struct translate_site *sites;
     uint32_t heat;              /* how often it ran before it was translated */
+    uint32_t runs;              /* lock-step: how often its translation was entered, */
+    struct lockstep_line *line; /* and its instructions one by one */
     uint16_t seen_from, seen_to;        /* bytes of the first page, besides the block's, that its translation depends on */
     struct op op[];
 };
@@ -81,6 +83,7 @@ struct jump_entry {
 struct code_page;
 struct chain;
 struct return_site;
+struct lockstep_line;
 struct translate_site;
 struct interp;
 

@@ -124,6 +124,8 @@ struct translator {
     const void *return_stub;    /* executable view: what lies at the bottom of a return stack */
     /* Settings and figures. */
     struct translate_options options;
+    struct lockstep *lockstep;  /* NULL: not in lock-step mode */
+    bool diverged;              /* it found a difference: the run ends */
     uint64_t blocks, bytes, guest_bytes, apart, chained, indirect_misses, entered, fills, slow_ops, group_misses;
     uint64_t return_misses, stack_overflows;
 };
