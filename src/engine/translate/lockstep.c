@@ -69,6 +69,7 @@ struct lockstep {
     struct trial_log first, again;
     jmp_buf jump;
     bool full, finished;
+    bool jumped;                /* the translation came out by a branch */
     struct x86_state before, after;     /* of the comparison under way */
     uint64_t before_insns;
     uint32_t before_arith, after_arith;
@@ -302,8 +303,8 @@ static const struct point *find_point(const struct lockstep *l, const struct tri
 
     if (raised)
         return log->ending == END_RAISED ? &log->point[log->points - 1] : NULL;
-    /* A loop comes back to where it began. */
-    for (unsigned i = 0; i < log->points; i++) {
+    /* A loop comes back to where it began. What an instruction that raised has done by then is not in front of it. */
+    for (unsigned i = 0; i + (log->ending == END_RAISED) < log->points; i++) {
         const struct point *p = &log->point[i];
 
         if (p->rip != l->after.rip)
@@ -312,7 +313,7 @@ static const struct point *find_point(const struct lockstep *l, const struct tri
             nearest = p;
     }
     /* It may have gone round behind what the trial could do. */
-    if (nearest == log->point && log->ending == END_STOPPED && !l->t->interpret_once && !same_registers(l, log, nearest))
+    if (nearest && log->ending == END_STOPPED && l->jumped && !same_registers(l, log, nearest))
         return NULL;
     return nearest;
 }
@@ -463,11 +464,18 @@ static void tell(struct lockstep *l, const struct block *b, const struct point *
 
 /* ---- the two together ---- */
 
+static bool same_as(const struct lockstep *l, const struct trial_log *log, const struct point *p)
+{
+    uint8_t expected;
+
+    return p && same_registers(l, log, p) && !different_byte(log, p, &expected) &&
+           (l->trial.pages_lost || !stray_byte(l, log, &expected));
+}
+
 /* Where a device changed memory between the two, a second trial agrees with the translation. */
 static bool agrees_now(struct lockstep *l, struct block *b, bool raised)
 {
     struct x86_cpu *cpu = &l->t->it.cpu;
-    const struct point *p;
     unsigned used = 0;
 
     for (unsigned i = 0; i < l->first.stores; used += l->first.store[i++].len)
@@ -481,8 +489,7 @@ static bool agrees_now(struct lockstep *l, struct block *b, bool raised)
         used -= l->first.store[i].len;
         memcpy(l->first.store[i].to, l->held + used, l->first.store[i].len);
     }
-    p = find_point(l, &l->again, raised);
-    return p && same_registers(l, &l->again, p);
+    return same_as(l, &l->again, find_point(l, &l->again, raised));
 }
 
 /* False: a difference (logged). raised: the translation did, at after.rip. */
@@ -491,7 +498,6 @@ static bool compare(struct lockstep *l, struct block *b, bool raised)
     const struct x86_cpu *cpu = &l->t->it.cpu;
     const struct trial_log *log = &l->first;
     const struct point *p = find_point(l, log, raised);
-    uint8_t expected;
     bool same;
 
     /* Beyond what the trial could do, and anything that was changed for good by then. */
@@ -501,8 +507,7 @@ static bool compare(struct lockstep *l, struct block *b, bool raised)
     }
     l->compared++;
     l->raised += raised;
-    same = p && same_registers(l, log, p) && !different_byte(log, p, &expected) &&
-           (l->trial.pages_lost || !stray_byte(l, log, &expected));
+    same = same_as(l, log, p);
     if (same && raised)
         same = log->vector == cpu->exc_vector && log->has_error == cpu->exc_has_error &&
                (!log->has_error || log->error == cpu->exc_error) && (log->vector != X86_PF || log->cr2 == l->after.cr2);
@@ -562,6 +567,7 @@ const struct op *lockstep_enter(struct translator *t, struct block *b)
         l->after = cpu->s;
         l->after_arith = cpu->arith;
         l->after.rip = place_of(cpu, next);
+        l->jumped = (uintptr_t)next & 1;
         return compare(l, b, false) ? next : stop(t);
     }
     cpu->trial = NULL;
