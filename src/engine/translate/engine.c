@@ -26,19 +26,35 @@ static struct jump_table *table_of(struct translator *t, const struct x86_tlb_sp
     return &t->jumps[space ? 1 + (space - t->it.cpu.tlbs->space) : 0];
 }
 
+/* An empty entry has an address of another index, so no look-up finds it. */
+static void empty_entry(struct jump_table *table, unsigned i)
+{
+    uint64_t rip = (uint64_t)(i ^ 1) << TRANSLATE_JUMP_SHIFT;
+
+    table->entry[i] = (struct jump_entry_host){ .rip = rip, .negative = -rip };
+}
+
+/* Address spaces come and go with a few entries each, so it is remembered which were used. */
 static void empty_table(struct jump_table *table)
 {
-    if (!table->used)
-        return;
-    for (unsigned i = 0; i < TRANSLATE_JUMPS; i++)
-        table->entry[i] = (struct jump_entry_host){ .rip = translate_no_jump(i), .negative = -translate_no_jump(i) };
-    table->used = false;
+    bool all = table->count > TRANSLATE_JUMPS_NOTED;
+    unsigned n = all ? TRANSLATE_JUMPS : table->count;
+
+    for (unsigned i = 0; i < n; i++)
+        empty_entry(table, all ? i : table->noted[i]);
+    table->count = 0;
 }
 
 static void enter_jump(struct jump_table *table, uint64_t rip, const void *code)
 {
-    table->entry[translate_jump_index(rip)] = (struct jump_entry_host){ rip, -rip, code, 0 };
-    table->used = true;
+    unsigned i = translate_jump_index(rip);
+
+    if (!table->entry[i].code && table->count <= TRANSLATE_JUMPS_NOTED) {
+        if (table->count < TRANSLATE_JUMPS_NOTED)
+            table->noted[table->count] = (uint16_t)i;
+        table->count++;
+    }
+    table->entry[i] = (struct jump_entry_host){ rip, -rip, code, 0 };
 }
 
 /* ---- in and out ---- */
@@ -262,7 +278,7 @@ static int translate_create(struct vcpu *vcpu)
     if (err)
         goto out;
     for (unsigned i = 0; i < 1 + X86_TLB_SPACES; i++) {
-        t->jumps[i].used = true;
+        t->jumps[i].count = TRANSLATE_JUMPS_NOTED + 1;
         empty_table(&t->jumps[i]);
     }
     t->it.block_hooks = &block_hooks;
@@ -305,6 +321,26 @@ static void translate_probe(struct engine_report *r)
     snprintf(r->text, sizeof(r->text), "binary translation of warm code, interpretation of the rest");
 }
 
+static void translate_counters(const struct vcpu *vcpu, struct engine_counters *c)
+{
+    const struct translator *t = vcpu->data;
+
+    interp_counters(vcpu, c);
+    c->units = t->blocks;
+    c->units_apart = t->apart;
+    c->unit_bytes = t->bytes;
+    c->guest_bytes = t->guest_bytes;
+    c->chains = t->chained;
+    c->entries = t->entered;
+    c->checks_missed = t->fills;
+    c->groups_missed = t->group_misses;
+    c->interpreted_ops = t->slow_ops;
+    c->returns_missed = t->return_misses;
+    c->return_overflows = t->stack_overflows;
+    if (!t->options.count)
+        c->instructions = 0;
+}
+
 const struct engine translate_engine = {
     .name = "translate",
     .summary = "binary translator on top of the interpreter",
@@ -317,5 +353,5 @@ const struct engine translate_engine = {
     .export_state = interp_export,
     .import_state = interp_import,
     .code_written = interp_code_written,
-    .counters = interp_counters,
+    .counters = translate_counters,
 };

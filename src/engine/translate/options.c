@@ -5,8 +5,8 @@
 
 #define DEFAULTS \
     { \
-        /* Most code that runs at all runs once; what has run a dozen times tends to run thousands of times. */ \
-        .tier = 2, .threshold = 12, .cache = MIB(48), .chain = true, .share = true, .liveness = true, .returns = true, \
+        /* Translating a block costs as much as interpreting it some hundred times. */ \
+        .tier = 2, .threshold = 40, .cache = MIB(48), .chain = true, .share = true, .liveness = true, .returns = true, \
         .indirect = true, .vectors = true, .extend = true, .count = false, .lockstep = false, .perf = TRANSLATE_PERF_OFF, \
     }
 struct translate_options translate_options = DEFAULTS;
