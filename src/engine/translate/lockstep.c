@@ -69,7 +69,7 @@ struct lockstep {
     struct trial_log first, again;
     jmp_buf jump;
     bool full, finished;
-    bool jumped;                /* the translation came out by a branch */
+    bool jumped;                /* the translation may have come out by a branch */
     struct x86_state before, after;     /* of the comparison under way */
     uint64_t before_insns;
     uint32_t before_arith, after_arith;
@@ -567,7 +567,7 @@ const struct op *lockstep_enter(struct translator *t, struct block *b)
         l->after = cpu->s;
         l->after_arith = cpu->arith;
         l->after.rip = place_of(cpu, next);
-        l->jumped = (uintptr_t)next & 1;
+        l->jumped = !t->interpret_once;
         return compare(l, b, false) ? next : stop(t);
     }
     cpu->trial = NULL;
