@@ -336,7 +336,7 @@ static void emit_return_missed(struct translator *t, struct assembler *a)
 void translate_emit_runtime(struct translator *t)
 {
     struct assembler a = { .at = t->code.write, .end = t->code.write + KIB(16) };
-    uint8_t *full, *tail;
+    uint8_t *full, *tail, *op_tail;
 
     emit_enter(t, &a);
     emit_exits(t, &a);
@@ -353,9 +353,34 @@ void translate_emit_runtime(struct translator *t)
     asm_gs(&a, false, 0x8f, 0, T_GS(slow_return));
     spill_all(&a);
     asm_mov(&a, H_RSI, H_R11);
+    op_tail = a.at;
     with_interpreter(&a, translate_run_op);
     asm_gs(&a, false, 0xff, 6, T_GS(slow_return));
     asm_ret(&a);
+
+    /* The same for an instruction that translate_quick() may know. */
+    t->run_quick = a.at;
+    asm_gs(&a, false, 0x8f, 0, T_GS(slow_return));
+    asm_store_gs(&a, H_R11, T_GS(site));
+    spill_registers(&a, 0, CHANGED_BY_C);
+    spill_flags(&a);
+    to_host_stack(&a);
+    if (!SANITIZED) {
+        asm_load_gs(&a, H_RDI, T_GS(self));
+        asm_mov(&a, H_RSI, H_R11);
+        call_c(&a, translate_quick);
+        asm_rr(&a, false, 0x84, H_RAX, H_RAX);                          /* test %al, %al */
+        full = asm_jcc(&a, 4);
+        asm_load_gs(&a, H_RSP, T_GS(it.returns.top));
+        reload_flags(&a);
+        reload_registers(&a, CHANGED_BY_C);
+        asm_gs(&a, false, 0xff, 6, T_GS(slow_return));
+        asm_ret(&a);
+        asm_set_target(full, a.at);
+    }
+    spill_registers(&a, CHANGED_BY_C, ARRAY_SIZE(mapped));
+    asm_load_gs(&a, H_RSI, T_GS(site));
+    asm_jmp_to(&a, op_tail);
 
     /* Jumped to with a site in R11, whose instruction is run; goes on where C says. */
     t->run_and_go = a.at;

@@ -37,6 +37,8 @@ enum unit_form {
     FORM_COPY,          /* integer instruction copied with registers renamed */
     FORM_VECTOR,        /* the same for vector and VEX-encoded instructions */
     FORM_LEA, FORM_PUSH, FORM_POP, FORM_LEAVE, FORM_DIVIDE,
+    FORM_QUICK,         /* sensitive, done by translate_quick() without leaving the guest's registers */
+    FORM_PUSHF,
     /* Control transfers. */
     FORM_JCC, FORM_CALL, FORM_CALL_INDIRECT,    /* the unit may go on behind these */
     FORM_JMP, FORM_JMP_INDIRECT, FORM_RET,
@@ -73,7 +75,7 @@ struct unit_insn {
     uint8_t cc;                 /* FORM_JCC */
     uint16_t live;              /* flags that may be read, by this instruction or later, before they are written */
     bool crosses;               /* reaches into the next page; the unit's last */
-    bool serial;                /* FORM_OP: address space or permissions may be others afterwards */
+    bool serial;                /* FORM_OP, FORM_QUICK: address space or permissions may be others afterwards */
     uint8_t accesses;
     struct access access[2];    /* in the order in which they can fault */
     struct value gpr[16];       /* before the instruction */
@@ -209,5 +211,7 @@ void unit_save_rcx(struct unit *x);
 void unit_restore_rcx(struct unit *x);
 /* The instruction run by the interpreter, in line. */
 void unit_op(struct unit *x, unsigned k);
+/* The same, by way of translate_quick(). */
+void unit_quick(struct unit *x, unsigned k, enum translate_quick quick);
 
 #endif
