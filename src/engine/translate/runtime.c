@@ -213,32 +213,11 @@ static void emit_enter(struct translator *t, struct assembler *a)
     asm_jmp_reg(a, H_R11);
 }
 
-static void emit_exits(struct translator *t, struct assembler *a)
-{
-    /* Out with what R11 holds: an op, a chain with bit 0 set, or RETURNED_NOWHERE. */
-    t->exit_op = a->at;
-    spill_all(a);
-    save_vectors(a);
-    asm_mov(a, H_RAX, H_R11);
-    leave_host(a);
-
-    /* Out with nothing to run next: s.rip is set. */
-    t->exit_null = a->at;
-    asm_mov_imm(a, H_R11, 0);
-    asm_jmp_to(a, t->exit_op);
-
-    /* Out to the guest address in T. */
-    t->lookup_missed = a->at;
-    asm_store_gs(a, H_R10, CPU_GS(s.rip));
-    asm_jmp_to(a, t->exit_null);
-    t->nowhere.code = code_exec(&t->code, t->lookup_missed);
-}
-
-/* How many calls further out a return is looked for. */
-#define RETURN_SEARCH 12
-
-/* Lookup of T in the jump table, with flags and all other registers as they are; out to C where that finds nothing. */
-static void emit_return_lookup(struct translator *t, struct assembler *a)
+/*
+ * To the guest address in T by the jump table, with flags and all other registers as they are. R11 is lost. Falls out of the end, RCX
+ * restored, where the table has nothing or somebody wants something.
+ */
+static void emit_lookup(struct assembler *a)
 {
     uint8_t *hit, *miss[2];
 
@@ -261,6 +240,35 @@ static void emit_return_lookup(struct translator *t, struct assembler *a)
     asm_set_target(miss[0], a->at);
     asm_set_target(miss[1], a->at);
     asm_load_gs(a, H_RCX, T_GS(rcx));
+}
+
+static void emit_exits(struct translator *t, struct assembler *a)
+{
+    /* Out with what R11 holds: an op, a chain with bit 0 set, or RETURNED_NOWHERE. */
+    t->exit_op = a->at;
+    spill_all(a);
+    save_vectors(a);
+    asm_mov(a, H_RAX, H_R11);
+    leave_host(a);
+
+    /* Out with nothing to run next: s.rip is set. */
+    t->exit_null = a->at;
+    asm_mov_imm(a, H_R11, 0);
+    asm_jmp_to(a, t->exit_op);
+
+    /* To the guest address in T, in another page; jumped to, or called for a guest's CALL. */
+    t->far = a->at;
+    emit_lookup(a);
+    asm_store_gs(a, H_R10, CPU_GS(s.rip));
+    asm_jmp_to(a, t->exit_null);
+}
+
+/* How many calls further out a return is looked for. */
+#define RETURN_SEARCH 12
+
+static void emit_return_lookup(struct translator *t, struct assembler *a)
+{
+    emit_lookup(a);
     asm_store_gs(a, H_R10, CPU_GS(s.rip));
     asm_mov_imm(a, H_R11, RETURNED_NOWHERE);
     asm_jmp_to(a, t->exit_op);

@@ -122,8 +122,7 @@ struct translator {
     /* Routines, emitted once. */
     const struct op *(*enter)(struct translator *t, const void *code);
     const uint8_t *exit_null, *exit_op, *run_op, *run_quick, *run_and_go, *fill, *vectors_load, *return_missed;  /* writable view */
-    const uint8_t *lookup_missed;       /* writable view */
-    struct jump_entry_host nowhere;     /* leads to lookup_missed */
+    const uint8_t *far;         /* writable view */
     /* Executable view: what lies at the bottom of a return stack, and on it for a call of the interpreter's. */
     const void *return_stub, *return_interpreted;
     /* Settings and figures. */

@@ -105,11 +105,6 @@ static void emit_stub(struct unit *x, struct stub *s)
         asm_jmp_to(a, t->exit_null);
         break;
     case STUB_CODE: asm_jmp_to(a, s->code); break;
-    case STUB_NOWHERE:
-        asm_load_gs(a, A, T_GS(self));
-        asm_lea(a, A, A, H_NONE, 0, (int32_t)T_GS(nowhere));
-        asm_jmp_to(a, s->code);
-        break;
     case STUB_CHAIN: {
         struct chain *c = block_alloc(&t->it, sizeof(*c));
 

@@ -106,7 +106,6 @@ enum stub_kind {
     STUB_AT,                    /* leave; the run loop goes on at target */
     STUB_INTERPRET,             /* leave; the interpreter executes what is at target, whether that is translated or not */
     STUB_CODE,                  /* to a routine of the runtime */
-    STUB_NOWHERE,               /* A := a jump entry that leads to the runtime; back */
 };
 
 /* An exit or slow path, emitted behind the unit. */
@@ -117,7 +116,7 @@ struct stub {
     bool restore_rcx;           /* from its slot */
     struct translate_site *site;
     uint64_t target;            /* guest address, from cpu->code_page on */
-    const uint8_t *code;        /* STUB_CODE; STUB_NOWHERE: where it goes on */
+    const uint8_t *code;
 };
 
 /* What unit_live_at() found, for as long as no code was written and the page stayed one of code. */
