@@ -1,22 +1,42 @@
-"""Long tests in a guest, only when asked for: tests/boot/run 'stress-*'.
+"""Stress in a guest: a short test with every change, and long ones only when asked for: tests/boot/run 'stress-*'.
 
-They need an image of their own (scripts/workload-image stress: stress-ng, compilers, node, LuaJIT, Java). What a program
+The long ones need an image of their own (scripts/workload-image stress: stress-ng, compilers, node, LuaJIT, Java). What a program
 prints is compared with what it prints on the host, in a chroot of the same tree, where that is possible (as root).
 Environment: ENGINE and RINGFORT as for all; STRESS_SECONDS for each of stress-ng's classes (default 50, in all 10
 minutes), STRESS_ROUNDS for the self-checking programs (default 3), STRESS_BOOTS (default 50).
 """
 
 import os
+import subprocess
 import time
 
 import machine
 import workload
 from cases import case
-from machine import Failure, Skipped, check, log
+from machine import Failure, Skipped, busybox, check, log
 
 SECONDS = int(os.environ.get("STRESS_SECONDS", "50"))
 ROUNDS = int(os.environ.get("STRESS_ROUNDS", "3"))
 BOOTS = int(os.environ.get("STRESS_BOOTS", "50"))
+
+
+@case(300)
+def stress_short(folder):
+    """stress.c for a fraction of a second of each of its parts, in a guest with nothing else."""
+    tree = folder / "tree"
+    tree.mkdir()
+    subprocess.run(["gcc", "-std=gnu17", "-O2", "-static", "-pthread", "-o", tree / "stress", machine.ROOT / "tests/boot/stress.c"],
+                   check=True)
+    extra = folder / "stress.cpio"
+    with open(extra, "wb") as out:
+        subprocess.run(["cpio", "--quiet", "-o", "-H", "newc"], input=b"stress\n", stdout=out, cwd=tree, check=True)
+    with busybox(folder, "--initrd", extra, command="/stress 400") as m:
+        m.expect(r"^RF: command begins", 150)
+        found = m.expect(r"^WRONG.*|^RF: command ends with status \d+", 120)
+        check(found.group().endswith(" 0"), f"it says:\n{m.console[-1500:]}")
+        check(m.console.count(" rounds") == 10, f"not all parts ran:\n{m.console[-1500:]}")
+        m.powered_off(30)
+
 
 CLASSES = {
     "cpu": "--cpu 1",
