@@ -76,12 +76,6 @@ struct engine {
 
 extern const struct engine interp_engine, translate_engine;
 
-/*
- * How often a block is interpreted before the translator translates it: 1…, read when a vCPU is made. Tests
- * set it to 1, so that everything is translated.
- */
-extern unsigned translate_threshold;
-
 /* NULL: no such engine. "auto" is not an engine: see engine_choose(). */
 const struct engine *engine_find(const char *name);
 const struct engine *engine_at(unsigned i);     /* NULL after the last */

@@ -140,6 +140,8 @@ uint64_t guest_instructions(const struct guest *g);
 void guest_keep_vcpu(bool keep);
 
 /* ---- comparison (diff_compare.c) ---- */
+/* Whether arithmetic flags in the frame of a fault count: not where an engine keeps only those that code can come to read. */
+extern bool compare_flags_at_faults;
 /* True when equal. text: NULL, or where differences are described (always terminated). */
 bool compare_results(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest, char *text,
                      size_t size);

@@ -20,6 +20,7 @@
 #define FLAGS_COMPARED (RFLAGS_ARITH | RFLAGS_DF | RFLAGS_TF | RFLAGS_NT | RFLAGS_AC)
 #define USER_END 0x7ffffffff000ull
 #define VECTOR_DB 1
+#define VECTOR_BP 3
 #define VECTOR_UD 6
 #define VECTOR_GP 13
 #define VECTOR_PF 14
@@ -289,10 +290,13 @@ const char *known_difference(const struct cpu_case *c, const struct cpu_result *
     return NULL;
 }
 
+bool compare_flags_at_faults = true;
+
 bool compare_results(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest, char *text,
                      size_t size)
 {
     struct report r = { .text = text, .size = size, .equal = true };
+    uint64_t flags = FLAGS_COMPARED;
     uint64_t gpr_mask = ~0ull;
 
     /* KMOVD with VEX.W 1 writes 64 bits even in compatibility mode. */
@@ -321,7 +325,9 @@ bool compare_results(const struct cpu_case *c, const struct cpu_result *host, co
     for (unsigned i = 0; i < 16; i++)
         number(&r, gpr_name[i], host->out.gpr[i] & gpr_mask, guest->out.gpr[i] & gpr_mask);
     number(&r, "rip", host->out.rip, guest->out.rip);
-    number(&r, "rflags", host->out.rflags & FLAGS_COMPARED, guest->out.rflags & FLAGS_COMPARED);
+    if (host->vector != VECTOR_BP && !compare_flags_at_faults)
+        flags &= ~(uint64_t)RFLAGS_ARITH;
+    number(&r, "rflags", host->out.rflags & flags, guest->out.rflags & flags);
     number(&r, "fs base", host->out.fs_base, guest->out.fs_base);
     number(&r, "gs base", host->out.gs_base, guest->out.gs_base);
     compare_fpu(&r, &host->out.fpu, &guest->out.fpu);

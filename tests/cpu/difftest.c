@@ -15,6 +15,7 @@
 
 #include "diff.h"
 #include "engine/engine.h"
+#include "engine/translate/options.h"
 
 #define SKIPPED 77
 #define DIFFERENCE_TEXT 16384
@@ -279,7 +280,7 @@ static void print_mnemonics(void)
 static const char help[] =
     "Usage: difftest [--engine NAME] [--model NAME] [--seed N|random] [--first N] [--count N] [--case N] [--seconds S]\n"
     "                [--percent32 P] [--percent-ac P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
-    "                [--mnemonics] [--keep-vcpu]\n";
+    "                [--mnemonics] [--keep-vcpu] [--no-liveness]\n";
 
 static uint64_t parse_number(const char *text)
 {
@@ -295,12 +296,13 @@ static uint64_t parse_number(const char *text)
 
 int main(int argc, char **argv)
 {
-    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP };
+    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS };
     static const struct option names[] = {
         { "engine", 1, 0, ENGINE }, { "model", 1, 0, MODEL }, { "seed", 1, 0, SEED }, { "first", 1, 0, FIRST },
         { "count", 1, 0, COUNT }, { "case", 1, 0, CASE }, { "seconds", 1, 0, SECONDS }, { "percent32", 1, 0, PERCENT32 }, { "percent-ac", 1, 0, PERCENT_AC },
         { "max-insns", 1, 0, MAX }, { "only", 1, 0, ONLY }, { "show", 1, 0, SHOW }, { "no-minimize", 0, 0, NO_MINIMIZE },
         { "progress", 0, 0, PROGRESS }, { "mnemonics", 0, 0, MNEMONICS }, { "keep-vcpu", 0, 0, KEEP },
+        { "no-liveness", 0, 0, NO_LIVENESS },
         { 0 },
     };
     struct options o = { .engine = "interp", .model = "host", .count = 20000, .shown = 20, .minimize = true };
@@ -326,6 +328,7 @@ int main(int argc, char **argv)
         case PROGRESS: o.progress = true; break;
         case MNEMONICS: mnemonics = true; break;
         case KEEP: guest_keep_vcpu(true); break;
+        case NO_LIVENESS: translate_options.liveness = false; break;
         default: fputs(help, stderr); return 2;
         }
     }
@@ -333,6 +336,7 @@ int main(int argc, char **argv)
         fputs(help, stderr);
         return 2;
     }
+    compare_flags_at_faults = strcmp(o.engine, "translate") != 0 || !translate_options.liveness;
     host = host_create(&skip);
     if (!host)
         return skip ? SKIPPED : 2;

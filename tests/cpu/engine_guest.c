@@ -1,6 +1,8 @@
 /* See engine_guest.h. */
 #include "engine_guest.h"
 
+#include "engine/translate/options.h"
+
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -183,6 +185,8 @@ void engine_guest_init(struct engine_guest *g, const char *engine, const char *m
 {
     const char *missing;
 
+    /* Translation begins with the first execution. */
+    translate_options.threshold = 1;
     g->engine = engine_find(engine);
     g->model = x86_cpu_model_find(model);
     if (!g->engine || !g->model) {

@@ -32,11 +32,11 @@ static void code_written(struct x86_cpu *cpu, gpa_t gpa, unsigned len)
     g->code_len = len;
 }
 
-static void mapping_changed(struct x86_cpu *cpu, bool user, bool supervisor)
+static void mapping_changed(struct x86_cpu *cpu, const struct x86_tlb_space *space)
 {
     struct guest *g = container_of(cpu, struct guest, cpu);
-    g->user_code_moved = g->user_code_moved || user;
-    g->supervisor_code_moved = g->supervisor_code_moved || supervisor;
+    g->user_code_moved = g->user_code_moved || space;
+    g->supervisor_code_moved = g->supervisor_code_moved || !space;
 }
 
 static const struct x86_engine_hooks hooks = {.code_written = code_written,

@@ -141,6 +141,21 @@ static void code_page_add(struct code_page *page, struct block *b, gpa_t gpa, un
     page->granules |= granules_of(page->gpa, gpa, len);
 }
 
+void block_depends(struct interp *it, struct block *b, unsigned from, unsigned to)
+{
+    gpa_t gpa = b->gpa & GUEST_PAGE_MASK;
+    struct code_page *page = code_page_find(it, gpa);
+
+    if (b->seen_from == b->seen_to) {
+        b->seen_from = (uint16_t)from;
+        b->seen_to = (uint16_t)to;
+    }
+    b->seen_from = MIN(b->seen_from, (uint16_t)from);
+    b->seen_to = MAX(b->seen_to, (uint16_t)to);
+    if (page)
+        page->granules |= granules_of(gpa, gpa + b->seen_from, b->seen_to - (unsigned)b->seen_from);
+}
+
 /* ---- dropping ---- */
 
 static void unlink_from_page(struct interp *it, struct block *b, gpa_t gpa)
@@ -195,7 +210,8 @@ static bool covers(const struct block *b, gpa_t page, gpa_t gpa, unsigned len)
 {
     unsigned first = MIN((unsigned)b->bytes, GUEST_PAGE_SIZE - (unsigned)(b->gpa & (GUEST_PAGE_SIZE - 1)));
 
-    if (page == (b->gpa & GUEST_PAGE_MASK) && gpa < b->gpa + first && b->gpa < gpa + len)
+    if (page == (b->gpa & GUEST_PAGE_MASK) &&
+        ((gpa < b->gpa + first && b->gpa < gpa + len) || (gpa < page + b->seen_to && page + b->seen_from < gpa + len)))
         return true;
     return b->host2 && page == b->gpa2 && gpa < b->gpa2 + (b->bytes - first) && b->gpa2 < gpa + len;
 }

@@ -115,11 +115,14 @@ static __attribute__((noinline, cold)) const struct op *bad_target(struct x86_cp
     x86_raise_error(cpu, X86_GP, 0);
 }
 
-/* The return address is pushed first: its faults come first. */
+/* The return address is pushed first: its faults come first. Intel's processors have stored it by then, with RSP as before. */
 static __attribute__((noinline, cold)) const struct op *bad_call(struct x86_cpu *cpu, const struct op *op)
 {
     enter_slow(cpu, op);
-    x86_probe_write(cpu, cpu->s.gpr[RSP] - 8, 8);
+    if (cpu->amd)
+        x86_probe_write(cpu, cpu->s.gpr[RSP] - 8, 8);
+    else
+        x86_write64(cpu, cpu->s.gpr[RSP] - 8, op_rip(cpu, op) + op->len);
     x86_raise_error(cpu, X86_GP, 0);
 }
 

@@ -63,7 +63,10 @@ struct block {
     const void *indirect;       /* sets it, from the guest address in a scratch register */
     uint8_t *entry, *leave;
     struct chain *chains;
+    struct return_site *returns;
+    struct translate_site *sites;
     uint32_t heat;              /* how often it ran before it was translated */
+    uint16_t seen_from, seen_to;        /* bytes of the first page, besides the block's, that its translation depends on */
     struct op op[];
 };
 
@@ -77,6 +80,8 @@ struct jump_entry {
 
 struct code_page;
 struct chain;
+struct return_site;
+struct translate_site;
 struct interp;
 
 /* What an engine on top of the block cache adds. */
@@ -273,6 +278,8 @@ bool block_invalidate(struct interp *it, gpa_t gpa, unsigned len);
 void block_kill(struct interp *it, struct block *block);
 /* op is the first of its block. False when no link may lead to it: the scratch block, and the way out when the arena is full. */
 bool block_linkable(const struct op *op);
+/* The block depends on bytes [from, to) of its first page from now on: when they change it is dropped. */
+void block_depends(struct interp *it, struct block *b, unsigned from, unsigned to);
 /* Arena for lowering; NULL never: block_find makes room before it starts. */
 void *block_alloc(struct interp *it, size_t size);
 
@@ -327,6 +334,8 @@ void interp_counters(const struct vcpu *vcpu, struct engine_counters *c);
 /* ---- lowering (lower.c) ---- */
 /* Fills op->fn and operands for insn (op->rip, len and n are there). Returns true when the block ends with it. */
 bool lower(struct interp *it, struct op *op, const struct x86_insn *insn);
+/* Of an instruction that x86_system_semantics() knows: execution simply goes on with the next one. */
+bool interp_goes_on(const struct x86_insn *insn);
 /* In op->aux: stands for the op's own block, which has no address yet. */
 #define BLOCK_SELF ((void *)1)
 /* Leaves the block at this op: what ops of dropped blocks become. */

@@ -524,11 +524,8 @@ static bool lower_integer(struct lowering *l)
     }
 }
 
-/*
- * Semantics functions after which execution simply goes on with the next op. Not those that serialize: what other
- * vCPUs made of the following code is seen after them.
- */
-static bool semantics_plain(const struct x86_insn *insn)
+/* Not those that serialize: what other vCPUs made of the following code is seen after them. */
+bool interp_goes_on(const struct x86_insn *insn)
 {
     switch (insn->mnemonic) {
     case ZYDIS_MNEMONIC_RDTSC: case ZYDIS_MNEMONIC_RDTSCP: case ZYDIS_MNEMONIC_PUSHF:
@@ -569,7 +566,7 @@ bool lower(struct interp *it, struct op *op, const struct x86_insn *insn)
     slow = attach(&l);
     slow->semantics = x86_system_semantics(insn);
     if (slow->semantics) {
-        bool plain = semantics_plain(insn);
+        bool plain = interp_goes_on(insn);
 
         op->fn = plain ? op_semantics : op_semantics_end;
         return !plain;

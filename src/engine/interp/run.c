@@ -37,7 +37,7 @@ void interp_code_stored(struct x86_cpu *cpu, gpa_t gpa, unsigned len)
 }
 
 /* Blocks are found through the TLB, so a changed mapping is seen there. */
-static void hook_mapping_changed(struct x86_cpu *cpu, bool user, bool supervisor) {}
+static void hook_mapping_changed(struct x86_cpu *cpu, const struct x86_tlb_space *space) {}
 
 static const struct x86_engine_hooks hooks = {
     .code_written = interp_code_stored,

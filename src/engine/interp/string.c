@@ -18,6 +18,7 @@ struct walk {
     bool pieces;                /* several elements at once, where they are plain RAM */
     bool down;
     uint64_t src_base;
+    uint32_t *flags;            /* of comparisons */
 };
 
 static gva_t source(const struct walk *w)
@@ -160,9 +161,17 @@ static void step_lods(const struct walk *w)
 
 static void step_cmps(const struct walk *w)
 {
-    uint64_t a = load(w->cpu, source(w), w->size), b = load(w->cpu, destination(w, false), w->size);
+    uint64_t a, b;
 
-    w->cpu->arith = compare(a, b, w->size, w->cpu->arith);
+    if (w->cpu->amd) {
+        a = load(w->cpu, source(w), w->size);
+        b = load(w->cpu, destination(w, false), w->size);
+    } else {                    /* Intel's processors load the second operand first */
+        b = load(w->cpu, destination(w, false), w->size);
+        a = load(w->cpu, source(w), w->size);
+    }
+
+    *w->flags = compare(a, b, w->size, *w->flags);
     advance(w, RSI, 1);
     advance(w, RDI, 1);
 }
@@ -171,7 +180,7 @@ static void step_scas(const struct walk *w)
 {
     uint64_t b = load(w->cpu, destination(w, false), w->size);
 
-    w->cpu->arith = compare(w->cpu->s.gpr[RAX], b, w->size, w->cpu->arith);
+    *w->flags = compare(w->cpu->s.gpr[RAX], b, w->size, *w->flags);
     advance(w, RDI, 1);
 }
 
@@ -197,8 +206,11 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
         .down = cpu->s.rflags & RFLAGS_DF,
     };
     bool compares = op->sub == STRING_CMPS || op->sub == STRING_SCAS;
+    uint32_t flags = cpu->arith;
 
     enter_slow(cpu, op);
+    /* A fault in a repeated comparison has the flags as before the instruction on Intel's processors (SDM vol. 2B, REP). */
+    w.flags = cpu->amd || !(insn->rep || insn->repne) ? &cpu->arith : &flags;
     if (cpu->code_size == 8) {
         w.plain = true;
         w.last = UINT64_MAX;
@@ -210,6 +222,14 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
     /* Alignment is checked for each element. */
     w.pieces = w.plain && !w.down && cpu->tlb != &x86_checking_set;
 
+    /* What Intel's processors extend before the first element, whether there is one or not. */
+    if (!cpu->amd && cpu->code_size == 8 && w.addr_size == 4 && (insn->rep || insn->repne)) {
+        cpu->s.gpr[RCX] = (uint32_t)cpu->s.gpr[RCX];
+        if (op->sub == STRING_MOVS)
+            cpu->s.gpr[RSI] = (uint32_t)cpu->s.gpr[RSI];
+        if (op->sub == STRING_MOVS || op->sub == STRING_STOS)
+            cpu->s.gpr[RDI] = (uint32_t)cpu->s.gpr[RDI];
+    }
     if (!insn->rep && !insn->repne) {
         step(&w, op->sub, 1);
         NEXT;
@@ -219,20 +239,25 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
         bool single = cpu->s.rflags & RFLAGS_TF;        /* traps after each element */
         unsigned budget;
 
-        if (count == 0)
+        if (count == 0) {
+            cpu->arith = *w.flags;
             NEXT;
+        }
         /* Look up from time to time, so that interrupts wait no longer than for a few pages. */
         for (budget = single ? 1 : 64; budget && count; budget--) {
             uint64_t n = step(&w, op->sub, single ? 1 : count);
 
             count -= n;
             x86_set_gpr(cpu, RCX, count, w.addr_size);
-            if (compares && condition(cpu->arith, 4) == insn->repne)
+            if (compares && condition(*w.flags, 4) == insn->repne) {
+                cpu->arith = *w.flags;
                 NEXT;
+            }
             if (n > 1)
                 budget = budget > 16 ? budget - 15 : 1;
         }
         if (count && (single || atomic_load_explicit(&cpu->request, memory_order_relaxed))) {
+            cpu->arith = *w.flags;
             cpu->insns += op->n;
             return NULL;        /* s.rip is this instruction: it goes on later */
         }

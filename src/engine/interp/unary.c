@@ -36,12 +36,39 @@ DEFINE_UNARIES(not)
 op_fn *const unary_handlers[UNARIES][SIZES][FORM1S] = { SIZES_OF(inc), SIZES_OF(dec), SIZES_OF(neg), SIZES_OF(not) };
 
 /* ---- shifts and rotates ---- */
-#define DEFINE_SHIFT_FORMS(name, bits, by, count) \
+
+/*
+ * ROL and ROR by more than one leave OF undefined. On some processors (Intel's since Sandy Bridge) those of a register by an
+ * immediate leave it alone, unlike all others.
+ */
+static bool rotates_keep_overflow;
+
+static __attribute__((constructor)) void try_rotates(void)
+{
+    rotates_keep_overflow = true;
+    for (unsigned overflow = 0; overflow < 2; overflow++)
+        for (uint64_t bits = 0; bits < 64; bits += 9) {
+            uint64_t v = bits << 57 | bits;
+            uint32_t f = overflow;
+
+            __asm__(LOAD_FLAGS "rolq $5, %[v]" SAVE_FLAGS : [v] "+&r"(v), "+&a"(f) : : "cc");
+            if ((f & 1) != overflow)
+                rotates_keep_overflow = false;
+        }
+}
+
+static inline uint32_t after_rotate(uint32_t before, uint32_t after, uint8_t count, unsigned bits)
+{
+    return rotates_keep_overflow && (count & (bits == 64 ? 63 : 31)) > 1 ? (after & ~1u) | (before & 1) : after;
+}
+#define ANY_FLAGS(f, count, bits) (f)
+#define ROTATE_FLAGS(f, count, bits) after_rotate(cpu->arith, f, count, bits)
+#define DEFINE_SHIFT_FORMS(name, bits, by, count, flags) \
     HANDLER(name##bits##by##_r) \
     { \
         uint32_t f = cpu->arith; \
         SET##bits(op->dst, compute_##name##bits(R##bits(op->dst), count, &f)); \
-        cpu->arith = f; \
+        cpu->arith = flags(f, count, bits); \
         NEXT; \
     } \
     DEFINE_SHIFT_MEM(name, bits, by, count, b, B) \
@@ -55,21 +82,21 @@ op_fn *const unary_handlers[UNARIES][SIZES][FORM1S] = { SIZES_OF(inc), SIZES_OF(
         cpu->arith = f; \
         NEXT; \
     }
-#define DEFINE_SHIFT(name, bits) \
-    DEFINE_SHIFT_FORMS(name, bits, _imm, (uint8_t)op->imm) \
-    DEFINE_SHIFT_FORMS(name, bits, _cl, (uint8_t)cpu->s.gpr[RCX])
-#define DEFINE_SHIFTS(name) \
-    DEFINE_SHIFT(name, 8) \
-    DEFINE_SHIFT(name, 16) \
-    DEFINE_SHIFT(name, 32) \
-    DEFINE_SHIFT(name, 64)
-DEFINE_SHIFTS(rol)
-DEFINE_SHIFTS(ror)
-DEFINE_SHIFTS(rcl)
-DEFINE_SHIFTS(rcr)
-DEFINE_SHIFTS(shl)
-DEFINE_SHIFTS(shr)
-DEFINE_SHIFTS(sar)
+#define DEFINE_SHIFT(name, bits, flags) \
+    DEFINE_SHIFT_FORMS(name, bits, _imm, (uint8_t)op->imm, flags) \
+    DEFINE_SHIFT_FORMS(name, bits, _cl, (uint8_t)cpu->s.gpr[RCX], ANY_FLAGS)
+#define DEFINE_SHIFTS(name, flags) \
+    DEFINE_SHIFT(name, 8, flags) \
+    DEFINE_SHIFT(name, 16, flags) \
+    DEFINE_SHIFT(name, 32, flags) \
+    DEFINE_SHIFT(name, 64, flags)
+DEFINE_SHIFTS(rol, ROTATE_FLAGS)
+DEFINE_SHIFTS(ror, ROTATE_FLAGS)
+DEFINE_SHIFTS(rcl, ANY_FLAGS)
+DEFINE_SHIFTS(rcr, ANY_FLAGS)
+DEFINE_SHIFTS(shl, ANY_FLAGS)
+DEFINE_SHIFTS(shr, ANY_FLAGS)
+DEFINE_SHIFTS(sar, ANY_FLAGS)
 #define BY_OF(n) { FORM1_OF(n##_imm), FORM1_OF(n##_cl) }
 #define SHIFTS_OF(n) { BY_OF(n##8), BY_OF(n##16), BY_OF(n##32), BY_OF(n##64) }
 op_fn *const shift_handlers[SHIFTS][SIZES][2][FORM1S] = {

@@ -76,32 +76,45 @@ static inline void asm_rr(struct assembler *a, bool w, unsigned opcode, unsigned
 }
 static inline void asm_mov(struct assembler *a, unsigned to, unsigned from) { asm_rr(a, true, 0x89, from, to); }
 
+/* A memory operand: [base + index * (1 << shift) + disp]; base and index may be H_NONE. */
+struct asm_address {
+    uint8_t base, index, shift;
+    int32_t disp;
+};
+
+/* ModRM, SIB and displacement of an operand in memory. wide: a 32-bit displacement, as EVEX scales shorter ones. */
+static inline void asm_modrm(struct assembler *a, unsigned reg, const struct asm_address *m, bool wide)
+{
+    unsigned mod;
+
+    if (m->base == H_NONE) {
+        asm_byte(a, (reg & 7) << 3 | 4);
+        asm_byte(a, (unsigned)m->shift << 6 | (m->index == H_NONE ? 4 : m->index & 7u) << 3 | 5);
+        asm_u32(a, (uint32_t)m->disp);
+        return;
+    }
+    mod = m->disp == 0 && (m->base & 7) != 5 ? 0 : m->disp == (int8_t)m->disp && !wide ? 1 : 2;
+    if (m->index == H_NONE && (m->base & 7) != 4) {
+        asm_byte(a, mod << 6 | (reg & 7) << 3 | (m->base & 7u));
+    } else {
+        asm_byte(a, mod << 6 | (reg & 7) << 3 | 4);
+        asm_byte(a, (unsigned)m->shift << 6 | (m->index == H_NONE ? 4 : m->index & 7u) << 3 | (m->base & 7u));
+    }
+    if (mod == 1)
+        asm_byte(a, (uint8_t)m->disp);
+    else if (mod == 2)
+        asm_u32(a, (uint32_t)m->disp);
+}
+
 /* opcode reg, [base + index * (1 << shift) + disp]; base and index may be H_NONE. */
 static inline void asm_mem(struct assembler *a, bool w, unsigned opcode, unsigned reg, unsigned base, unsigned index,
                            unsigned shift, int32_t disp)
 {
-    unsigned b = base == H_NONE ? 0 : base, x = index == H_NONE ? 0 : index;
-    unsigned mod;
+    struct asm_address m = { (uint8_t)base, (uint8_t)index, (uint8_t)shift, disp };
 
-    asm_rex(a, w, reg, x, b, false);
+    asm_rex(a, w, reg, index == H_NONE ? 0 : index, base == H_NONE ? 0 : base, false);
     asm_opcode(a, opcode);
-    if (base == H_NONE) {
-        asm_byte(a, (reg & 7) << 3 | 4);
-        asm_byte(a, shift << 6 | (index == H_NONE ? 4 : index & 7) << 3 | 5);
-        asm_u32(a, (uint32_t)disp);
-        return;
-    }
-    mod = disp == 0 && (base & 7) != 5 ? 0 : disp == (int8_t)disp ? 1 : 2;
-    if (index == H_NONE && (base & 7) != 4) {
-        asm_byte(a, mod << 6 | (reg & 7) << 3 | (base & 7));
-    } else {
-        asm_byte(a, mod << 6 | (reg & 7) << 3 | 4);
-        asm_byte(a, shift << 6 | (index == H_NONE ? 4 : index & 7) << 3 | (base & 7));
-    }
-    if (mod == 1)
-        asm_byte(a, (uint8_t)disp);
-    else if (mod == 2)
-        asm_u32(a, (uint32_t)disp);
+    asm_modrm(a, reg, &m, false);
 }
 static inline void asm_lea(struct assembler *a, unsigned reg, unsigned base, unsigned index, unsigned shift, int32_t disp)
 {
@@ -125,6 +138,54 @@ static inline void asm_mov_imm(struct assembler *a, unsigned reg, uint64_t v)
         asm_byte(a, 0xb8 | (reg & 7));
         asm_u64(a, v);
     }
+}
+
+/* opcode /digit reg, imm of the ADD, OR, AND, CMP… group, 32 or 64 bits. */
+static inline void asm_alu_imm(struct assembler *a, bool w, unsigned digit, unsigned reg, int32_t imm)
+{
+    asm_rex(a, w, 0, 0, reg, false);
+    asm_byte(a, imm == (int8_t)imm ? 0x83 : 0x81);
+    asm_byte(a, 0xc0 | digit << 3 | (reg & 7));
+    if (imm == (int8_t)imm)
+        asm_byte(a, (uint8_t)imm);
+    else
+        asm_u32(a, (uint32_t)imm);
+}
+enum { ALU_DIGIT_AND = 4, ALU_DIGIT_SUB = 5, ALU_DIGIT_CMP = 7 };
+
+/* RORX reg, src, count: no flags. BMI2. */
+static inline void asm_rorx(struct assembler *a, unsigned reg, unsigned src, unsigned count)
+{
+    asm_byte(a, 0xc4);
+    asm_byte(a, (reg >> 3 & 1 ? 0 : 0x80) | 0x40 | (src >> 3 & 1 ? 0 : 0x20) | 3);
+    asm_byte(a, 0xfb);
+    asm_byte(a, 0xf0);
+    asm_byte(a, 0xc0 | (reg & 7) << 3 | (src & 7));
+    asm_byte(a, count);
+}
+
+static inline void asm_push(struct assembler *a, unsigned reg)
+{
+    asm_rex(a, false, 0, 0, reg, false);
+    asm_byte(a, 0x50 | (reg & 7));
+}
+static inline void asm_pop(struct assembler *a, unsigned reg)
+{
+    asm_rex(a, false, 0, 0, reg, false);
+    asm_byte(a, 0x58 | (reg & 7));
+}
+static inline void asm_ret(struct assembler *a) { asm_byte(a, 0xc3); }
+static inline void asm_jmp_reg(struct assembler *a, unsigned reg)
+{
+    asm_rex(a, false, 0, 0, reg, false);
+    asm_byte(a, 0xff);
+    asm_byte(a, 0xe0 | (reg & 7));
+}
+/* op gs:[offset], imm of one byte: opcode 0x83 /digit (32 bits) or 0x80 /digit (8 bits). */
+static inline void asm_gs_imm8(struct assembler *a, unsigned opcode, unsigned digit, size_t offset, unsigned imm)
+{
+    asm_gs(a, false, opcode, digit, offset);
+    asm_byte(a, imm);
 }
 
 /* PEXT reg, src, gs:[mask_offset]: the bits of src under the mask, moved down; no flags. BMI2. */

@@ -1,6 +1,6 @@
 /*
- * The translator as an engine: warm-up, entering and leaving translated code, chaining, and what happens to
- * translations when blocks are dropped or mappings change.
+ * The translator as an engine: warm-up, entering and leaving translated code, chaining, jump tables, and what
+ * happens to translations when blocks are dropped or mappings change.
  */
 #include <asm/prctl.h>
 #include <cpuid.h>
@@ -16,45 +16,37 @@
 #include "engine/translate/translate.h"
 
 #define CODE_SIZE MIB(48)
-/* Most code that runs at all runs once; what has run a dozen times tends to run thousands of times. */
-unsigned translate_threshold = 12;
 
-/* ---- running one op from translated code ---- */
+struct translate_options translate_options = {
+    /* Most code that runs at all runs once; what has run a dozen times tends to run thousands of times. */
+    .threshold = 12,
+    .chain = true, .share = true, .liveness = true, .returns = true, .indirect = true, .vectors = true, .extend = true,
+    .count = false,
+};
 
 /* Unmasked exceptions are found by the interpreter's way of running vector instructions. */
 static bool masks_all(const struct x86_cpu *cpu) { return (cpu->s.fpu.mxcsr & 0x1f80) == 0x1f80; }
 
-/* Behind the copy of an op: it came to its end. */
-static const struct op *op_finished(struct x86_cpu *cpu, const struct op *op)
-{
-    struct block *b = op->aux;
+/* ---- jump tables ---- */
 
-    if (unlikely(b->dead || !masks_all(cpu))) {
-        cpu->s.rip = op_rip(cpu, op);
-        return NULL;
-    }
-    translator_of(cpu)->op_finished = true;
-    return NULL;
+static struct jump_table *table_of(struct translator *t, const struct x86_tlb_space *space)
+{
+    return &t->jumps[space ? 1 + (space - t->it.cpu.tlbs->space) : 0];
 }
 
-const struct op *translate_single(struct translator *t, const struct op *op, struct block *b)
+static void empty_table(struct jump_table *table)
 {
-    struct op *pair = block_alloc(&t->it, 2 * sizeof(*pair));
-
-    pair[0] = *op;
-    pair[0].n = 0;              /* the block's count is added at its end */
-    pair[1] = (struct op){ .fn = op_finished, .rip = op->rip + op->len, .aux = b };
-    return pair;
+    if (!table->used)
+        return;
+    for (unsigned i = 0; i < TRANSLATE_JUMPS; i++)
+        table->entry[i] = (struct jump_entry_host){ .rip = JUMP_EMPTY, .negative = -JUMP_EMPTY };
+    table->used = false;
 }
 
-int translate_run_op(struct x86_cpu *cpu, const struct op *op)
+static void enter_jump(struct jump_table *table, uint64_t rip, const void *code)
 {
-    struct translator *t = translator_of(cpu);
-
-    t->op_finished = false;
-    while (op)
-        op = op->fn(cpu, op);
-    return t->op_finished;
+    table->entry[translate_jump_index(rip)] = (struct jump_entry_host){ rip, -rip, code, 0 };
+    table->used = true;
 }
 
 /* ---- in and out ---- */
@@ -72,7 +64,7 @@ static const struct op *follow(struct translator *t, struct chain *c)
         return NULL;
     found = block_find(cpu, cpu->s.rip);
     /* Inside a page the mapping that brought us here holds for the target too. */
-    if (block_linkable(found) && c->target < GUEST_PAGE_SIZE && !c->block->dead) {
+    if (block_linkable(found) && !c->block->dead && t->options.chain) {
         const struct block *b = block_of(found);
 
         if (b->code && !b->dead) {
@@ -84,24 +76,59 @@ static const struct op *follow(struct translator *t, struct chain *c)
     return found;
 }
 
+/* A RET found no translation where it leads, s.rip. One that leads nowhere raises where it stands. */
+static const struct op *returned(struct translator *t)
+{
+    struct x86_cpu *cpu = &t->it.cpu;
+
+    if (unlikely((uint64_t)((int64_t)(cpu->s.rip << 16) >> 16) != cpu->s.rip)) {
+        cpu->s.gpr[RSP] -= 8 + (t->saved_code >> GUEST_PAGE_SHIFT);
+        cpu->s.rip = page_rip(cpu, t->saved_code & (GUEST_PAGE_SIZE - 1));
+        t->interpret_once = 1;
+        return NULL;
+    }
+    if (atomic_load_explicit(&cpu->request, memory_order_relaxed))
+        return NULL;
+    return block_find(cpu, cpu->s.rip);
+}
+
+/* Chooses jump table and return stack for the mode and address space in force. */
+static void select_space(struct translator *t)
+{
+    struct x86_cpu *cpu = &t->it.cpu;
+    unsigned mode = cpu->cpl == 3;
+
+    t->jumps_now = table_of(t, mode ? cpu->space : NULL);
+    if (mode != t->return_mode) {
+        t->returns[t->return_mode].saved = (uint64_t *)t->return_rsp;
+        t->return_mode = (uint8_t)mode;
+        t->return_rsp = (uint64_t)t->returns[mode].saved;
+        t->return_bottom = t->returns[mode].bottom;
+    }
+    if (mode && t->return_space != cpu->space) {
+        t->return_space = cpu->space;
+        translate_forget_returns(t, 1);
+    }
+}
+
 static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
 {
     struct translator *t = translator_of(cpu);
     const struct block *b = op->aux;
-    struct jump_table *jumps = &t->jumps[cpu->cpl == 3];
-    uint64_t rip = op_rip(cpu, op);
-    unsigned i = translate_jump_index(rip);
     const struct op *next;
 
-    if (unlikely(!masks_all(cpu) || cpu->simd_trap != t->simd_trap))
+    if (unlikely(t->interpret_once || !masks_all(cpu) || cpu->simd_trap != t->simd_trap)) {
+        t->interpret_once = 0;
         NEXT;
-    jumps->tag[i] = -rip;
-    jumps->code[i] = b->indirect;
-    t->jumps_now = jumps;
-    t->jumps_used[cpu->cpl == 3] = true;
+    }
+    select_space(t);
+    if (t->options.indirect)
+        enter_jump(t->jumps_now, op_rip(cpu, op), b->indirect);
     t->entered++;
     next = t->enter(t, b->code);
-    if ((uintptr_t)next & 1)
+    if ((uintptr_t)next == RETURNED_NOWHERE)
+        next = returned(t);
+    else if ((uintptr_t)next & 1)
         next = follow(t, (struct chain *)((uintptr_t)next & ~(uintptr_t)1));
     if (!next)
         return NULL;
@@ -119,7 +146,7 @@ static const struct op *op_warm_up(struct x86_cpu *cpu, const struct op *op)
         t->simd_trap = cpu->simd_trap;
         t->it.flush_wanted = true;
     }
-    if (unlikely(++b->heat == t->threshold) && !t->it.flush_wanted && translate_block(t, b)) {
+    if (unlikely(++b->heat == t->options.threshold) && !t->it.flush_wanted && translate_block(t, b)) {
         b->op[0].fn = op_enter;
         GO(op);
     }
@@ -128,15 +155,23 @@ static const struct op *op_warm_up(struct x86_cpu *cpu, const struct op *op)
 
 /* ---- dropping ---- */
 
+/* The first bytes of a translation are never being executed while C runs; neither are those of a place to return to. */
+static void redirect(uint8_t *code, const uint8_t *target)
+{
+    struct assembler a = { .at = code, .end = code + 5 };
+
+    asm_jmp_to(&a, target);
+}
+
 static void on_killed(struct interp *it, struct block *b)
 {
-    struct assembler a;
+    struct translator *t = (struct translator *)it;
 
     if (!b->code)
         return;
-    /* The first bytes of a translation are never being executed while C runs. */
-    a = (struct assembler){ .at = b->entry, .end = b->entry + 5 };
-    asm_jmp_to(&a, b->leave);
+    redirect(b->entry, b->leave);
+    for (const struct return_site *r = b->returns; r; r = r->next)
+        redirect(r->code, t->return_missed);
 }
 
 static void on_unlink(struct block *from, const struct block *to)
@@ -148,23 +183,15 @@ static void on_unlink(struct block *from, const struct block *to)
         }
 }
 
-/* mode: 0 the supervisor's, 1 the user's. */
-static void empty_jumps(struct translator *t, unsigned mode)
-{
-    if (!t->jumps_used[mode])
-        return;
-    for (unsigned i = 0; i < TRANSLATE_JUMPS; i++)
-        t->jumps[mode].tag[i] = -((uint64_t)(i ^ 1) << TRANSLATE_JUMP_SHIFT);     /* matches nothing with this index */
-    t->jumps_used[mode] = false;
-}
-
 static void on_flushed(struct interp *it)
 {
     struct translator *t = (struct translator *)it;
 
     code_reset(&t->code);
-    empty_jumps(t, 0);
-    empty_jumps(t, 1);
+    for (unsigned i = 0; i < 1 + X86_TLB_SPACES; i++)
+        empty_table(&t->jumps[i]);
+    translate_forget_returns(t, 0);
+    translate_forget_returns(t, 1);
 }
 
 static const struct block_hooks block_hooks = {
@@ -174,14 +201,15 @@ static const struct block_hooks block_hooks = {
     .flushed = on_flushed,
 };
 
-static void mapping_changed(struct x86_cpu *cpu, bool user, bool supervisor)
+static void mapping_changed(struct x86_cpu *cpu, const struct x86_tlb_space *space)
 {
     struct translator *t = translator_of(cpu);
 
-    if (supervisor)
-        empty_jumps(t, 0);
-    if (user)
-        empty_jumps(t, 1);
+    empty_table(table_of(t, space));
+    if (!space)
+        translate_forget_returns(t, 0);
+    else if (space == t->return_space)
+        translate_forget_returns(t, 1);
 }
 
 static const struct x86_engine_hooks cpu_hooks = {
@@ -199,6 +227,7 @@ static void translate_destroy(struct vcpu *vcpu)
         return;
     interp_teardown(&t->it);
     code_destroy(&t->code);
+    translate_returns_destroy(t);
     free(t->jumps);
     free(t->work);
     free(t);
@@ -215,13 +244,13 @@ static int translate_create(struct vcpu *vcpu)
     memset(t, 0, sizeof(*t));
     vcpu->data = t;
     t->self = t;
-    t->threshold = translate_threshold;
+    t->options = translate_options;
     t->tlb_mask = (uint64_t)(TLB_ENTRIES - 1) << GUEST_PAGE_SHIFT;
     t->jump_mask = (uint64_t)(TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_SHIFT;
     t->page_mask = GUEST_PAGE_MASK;
     for (unsigned i = 0; i < ARRAY_SIZE(t->aligned_mask); i++)
         t->aligned_mask[i] = GUEST_PAGE_MASK | ((1u << i) - 1);
-    t->jumps = calloc(2, sizeof(*t->jumps));
+    t->jumps = calloc(1 + X86_TLB_SPACES, sizeof(*t->jumps));
     t->work = translate_work_create();
     if (!t->jumps || !t->work)
         goto out;
@@ -229,9 +258,12 @@ static int translate_create(struct vcpu *vcpu)
     if (err)
         goto out;
     translate_emit_runtime(t);
-    for (unsigned mode = 0; mode < 2; mode++) {
-        t->jumps_used[mode] = true;
-        empty_jumps(t, mode);
+    err = translate_returns_create(t);
+    if (err)
+        goto out;
+    for (unsigned i = 0; i < 1 + X86_TLB_SPACES; i++) {
+        t->jumps[i].used = true;
+        empty_table(&t->jumps[i]);
     }
     t->it.block_hooks = &block_hooks;
     err = interp_setup(&t->it, vcpu, &cpu_hooks);
@@ -252,6 +284,8 @@ static enum vm_exit translate_run(struct vcpu *vcpu)
         log_error("cannot set the GS base: %s", strerror(errno));
         return VM_EXIT_ERROR;
     }
+    if (translate_returns_attach(vcpu->data))
+        return VM_EXIT_ERROR;
     return interp_run(vcpu);
 }
 

@@ -1,15 +1,21 @@
 /*
- * The translator's insides. It works on the interpreter's blocks: a block runs as decoded ops until it is warm, then
- * its ops are translated to host code that hands to the interpreter, op by op, what it does not do itself.
+ * The translator's insides. It works on top of the interpreter: a block runs as decoded ops until it is warm, then a unit of
+ * host code is made that begins with it. What translated code does not do itself it hands to the interpreter, one instruction at
+ * a time or for good.
  *
  * Registers while translated code runs (the register mapping; why: docs/translator.md):
- *   guest RAX RDX RBX RBP RSI RDI R8 R9 R12 R13           host register of the same name
- *   guest RSP, RCX                                        host R15, R14
- *   guest R10 R11 R14 R15                                 memory
- *   host R10, R11, RCX                                    scratch
+ *   guest RAX RCX RDX RBX RBP RSI RDI R8 R9 R12 R13 R14   host register of the same name
+ *   guest RSP                                             host R15
+ *   guest R10 R11 R15                                     memory
+ *   host R10, R11                                         scratch
  *   host GS base                                          struct translator (first: struct interp, struct x86_cpu)
- *   host RSP                                              the host's stack
- * EFLAGS hold the guest's arithmetic flags at every instruction boundary. Vector state is in memory.
+ *   host RSP                                              the return stack (below)
+ * EFLAGS hold the guest's arithmetic flags wherever they can matter. Vector registers are in memory, or in the host's when
+ * vectors_loaded is set; then MXCSR is the guest's too.
+ *
+ * The return stack: a guest CALL pushes the guest's return address on it and makes a host CALL; a guest RET makes a host
+ * RET and compares, so the host predicts guest returns. It only ever predicts: what is on it may be dropped at any time by
+ * pointing RSP at its end, where a RET leads to the general way (return_bottom). It has a guard page, whose hit does that.
  */
 #ifndef RINGFORT_ENGINE_TRANSLATE_H
 #define RINGFORT_ENGINE_TRANSLATE_H
@@ -17,23 +23,33 @@
 #include "engine/interp/interp.h"
 #include "engine/translate/asm.h"
 #include "engine/translate/code.h"
+#include "engine/translate/options.h"
 
-#define TRANSLATE_JUMPS 16384u
-#define TRANSLATE_JUMP_SHIFT 2
+#define TRANSLATE_JUMPS 4096u
+#define TRANSLATE_JUMP_SHIFT 1          /* of the guest address, for the index */
+#define TRANSLATE_ADDENDS 16u
+
+/* Where indirect jumps lead, by guest address, in one address space and privilege. Emptied when mappings of code change. */
+struct jump_entry_host {
+    uint64_t rip;
+    uint64_t negative;          /* minus rip */
+    const void *code;
+    uint64_t unused;
+};
+struct jump_table {
+    struct jump_entry_host entry[TRANSLATE_JUMPS];
+    bool used;                  /* not empty */
+};
+/* What enter() returns besides ops and chains: a RET whose target (in s.rip) has no translation. */
+#define RETURNED_NOWHERE 2u
+
+/* Non-canonical: nothing is ever fetched from there. */
+#define JUMP_EMPTY 0x4000000000000000ull
 
 static inline unsigned translate_jump_index(uint64_t rip)
 {
     return (rip >> TRANSLATE_JUMP_SHIFT) & (TRANSLATE_JUMPS - 1);
 }
-
-/*
- * Where indirect jumps lead, by guest address. Valid until the next change of mappings, hence emptied then; one table for
- * user and one for kernel mode. Tags are negated, so that a sum of zero means equal.
- */
-struct jump_table {
-    uint64_t tag[TRANSLATE_JUMPS];      /* minus the guest address; of another index when empty */
-    const void *code[TRANSLATE_JUMPS];
-};
 
 /* A place where translated code is left, patched into a jump when its target is translated. */
 struct chain {
@@ -45,40 +61,101 @@ struct chain {
     uint64_t target;            /* from cpu->code_page on */
 };
 
+/* Where a RET comes back to; made void when the unit is dropped. */
+struct return_site {
+    uint8_t *code;              /* writable view */
+    struct return_site *next;
+};
+
+/* A place in guest code where translated code may need the runtime. */
+struct translate_site {
+    struct block *block;
+    const struct op *op;        /* the instruction, to be run alone; made when first needed */
+    const void *retry, *back;   /* the check again; behind the instruction */
+    const void *apart;          /* group: the instruction in the unit's version without groups, or NULL: not made yet */
+    struct translate_site *next;
+    uint16_t offset, index;     /* of the instruction: in its page, in its unit */
+    uint16_t span;              /* bytes that the check covers */
+    uint8_t kind;               /* enum tlb_kind */
+    uint8_t length, align;      /* of the instruction; of the address when aligned */
+    bool group, aligned;
+};
+
+struct return_stack {
+    uint8_t *memory;            /* guard page first */
+    uint64_t *bottom;           /* RSP when empty */
+    uint64_t *saved;            /* RSP while the other one is in use */
+};
+
 struct translator {
     struct interp it;           /* first */
     struct code_memory code;
-    struct jump_table *jumps;   /* [0] kernel, [1] user */
+    struct jump_table *jumps;   /* [0] kernel, [1 + i] user's space i */
     struct jump_table *jumps_now;       /* the one in force while translated code runs */
-    bool jumps_used[2];         /* not empty */
+    struct return_stack returns[2];     /* kernel, user */
+    uint64_t *return_bottom;    /* of the one in use */
+    uint64_t return_rsp;        /* RSP of the return stack while C runs */
+    uint8_t return_mode;        /* which one is in use */
+    const struct x86_tlb_space *return_space;   /* whose returns are on the user's */
     uint64_t tlb_mask;          /* PEXT masks */
     uint64_t jump_mask;
     uint64_t page_mask;
     uint64_t aligned_mask[7];   /* by log2 of the size: page_mask and the bits that an aligned address has not */
+    uint64_t addend[TRANSLATE_ADDENDS];         /* of groups */
+    uint64_t rcx;               /* around JRCXZ */
+    uint8_t vectors_loaded;
+    uint8_t vectors_reload;
+    uint8_t interpret_once;     /* the next block is not to be entered by its translation, which would come back at once */
     uint8_t simd_trap;          /* cpu.simd_trap that translations were made for */
-    uint64_t saved_code, saved_target;  /* over the store of a return address */
-    struct translation *work;   /* the block being translated */
+    struct unit *work;          /* the unit being translated */
     uint64_t host_rsp;
+    void *signal_stack;
     void *self;                 /* this struct: translated code has its address only as the GS base */
+    struct translate_site *site;        /* between the two halves of the miss routine */
+    gva_t site_va;
+    uint64_t slow_return;
+    uint64_t saved_code, saved_target;  /* of an indirect call, over the store of its return address */
     bool op_finished;           /* the op that was run alone went on to the next one */
     /* Routines, emitted once. */
     const struct op *(*enter)(struct translator *t, const void *code);
-    const uint8_t *exit_null, *exit_op, *slow;      /* writable view */
+    const uint8_t *exit_null, *exit_op, *run_op, *run_and_go, *fill, *vectors_load, *return_missed;  /* writable view */
+    const uint8_t *lookup_missed;       /* writable view */
+    struct jump_entry_host nowhere;     /* leads to lookup_missed */
+    const void *return_stub;    /* executable view: what lies at the bottom of a return stack */
     /* Settings and figures. */
-    unsigned threshold;
-    uint64_t blocks, bytes, chained, indirect_misses, entered;
+    struct translate_options options;
+    uint64_t blocks, bytes, guest_bytes, apart, chained, indirect_misses, entered, fills, slow_ops, group_misses;
+    uint64_t return_misses, stack_overflows;
 };
 
 static inline struct translator *translator_of(struct x86_cpu *cpu) { return (struct translator *)cpu; }
 
 /* Emits the routines. */
 void translate_emit_runtime(struct translator *t);
-struct translation *translate_work_create(void);
-/* Translates a block; false: not this one (now). */
+struct unit *translate_work_create(void);
+/* Translates the unit that begins with the block; false: not this one (now). */
 bool translate_block(struct translator *t, struct block *b);
-/* Runs one op alone for translated code: 1 when it went on, 0 when translated code has to be left (s.rip is set). */
-int translate_run_op(struct x86_cpu *cpu, const struct op *op);
-/* Copies op so that it can be run alone. next: address of the following instruction. */
-const struct op *translate_single(struct translator *t, const struct op *op, struct block *b);
+/* Its version without groups, for all its sites. False: no room (flush_wanted is set). */
+bool translate_apart(struct translator *t, struct block *b);
+
+/*
+ * For the miss routine: makes the access of site to va possible. Host code to go on at, or NULL: the instruction needs
+ * translate_slow(). Compiled without vector registers, which may be the guest's.
+ */
+const void *translate_fill(struct translator *t, struct translate_site *site, gva_t va);
+/* Does what fill could not, with all guest state in the vCPU: where to go on, or NULL to leave (s.rip is set). */
+const void *translate_slow(struct translator *t, struct translate_site *site);
+/* Runs the instruction of the site alone. The same result. */
+const void *translate_run_op(struct translator *t, struct translate_site *site);
+
+/* ---- returns.c ---- */
+/* After the routines are there. 0 or a negative errno (logged). */
+int translate_returns_create(struct translator *t);
+/* In the thread that ran it last, or when that is gone. */
+void translate_returns_destroy(struct translator *t);
+/* In the thread that is to run it: has the guard pages watched. 0 or a negative errno (logged). */
+int translate_returns_attach(struct translator *t);
+/* Drops what is on a return stack: 0 the supervisor's, 1 the user's. Not from translated code. */
+void translate_forget_returns(struct translator *t, unsigned mode);
 
 #endif

@@ -105,18 +105,21 @@ static void check_end(struct x86_cpu *cpu, gva_t va, unsigned len)
 }
 
 /*
- * #AC: only the checking set is ever asked to look. Vectors are checked for 16 bytes, 80-bit operands for 8;
- * areas of other sizes have rules of their own. A non-canonical address comes first, a page fault later.
+ * #AC: only the checking set is ever asked to look. Vectors are checked for 16 bytes on AMD's processors, not at all on Intel's;
+ * 80-bit operands for 8; areas of other sizes have rules of their own. A non-canonical address comes first (on AMD's also that of
+ * the end), a page fault later.
  */
 static void check_alignment(struct x86_cpu *cpu, const struct tlb_set *set, gva_t va, unsigned size)
 {
-    unsigned align = size == 10 ? 8 : size > 64 || size & (size - 1) ? 1 : MIN(size, 16u);
+    unsigned vector = cpu->amd ? 16 : 1;
+    unsigned align = size == 10 ? 8 : size > 64 || size & (size - 1) ? 1 : size < 16 ? size : vector;
 
     if (likely(set != &x86_checking_set) || !(va & (align - 1)))
         return;
     if (!x86_canonical(cpu, va))
         x86_raise_non_canonical(cpu, va);
-    check_end(cpu, va, size);
+    if (cpu->amd)
+        check_end(cpu, va, size);
     x86_raise_error(cpu, X86_AC, 0);
 }
 

@@ -85,11 +85,11 @@ struct x86_engine_hooks {
      */
     void (*code_written)(struct x86_cpu *cpu, gpa_t gpa, unsigned len);
     /*
-     * What the engine remembers of where code is by virtual address (jump caches) is void, for user mode or for the
-     * supervisor or both: pages that were fetched from were flushed, or another address space is in force. Not called for
-     * changes of CPL or code size.
+     * What the engine remembers of where code is by virtual address (jump caches) is void in this address space of the user, or
+     * for the supervisor (NULL): pages that were fetched from were flushed. Called before or after it happens; not called when
+     * another address space, CPL or code size comes into force.
      */
-    void (*mapping_changed)(struct x86_cpu *cpu, bool user, bool supervisor);
+    void (*mapping_changed)(struct x86_cpu *cpu, const struct x86_tlb_space *space);
 };
 
 struct x86_cpu {
@@ -216,6 +216,11 @@ void x86_tlb_flush_all(struct x86_cpu *cpu);            /* with global pages, al
 void x86_tlb_flush_page(struct x86_cpu *cpu, gva_t va); /* INVLPG */
 /* CR3 loaded: selects or flushes the space. no_flush: bit 63 with PCID. */
 void x86_tlb_load_cr3(struct x86_cpu *cpu, uint64_t old_cr3, bool no_flush);
+/*
+ * Fills the set for the access ahead of time or after a miss, if it is RAM and can be had without anything that the guest could
+ * notice: raises nothing, and a write only where the page is dirty already. Uses no vector registers.
+ */
+bool x86_tlb_try_fill(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, enum x86_access access);
 /* Another vCPU decodes this RAM page: drop write tags for it in all sets. */
 void x86_tlb_drop_writes_to(struct x86_cpu *cpu, const void *host_page);
 

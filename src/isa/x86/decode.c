@@ -310,6 +310,9 @@ int x86_decode(struct x86_insn *insn, const uint8_t *memory, unsigned len, unsig
     /* 0F 0D is PREFETCH; with a register Intel processors let it pass. */
     if (amd_branches && z.opcode_map == ZYDIS_OPCODE_MAP_0F && z.opcode == 0x0d && z.raw.modrm.mod == 3)
         return -EINVAL;
+    /* Intel processors have no SYSRET outside 64-bit mode. */
+    if (!amd_branches && z.mnemonic == ZYDIS_MNEMONIC_SYSRET && code_size != 8)
+        return -EINVAL;
     /* CLZERO has no meaning with these, which Zydis overlooks. */
     if (z.mnemonic == ZYDIS_MNEMONIC_CLZERO)
         for (unsigned i = 0; i < z.raw.prefix_count; i++)
@@ -354,8 +357,12 @@ int x86_decode(struct x86_insn *insn, const uint8_t *memory, unsigned len, unsig
             insn->visible++;
     }
     fill_encoding(insn, &z);
+    if (z.cpu_flags) {
+        insn->flags_read = z.cpu_flags->tested & RFLAGS_ARITH;
+        insn->flags_written = (z.cpu_flags->modified | z.cpu_flags->set_0 | z.cpu_flags->set_1) & RFLAGS_ARITH;
+    }
 
-    if (insn->mnemonic == ZYDIS_MNEMONIC_PAUSE && insn->has_rex && z.raw.rex.B)
+    if (amd_branches && insn->mnemonic == ZYDIS_MNEMONIC_PAUSE && insn->has_rex && z.raw.rex.B)
         make_xchg_r8(insn, &z);
     if (amd_branches && (insn->mnemonic == ZYDIS_MNEMONIC_LOOPE || insn->mnemonic == ZYDIS_MNEMONIC_LOOPNE))
         insn->mnemonic = amd_loop(&z);

@@ -229,7 +229,18 @@ void x86_insn_mov_to_seg(struct x86_cpu *cpu, const struct x86_insn *insn)
 
 void x86_insn_push_seg(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
-    x86_push(cpu, cpu->s.seg[insn->operand[0].reg].selector, insn->op_size);
+    uint16_t selector = cpu->s.seg[insn->operand[0].reg].selector;
+    struct x86_stack st;
+
+    if (insn->op_size != 4 || cpu->amd) {
+        x86_push(cpu, selector, insn->op_size);
+        return;
+    }
+    /* Intel's processors store 16 bits of the 32 that it takes on the stack (SDM vol. 2B, PUSH). */
+    x86_stack_current(cpu, &st);
+    x86_stack_skip(&st, -2ull);
+    x86_stack_push(cpu, &st, selector, 2);
+    x86_stack_commit(cpu, &st);
 }
 
 void x86_insn_pop_seg(struct x86_cpu *cpu, const struct x86_insn *insn)

@@ -76,6 +76,7 @@ struct x86_insn {
     uint8_t mask_reg;           /* EVEX opmask k1…k7, 0: none */
     uint8_t mask_zeroing;
     uint8_t broadcast;          /* EVEX.b with memory: to how many elements, 0: not */
+    uint16_t flags_read, flags_written;     /* arithmetic flags, as bits of RFLAGS; undefined ones are in neither */
     bool suppresses_faults;     /* EVEX: elements of the memory operand that the opmask leaves out do not fault */
 };
 

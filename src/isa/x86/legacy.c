@@ -2,13 +2,15 @@
  * Stack instructions of any operand and stack size, decimal arithmetic, XLAT, SALC.
  *
  * Decimal adjustments follow the pseudo-code of the SDM. Flags that it leaves undefined are those of the addition or
- * subtraction inside, of AL, or of AX for AAA and AAS: so AMD's processors, tried with every operand.
+ * subtraction inside, of AL, or of AX for AAA and AAS: so AMD's processors, tried with every operand. Intel's have those of AL's
+ * new value, and no OF.
  */
 #include "base/util.h"
 #include "isa/x86/legacy.h"
 
 #define CF 0x100u               /* in cpu->arith */
 #define AF 0x1000u
+#define OF 1u
 
 static uint64_t operand_value(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned size)
 {
@@ -143,6 +145,8 @@ static void decimal_adjust(struct x86_cpu *cpu, bool subtract)
 
     x86_set_gpr(cpu, RAX, (uint8_t)(subtract ? al - by : al + by), 1);
     set_flags(cpu, al, by, subtract, 8, high || (subtract && low && al < 6), low);
+    if (!cpu->amd)
+        cpu->arith &= ~OF;
 }
 
 static void daa(struct x86_cpu *cpu, const struct x86_insn *insn) { decimal_adjust(cpu, false); }
@@ -154,8 +158,13 @@ static void ascii_adjust(struct x86_cpu *cpu, bool subtract)
     bool adjust = (ax & 15) > 9 || (cpu->arith & AF);
     uint16_t by = adjust ? 0x106 : 0;
 
-    x86_set_gpr(cpu, RAX, (uint16_t)(subtract ? ax - by : ax + by) & 0xff0f, 2);
-    set_flags(cpu, ax, by, subtract, 16, adjust, adjust);
+    uint16_t result = (uint16_t)(subtract ? ax - by : ax + by) & 0xff0f;
+
+    x86_set_gpr(cpu, RAX, result, 2);
+    if (cpu->amd)
+        set_flags(cpu, ax, by, subtract, 16, adjust, adjust);
+    else
+        set_flags(cpu, result & 15, 0, false, 8, adjust, adjust);
 }
 
 static void aaa(struct x86_cpu *cpu, const struct x86_insn *insn) { ascii_adjust(cpu, false); }

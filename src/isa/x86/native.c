@@ -524,14 +524,33 @@ static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const s
         }
 }
 
+/* FSTP and FBSTP of 80 bits: mantissa, then sign and exponent. */
+static void run_in_parts(struct x86_cpu *cpu, const struct native_insn *n, gva_t va)
+{
+    struct x86_fpu before = cpu->s.fpu, after;
+    uint8_t buf[16] __attribute__((aligned(16))) = { 0 };
+
+    x86_probe_write(cpu, va, 8);
+    run(cpu, n, buf);
+    after = cpu->s.fpu;
+    cpu->s.fpu = before;        /* for faults */
+    x86_write_bytes(cpu, va, buf, 8);
+    x86_write_bytes(cpu, va + 8, buf + 8, 2);
+    cpu->s.fpu = after;
+}
+
 /* Where the operand is not all plain RAM in one page. */
 static __attribute__((noinline, cold)) void run_bounced(struct x86_cpu *cpu, const struct x86_insn *insn,
                                                         const struct native_insn *n, gva_t va)
 {
     uint8_t buf[256] __attribute__((aligned(64))) = { 0 };
 
-    /* AMD's processors take 80 bits in two parts. */
-    if (cpu->amd && n->mem_size == 10) {
+    /* Processors take 80 bits in two parts. Intel's have stored the first when the second faults. */
+    if (n->mem_size == 10 && n->mem_write && !cpu->amd) {
+        run_in_parts(cpu, n, va);
+        return;
+    }
+    if (n->mem_size == 10) {
         if (n->mem_write)
             x86_probe_write(cpu, va, 8);
         else
@@ -547,11 +566,36 @@ static __attribute__((noinline, cold)) void run_bounced(struct x86_cpu *cpu, con
         x86_write_bytes(cpu, va, buf, n->mem_size);
 }
 
+/* The exceptions of x87 that keep a store from being done, when unmasked: IE, OE, UE. */
+#define STORE_EXCEPTIONS 0x19u
+
+/*
+ * An x87 store that raises an unmasked exception does not get to memory, nor to its faults, on Intel's processors. True: that
+ * was so.
+ */
+static __attribute__((noinline, cold)) bool stores_nothing(struct x86_cpu *cpu, const struct native_insn *n)
+{
+    struct x86_fpu before = cpu->s.fpu;
+    uint8_t buf[16] __attribute__((aligned(16))) = { 0 };
+
+    run(cpu, n, buf);
+    if (cpu->s.fpu.fsw & ~cpu->s.fpu.fcw & STORE_EXCEPTIONS)
+        return true;
+    cpu->s.fpu = before;
+    return false;
+}
+
 static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n)
 {
     uint64_t wanted = n->masked ? wanted_elements(cpu, insn, n) : 1;
     gva_t va;
     void *p;
+
+    if (n->kind == NATIVE_X87 && n->x87_waits && n->mem_write && !cpu->amd && (~cpu->s.fpu.fcw & STORE_EXCEPTIONS) && stores_nothing(cpu, n))
+        return;
+    /* An MMX store has changed TOP, not the tags, when it faults on Intel's processors. */
+    if (n->kind == NATIVE_MMX && n->mem_write && !cpu->amd)
+        native_clear_top(&cpu->s.fpu);
 
     /* Before segment limits. */
     if (n->aligned && wanted) {
@@ -594,9 +638,12 @@ void native_execute(struct x86_cpu *cpu, const struct x86_insn *insn, const stru
         run(cpu, n, NULL);
     cpu->s.fpu.xinuse_hint |= n->components;
     if (n->x87_pointers) {
-        cpu->s.fpu.fop = (uint16_t)((insn->bytes[insn->modrm_offset - 1] & 7) << 8 | insn->bytes[insn->modrm_offset]);
         cpu->s.fpu.fip = cpu->s.rip;
         cpu->s.fpu.fcs = cpu->s.seg[SEG_CS].selector;
+        /* On Intel's processors the others are of the last unmasked exception (SDM vol. 1 8.1.8, 8.1.9). */
+        if (!cpu->amd && !(cpu->s.fpu.fsw & 0x80))
+            return;
+        cpu->s.fpu.fop = (uint16_t)((insn->bytes[insn->modrm_offset - 1] & 7) << 8 | insn->bytes[insn->modrm_offset]);
         if (insn->has_mem) {
             cpu->s.fpu.fdp = x86_effective(cpu, insn);
             cpu->s.fpu.fds = cpu->s.seg[insn->mem.seg].selector;

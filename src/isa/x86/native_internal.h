@@ -46,5 +46,7 @@ native_special_fn *native_special(const struct x86_insn *insn);
 /* The x87 state between struct x86_fpu and cpu->native_fx. */
 void native_fx_load(struct x86_cpu *cpu);
 void native_fx_store(struct x86_cpu *cpu);
+/* TOP becomes 0; the registers stay, at other places of st[]. */
+void native_clear_top(struct x86_fpu *f);
 
 #endif

@@ -81,16 +81,19 @@ static uint8_t abridged_tag(uint16_t tag)
 /* 14 or 28 bytes in protected-mode format, which is also what 64-bit mode uses. */
 static unsigned environment_size(const struct x86_insn *insn) { return insn->op_size == 2 ? 14 : 28; }
 
-static void put_environment(const struct x86_fpu *f, uint8_t *out, unsigned size)
+/* Intel's processors store zeros for the selectors (SDM vol. 1 8.1.8). */
+static void put_environment(const struct x86_cpu *cpu, uint8_t *out, unsigned size)
 {
+    const struct x86_fpu *f = &cpu->s.fpu;
+    uint16_t fcs = cpu->amd ? f->fcs : 0, fds = cpu->amd ? f->fds : 0;
+
     if (size == 28) {
         const uint32_t words[7] = { 0xffff0000u | f->fcw, 0xffff0000u | f->fsw, 0xffff0000u | full_tag(f),
-                                    (uint32_t)f->fip, f->fcs | (uint32_t)f->fop << 16, (uint32_t)f->fdp,
-                                    0xffff0000u | f->fds };
+                                    (uint32_t)f->fip, fcs | (uint32_t)f->fop << 16, (uint32_t)f->fdp, 0xffff0000u | fds };
 
         memcpy(out, words, sizeof(words));
     } else {
-        const uint16_t words[7] = { f->fcw, f->fsw, full_tag(f), (uint16_t)f->fip, f->fcs, (uint16_t)f->fdp, f->fds };
+        const uint16_t words[7] = { f->fcw, f->fsw, full_tag(f), (uint16_t)f->fip, fcs, (uint16_t)f->fdp, fds };
 
         memcpy(out, words, sizeof(words));
     }
@@ -120,15 +123,15 @@ static void get_environment(struct x86_fpu *f, const uint8_t *in, unsigned size)
 }
 
 /*
- * The address of an environment or image. Its parts are accessed one by one, but a fault must come first: AMD's
- * processors look at the first word, then at the last byte.
+ * The address of an environment or image. Its parts are accessed one by one, but a fault must come first: processors look at
+ * the first word, then at the last byte.
  */
 static gva_t image_address(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned size, bool write)
 {
     gva_t va = x86_linear(cpu, insn, size, write);
     uint8_t word[4];
 
-    if (cpu->tlb == &x86_checking_set || (cpu->amd && (va ^ (va + size - 1)) & GUEST_PAGE_MASK)) {
+    if (cpu->tlb == &x86_checking_set || (va ^ (va + size - 1)) & GUEST_PAGE_MASK) {
         if (write) {
             x86_probe_write(cpu, va, environment_size(insn) / 7);
             x86_probe_write(cpu, va + size - 1, 1);
@@ -146,7 +149,7 @@ static void fnstenv(struct x86_cpu *cpu, const struct x86_insn *insn)
     unsigned size = environment_size(insn);
     uint8_t env[28];
 
-    put_environment(f, env, size);
+    put_environment(cpu, env, size);
     x86_write_bytes(cpu, image_address(cpu, insn, size, true), env, size);
     f->fcw |= 0x3f;
     update_summary(f);
@@ -203,7 +206,7 @@ static void fnsave(struct x86_cpu *cpu, const struct x86_insn *insn)
     unsigned size = environment_size(insn), top = f->fsw >> 11 & 7;
     uint8_t image[28 + 80];
 
-    put_environment(f, image, size);
+    put_environment(cpu, image, size);
     for (unsigned i = 0; i < 8; i++)
         memcpy(image + size + i * 10, f->st[i], 10);
     x86_write_bytes(cpu, image_address(cpu, insn, size + 80, true), image, size + 80);
@@ -292,19 +295,24 @@ static void vmaskmov(struct x86_cpu *cpu, const struct x86_insn *insn)
             x86_write_bytes_in(cpu, set, va[i], vector + i * element, element);
 }
 
-/* What every MMX instruction does: all registers valid, TOP 0. */
-static void enter_mmx(struct x86_fpu *f)
+void native_clear_top(struct x86_fpu *f)
 {
     unsigned top = f->fsw >> 11 & 7;
 
     f->fsw &= (uint16_t)~0x3800;
-    f->ftw = 0xff;
     restack(f, top);
+}
+
+/* What every MMX instruction does: all registers valid, TOP 0. */
+static void enter_mmx(struct x86_fpu *f)
+{
+    native_clear_top(f);
+    f->ftw = 0xff;
 }
 
 /*
  * MASKMOVDQU and MASKMOVQ: bytes to DS:rDI, which a prefix may override. Whether bytes that are not stored may fault is up
- * to the processor: AMD's do, and have changed to MMX state before.
+ * to the processor: AMD's do, and have changed to MMX state before. Intel's take eight bytes at a time, the upper ones first.
  */
 static void maskmov_bytes(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
@@ -320,14 +328,21 @@ static void maskmov_bytes(struct x86_cpu *cpu, const struct x86_insn *insn)
         unsigned reg = insn->operand[operand].reg;
         memcpy(i ? mask : vector, mmx ? cpu->s.fpu.st[(reg - top) & 7] : cpu->s.fpu.zmm[reg], size);
     }
-    if (cpu->amd && mmx)
+    if (mmx && cpu->amd)
         enter_mmx(&cpu->s.fpu);
+    else if (mmx)
+        native_clear_top(&cpu->s.fpu);
     va = x86_seg_linear(cpu, insn->mem.seg, x86_get_gpr(cpu, RDI, insn->addr_size), size, true);
     if (cpu->amd)               /* the whole location, whatever the mask, its alignment too */
         x86_probe_write(cpu, va, size);
-    for (unsigned i = 0; i < size; i++)
-        if (mask[i] >> 7)
-            x86_probe_write(cpu, va + i, 1);
+    else if (!x86_canonical(cpu, va) || !x86_canonical(cpu, va + size - 1))
+        x86_raise_non_canonical(cpu, va);
+    for (unsigned i = 0; i < size; i++) {
+        unsigned k = cpu->amd ? i : i ^ (size - 8);
+
+        if (mask[k] >> 7)
+            x86_probe_write(cpu, va + k, 1);
+    }
     for (unsigned i = 0; i < size; i++)
         if (mask[i] >> 7)
             x86_write8(cpu, va + i, vector[i]);
@@ -388,7 +403,7 @@ static gva_t element_address(struct x86_cpu *cpu, const struct x86_insn *insn, c
 
 /*
  * Elements are done one by one, each clearing its mask bit, so a fault in the middle leaves what is done and the
- * instruction goes on with the rest.
+ * instruction goes on with the rest. By then Intel's processors have made the mask one of all ones and zeros.
  */
 static void gather_scatter(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
@@ -420,6 +435,11 @@ static void gather_scatter(struct x86_cpu *cpu, const struct x86_insn *insn)
 
     size = count * v.element;
     width = MAX(reg->size, insn->mem.vsib_size);
+    if (vex_mask && !cpu->amd) {
+        for (unsigned i = 0; i < width / v.element; i++)
+            memset(vex_mask + i * v.element, sign(vex_mask, i, v.element) ? 0xff : 0, v.element);
+        memset(vex_mask + width, 0, 64 - width);
+    }
     for (unsigned i = 0; i < count; i++) {
         uint8_t *element = vector + i * v.element;
         bool wanted = vex_mask ? sign(vex_mask, i, v.element) : f->k[insn->mask_reg] >> i & 1;
@@ -428,8 +448,8 @@ static void gather_scatter(struct x86_cpu *cpu, const struct x86_insn *insn)
             x86_write_bytes_in(cpu, set, element_address(cpu, insn, &v, index, i), element, v.element);
         } else if (wanted) {
             x86_read_bytes_in(cpu, set, element_address(cpu, insn, &v, index, i), element, v.element);
-            /* What an EVEX instruction writes at all ends with the wider of its vectors. */
-            if (!vex_mask)
+            /* What an EVEX instruction writes at all ends with the wider of its vectors; on Intel's also a VEX one. */
+            if (!vex_mask || !cpu->amd)
                 memset(vector + width, 0, 64 - width);
         }
         if (vex_mask)

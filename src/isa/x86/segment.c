@@ -33,6 +33,12 @@ static bool type_allows(const struct x86_cpu *cpu, const struct x86_seg *seg, bo
     return !write || (seg->attr & 2);
 }
 
+/* An operand that wraps at the end of a segment of 4 GiB is within its limit on Intel's processors (SDM vol. 3A 5.3). */
+static bool within(const struct x86_cpu *cpu, const struct x86_seg *s, uint64_t offset, unsigned size)
+{
+    return x86_in_limit(s, offset, size) || (!cpu->amd && s->limit == UINT32_MAX && x86_in_limit(s, offset, 1));
+}
+
 gva_t x86_seg_linear(struct x86_cpu *cpu, unsigned seg, uint64_t offset, unsigned size, bool write)
 {
     const struct x86_seg *s = &cpu->s.seg[seg];
@@ -40,7 +46,7 @@ gva_t x86_seg_linear(struct x86_cpu *cpu, unsigned seg, uint64_t offset, unsigne
     if (cpu->code_size == 8)
         return seg >= SEG_FS ? s->base + offset : offset;
     if (!(cpu->flat && seg != SEG_CS && seg < SEG_FS && offset + size <= 1ull << 32) &&
-        (!type_allows(cpu, s, write) || !x86_in_limit(s, offset, size)))
+        (!type_allows(cpu, s, write) || !within(cpu, s, offset, size)))
         x86_raise_error(cpu, seg == SEG_SS ? X86_SS : X86_GP, 0);
     return (uint32_t)(s->base + offset);
 }
@@ -81,7 +87,7 @@ static gva_t stack_linear(struct x86_cpu *cpu, const struct x86_stack *st, uint6
         return offset;
     }
     /* Pushes and pops write and read data: SS is never anything but writable data. */
-    if (!type_allows(cpu, &st->ss, true) || !x86_in_limit(&st->ss, offset, size))
+    if (!type_allows(cpu, &st->ss, true) || !within(cpu, &st->ss, offset, size))
         x86_raise_error(cpu, X86_SS, st->fault_error);
     return (uint32_t)(st->ss.base + offset);
 }

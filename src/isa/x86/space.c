@@ -149,31 +149,42 @@ static uint64_t key_in_force(const struct x86_cpu *cpu)
     return KEY_VALID | (cpu->s.cr4 & CR4_PCIDE ? cpu->s.cr3 & 0xfff : 0);
 }
 
-static void mapping_changed(struct x86_cpu *cpu, bool user, bool supervisor)
+/* NULL: the supervisor's. */
+static void mapping_changed(struct x86_cpu *cpu, const struct x86_tlb_space *space)
 {
-    if ((user || supervisor) && cpu->hooks && cpu->hooks->mapping_changed)
-        cpu->hooks->mapping_changed(cpu, user, supervisor);
+    if (cpu->hooks && cpu->hooks->mapping_changed)
+        cpu->hooks->mapping_changed(cpu, space);
 }
 
-static void flush_space(struct x86_tlb_space *space)
+static void flush_space(struct x86_cpu *cpu, struct x86_tlb_space *space)
 {
+    if (space->fetch.dirty)
+        mapping_changed(cpu, space);
     flush_set(&space->data);
     flush_set(&space->fetch);
 }
 
-/* True if that dropped code. */
-static bool flush_kernel_local(struct x86_cpu *cpu)
+static void flush_kernel_local(struct x86_cpu *cpu)
 {
     flush_local(&cpu->tlbs->kernel);
     flush_local(&cpu->tlbs->kernel_ac);
-    return flush_local(&cpu->tlbs->kernel_fetch);
+    if (flush_local(&cpu->tlbs->kernel_fetch))
+        mapping_changed(cpu, NULL);
 }
 
-static bool flush_kernel_page(struct x86_cpu *cpu, gva_t va)
+static void flush_kernel_page(struct x86_cpu *cpu, gva_t va)
 {
     flush_page(&cpu->tlbs->kernel, va);
     flush_page(&cpu->tlbs->kernel_ac, va);
-    return flush_page(&cpu->tlbs->kernel_fetch, va);
+    if (flush_page(&cpu->tlbs->kernel_fetch, va))
+        mapping_changed(cpu, NULL);
+}
+
+static void flush_space_page(struct x86_cpu *cpu, struct x86_tlb_space *space, gva_t va)
+{
+    flush_page(&space->data, va);
+    if (flush_page(&space->fetch, va))
+        mapping_changed(cpu, space);
 }
 
 /* The space with this key; the least recently used one is recycled when there is none. */
@@ -192,7 +203,7 @@ static struct x86_tlb_space *find_space(struct x86_cpu *cpu, uint64_t key, bool 
             oldest = s;
     }
     *found = false;
-    flush_space(oldest);
+    flush_space(cpu, oldest);
     oldest->cr3_key = key;
     oldest->used = ++cpu->space_clock;
     return oldest;
@@ -209,55 +220,45 @@ void x86_tlb_flush_all(struct x86_cpu *cpu)
     flush_set(&cpu->tlbs->kernel_ac);
     flush_set(&cpu->tlbs->kernel_fetch);
     for (unsigned i = 0; i < X86_TLB_SPACES; i++) {
-        flush_space(&cpu->tlbs->space[i]);
+        flush_space(cpu, &cpu->tlbs->space[i]);
         cpu->tlbs->space[i].cr3_key = 0;
         cpu->tlbs->space[i].used = 0;
     }
     cpu->space = find_space(cpu, key_in_force(cpu), &found);
     x86_load_pdptes(cpu, cpu->s.cr0, cpu->s.cr3, cpu->s.cr4);
     x86_update_mode(cpu);
-    mapping_changed(cpu, true, true);
+    mapping_changed(cpu, NULL);
 }
 
 void x86_tlb_flush_page(struct x86_cpu *cpu, gva_t va)
 {
-    bool user = false, supervisor = flush_kernel_page(cpu, va);
-
+    flush_kernel_page(cpu, va);
     /* Global pages of the user are kept in whatever space they were filled in, so all are looked
      * at. */
-    for (unsigned i = 0; i < X86_TLB_SPACES; i++) {
-        struct x86_tlb_space *s = &cpu->tlbs->space[i];
-        flush_page(&s->data, va);
-        if (flush_page(&s->fetch, va) && s == cpu->space)
-            user = true;
-    }
-    mapping_changed(cpu, user, supervisor);
+    for (unsigned i = 0; i < X86_TLB_SPACES; i++)
+        flush_space_page(cpu, &cpu->tlbs->space[i], va);
 }
 
 void x86_tlb_load_cr3(struct x86_cpu *cpu, uint64_t old_cr3, bool no_flush)
 {
-    bool found, user = false, supervisor;
+    bool found;
     struct x86_tlb_space *space = find_space(cpu, key_in_force(cpu), &found);
 
     if (found && !(no_flush && (cpu->s.cr4 & CR4_PCIDE))) {
-        user = space->fetch.dirty;
-        flush_space(space);
+        flush_space(cpu, space);
         cpu->tlb_flushes++;
     }
-    supervisor = flush_kernel_local(cpu);
+    flush_kernel_local(cpu);
     x86_load_pdptes(cpu, cpu->s.cr0, cpu->s.cr3, cpu->s.cr4);
     if (space != cpu->space) {
         cpu->space = space;
-        user = true;
         x86_update_mode(cpu);
     }
-    mapping_changed(cpu, user, supervisor);
 }
 
 void x86_tlb_invpcid(struct x86_cpu *cpu, unsigned type, unsigned pcid, gva_t va)
 {
     uint64_t key = KEY_VALID | pcid;
-    bool user = false, supervisor = false;
 
     if (type == 2) {
         x86_tlb_flush_all(cpu);
@@ -267,19 +268,17 @@ void x86_tlb_invpcid(struct x86_cpu *cpu, unsigned type, unsigned pcid, gva_t va
         cpu->tlb_flushes++;
     for (unsigned i = 0; i < X86_TLB_SPACES; i++) {
         struct x86_tlb_space *s = &cpu->tlbs->space[i];
-        bool code = false;
-        if (type == 0 && s->cr3_key == key) {
-            flush_page(&s->data, va);
-            code = flush_page(&s->fetch, va);
-        } else if (type == 3 || (type == 1 && s->cr3_key == key)) {
-            code = s->fetch.dirty;
-            flush_space(s);
-        }
-        user = user || (code && s == cpu->space);
+        if (type == 0 && s->cr3_key == key)
+            flush_space_page(cpu, s, va);
+        else if (type == 3 || (type == 1 && s->cr3_key == key))
+            flush_space(cpu, s);
     }
-    if (type == 3 || cpu->space->cr3_key == key)
-        supervisor = type == 0 ? flush_kernel_page(cpu, va) : flush_kernel_local(cpu);
-    mapping_changed(cpu, user, supervisor);
+    if (type == 3 || cpu->space->cr3_key == key) {
+        if (type == 0)
+            flush_kernel_page(cpu, va);
+        else
+            flush_kernel_local(cpu);
+    }
 }
 
 void x86_tlb_drop_writes_to(struct x86_cpu *cpu, const void *host_page)
@@ -319,13 +318,50 @@ static bool already_written_unseen(struct x86_cpu *cpu, _Atomic uint8_t *flags)
            !atomic_load_explicit(&cpu->mem->dirty_logging, memory_order_relaxed);
 }
 
+/* Enters what a walk found into the set. False: it is not RAM, or (a write) the page is one that others watch. */
+static bool fill(struct x86_cpu *cpu, struct x86_tlb *t, gva_t va, enum x86_access access, const struct x86_walk_result *w,
+                 struct x86_place *place)
+{
+    _Atomic uint8_t *flags;
+    uint8_t *page;
+
+    place->gpa = w->gpa;
+    if ((w->gpa & GUEST_PAGE_MASK) == cpu->apic_base)
+        return false;
+    page = memory_page(cpu->mem, w->gpa, &flags);
+    if (!page)
+        return false;
+    place->host = page + (va & ~GUEST_PAGE_MASK);
+
+    t->dirty = true;
+    if (w->page_size != GUEST_PAGE_SIZE)
+        mark_large(t, va, w->page_size);
+    if (!w->global && t->view != VIEW_USER)
+        note_local(t, va);
+    if (access == ACCESS_EXEC) {
+        t->fetched[fetched_hash(va) / 64] |= 1ull << (fetched_hash(va) % 64);
+        tlb_fill(&t->set, va, page, TLB_EXEC);
+        return true;
+    }
+    tlb_fill(&t->set, va, page, TLB_READ);
+    if (access == ACCESS_READ) {
+        if (w->write_ready && already_written_unseen(cpu, flags))
+            tlb_fill(&t->set, va, page, TLB_WRITE);
+    } else if (may_write_unseen(cpu, flags)) {
+        tlb_fill(&t->set, va, page, TLB_WRITE);
+    } else {
+        place->code = true;
+        return false;
+    }
+    return true;
+}
+
 void x86_translate(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, enum x86_access access,
                    struct x86_place *place)
 {
     if (set == &x86_checking_set)
         set = &cpu->space->data.set;
 
-    struct x86_tlb *t = container_of(set, struct x86_tlb, set);
     struct x86_walk_result w;
     uint32_t error = 0;
 
@@ -340,35 +376,24 @@ void x86_translate(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, enum x86_
             x86_raise_error(cpu, X86_GP, 0);
         x86_raise_non_canonical(cpu, va);
     }
-    if (x86_walk_for_fill(cpu, va, access, t->view, &w, &error) < 0)
+    if (x86_walk_for_fill(cpu, va, access, container_of(set, struct x86_tlb, set)->view, &w, &error) < 0)
         x86_raise_page_fault(cpu, va, error);
+    fill(cpu, container_of(set, struct x86_tlb, set), va, access, &w, place);
+}
 
-    place->gpa = w.gpa;
-    if ((w.gpa & GUEST_PAGE_MASK) == cpu->apic_base)
-        return;
-    _Atomic uint8_t *flags;
-    uint8_t *page = memory_page(cpu->mem, w.gpa, &flags);
-    if (!page)
-        return;
-    place->host = page + (va & ~GUEST_PAGE_MASK);
+bool x86_tlb_try_fill(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, enum x86_access access)
+{
+    struct x86_walk_result w;
+    struct x86_place place;
+    uint32_t error;
 
-    t->dirty = true;
-    if (w.page_size != GUEST_PAGE_SIZE)
-        mark_large(t, va, w.page_size);
-    if (!w.global && t->view != VIEW_USER)
-        note_local(t, va);
-    if (access == ACCESS_EXEC) {
-        t->fetched[fetched_hash(va) / 64] |= 1ull << (fetched_hash(va) % 64);
-        tlb_fill(set, va, page, TLB_EXEC);
-        return;
-    }
-    tlb_fill(set, va, page, TLB_READ);
-    if (access == ACCESS_READ) {
-        if (w.write_ready && already_written_unseen(cpu, flags))
-            tlb_fill(set, va, page, TLB_WRITE);
-    } else if (may_write_unseen(cpu, flags)) {
-        tlb_fill(set, va, page, TLB_WRITE);
-    } else {
-        place->code = true;
-    }
+    cpu->tlb_misses++;
+    if (set == &x86_checking_set || (cpu->long_mode && !x86_canonical(cpu, va)))
+        return false;
+    /* A walk that ends in a fault changes nothing, one for a read at most accessed bits, which processors set ahead of time too.
+     * Dirty bits are for writes that happen. */
+    if (x86_walk_for_fill(cpu, va, access == ACCESS_WRITE ? ACCESS_READ : access, container_of(set, struct x86_tlb, set)->view,
+                          &w, &error) < 0 || (access == ACCESS_WRITE && !w.write_ready))
+        return false;
+    return fill(cpu, container_of(set, struct x86_tlb, set), va, access, &w, &place);
 }

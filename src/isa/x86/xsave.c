@@ -194,7 +194,7 @@ static unsigned vector_registers(const struct x86_cpu *cpu)
 static void put_x87(const struct x86_cpu *cpu, uint8_t *image, bool rex_w)
 {
     const struct x86_fpu *f = &cpu->s.fpu;
-    bool pointers = !cpu->amd || (f->fsw & FSW_ES);
+    bool pointers = !cpu->amd || (f->fsw & FSW_ES), selectors = cpu->amd && pointers;
     uint64_t fip = pointers ? f->fip : 0, fdp = pointers ? f->fdp : 0;
 
     store_le16(image, f->fcw);
@@ -205,8 +205,8 @@ static void put_x87(const struct x86_cpu *cpu, uint8_t *image, bool rex_w)
     store_le64(image + 8, fip);
     store_le64(image + 16, fdp);
     if (!rex_w) {
-        store_le32(image + 12, pointers ? f->fcs : 0);
-        store_le32(image + 20, pointers ? f->fds : 0);
+        store_le32(image + 12, selectors ? f->fcs : 0);
+        store_le32(image + 20, selectors ? f->fds : 0);
     }
     for (unsigned i = 0; i < 8; i++) {
         memcpy(image + 32 + 16 * i, f->st[i], 10);
@@ -317,22 +317,22 @@ static uint32_t component_offset(unsigned i, uint64_t layout)
 
 /* ---- FXSAVE, FXRSTOR ---- */
 
-/* AMD's processors look for faults at certain bytes of an image first. */
+/* Processors look for faults at certain bytes of an image first. */
 static void probe(struct x86_cpu *cpu, gva_t va, bool write)
 {
-    if (!cpu->amd)
-        return;
     if (write)
         x86_probe_write(cpu, va, 1);
     else
         x86_read8(cpu, va);
 }
 
-/* The address of the image, whose alignment is checked. */
+/* The address of the image, whose alignment is checked. Intel's processors may tell by #AC. */
 static gva_t image_address(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned size, unsigned align, bool write)
 {
     gva_t va = x86_linear(cpu, insn, size, write);
 
+    if (!cpu->amd && cpu->tlb == &x86_checking_set && (va & 3) && x86_canonical(cpu, va))
+        x86_raise_error(cpu, X86_AC, 0);
     if (va & (align - 1))
         x86_raise_error(cpu, X86_GP, 0);
     return va;
@@ -430,11 +430,14 @@ static void xsave(struct x86_cpu *cpu, const struct x86_insn *insn, enum save_ki
     layout = compact ? rfbm | COMPACTED : 0;
     bytes = compact ? x86_xsave_compact_bytes(rfbm) : x86_xsave_standard_bytes(rfbm);
     va = image_address(cpu, insn, bytes, 64, true);
-    probe(cpu, va, true);
+    if (cpu->amd)
+        probe(cpu, va, true);
     probe(cpu, va + bytes - 1, true);
     x86_probe_write(cpu, va, bytes);
 
     in_use = x86_xinuse(&cpu->s.fpu) & rfbm;
+    if (!cpu->amd && cpu->code_size != 8)       /* out of reach, and not in use (SDM vol. 1 13.6) */
+        in_use &= ~BIT(XSTATE_HI16_ZMM);
     if (compact && (rfbm & BIT(XSTATE_SSE)) && cpu->s.fpu.mxcsr != MXCSR_DEFAULT)
         in_use |= BIT(XSTATE_SSE);
     write = kind == SAVE ? rfbm : in_use;
@@ -513,8 +516,13 @@ static void xrstor(struct x86_cpu *cpu, const struct x86_insn *insn, bool superv
     enabled = cpu->s.xcr0 | (supervisor ? cpu->s.xss : 0);
     rfbm = requested(cpu, enabled);
     va = image_address(cpu, insn, XSAVE_MIN_SIZE, 64, false);
-    probe(cpu, va, false);
-    probe(cpu, va + XSAVE_LEGACY_SIZE, false);
+    if (cpu->amd) {
+        probe(cpu, va, false);
+        probe(cpu, va + XSAVE_LEGACY_SIZE, false);
+    } else {
+        if (!(x86_read64(cpu, va + XSAVE_LEGACY_SIZE + 8) & COMPACTED))
+            probe(cpu, va + x86_xsave_standard_bytes(rfbm) - 1, false);
+    }
     x86_read_bytes(cpu, va, image, XSAVE_MIN_SIZE);
 
     bv = load_le64(header);
@@ -526,7 +534,8 @@ static void xrstor(struct x86_cpu *cpu, const struct x86_insn *insn, bool superv
     } else {
         if (supervisor || layout != 0 || load_le64(header + 16) != 0 || (bv & ~enabled))
             gp(cpu);
-        probe(cpu, va + x86_xsave_standard_bytes(rfbm) - 1, false);
+        if (cpu->amd)
+            probe(cpu, va + x86_xsave_standard_bytes(rfbm) - 1, false);
     }
     load = rfbm & bv;
     init = rfbm & ~bv;

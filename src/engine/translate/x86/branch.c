@@ -1,0 +1,315 @@
+/*
+ * Control transfers in translated code.
+ *
+ * Inside the page a fixed target is jumped to directly, once it is translated (struct chain): the mapping that led here
+ * holds for it too. Everything else finds its target in the jump table of the address space. Backward jumps and those
+ * through the table look for requests, so no loop goes without.
+ *
+ * Calls and returns use the return stack (translate.h). Where a RET comes back to, T is the guest address that was
+ * returned to, and what the CALL had pushed lies on top:
+ *
+ *     cmp   (%rsp), T
+ *     jne   return_missed
+ *     lea   8(%rsp), %rsp
+ *     lea   -offset(T), A
+ *     mov   A, gs:code_page
+ */
+#include "engine/translate/x86/unit.h"
+
+void unit_target(struct unit *x, uint64_t offset)
+{
+    asm_load_gs(&x->a, T, CPU_GS(code_page));
+    asm_lea(&x->a, T, T, H_NONE, 0, (int32_t)offset);
+}
+
+void unit_set_rip(struct unit *x, uint64_t offset)
+{
+    asm_load_gs(&x->a, A, CPU_GS(code_page));
+    asm_lea(&x->a, A, A, H_NONE, 0, (int32_t)offset);
+    asm_store_gs(&x->a, A, CPU_GS(s.rip));
+}
+
+static bool is_near(uint64_t target) { return target < GUEST_PAGE_SIZE; }
+
+/* Leaves for s.rip = target where request is not 0. */
+static void poll(struct unit *x, uint16_t live, uint64_t target)
+{
+    struct assembler *a = &x->a;
+    struct stub *s;
+
+    if (live) {
+        uint8_t *none;
+
+        unit_save_rcx(x);
+        asm_gs(a, false, 0x8b, H_RCX, CPU_GS(request));
+        none = asm_jrcxz(a);
+        s = unit_stub(x, STUB_AT, asm_jmp(a));
+        if (s)
+            s->restore_rcx = true;
+        asm_set_short(none, a->at);
+        unit_restore_rcx(x);
+    } else {
+        asm_gs_imm8(a, 0x83, ALU_DIGIT_CMP, CPU_GS(request), 0);
+        s = unit_stub(x, STUB_AT, asm_jcc(a, 5));
+    }
+    if (s)
+        s->target = target;
+}
+
+/* What a look-up does that finds nothing, or finds a request. */
+static struct stub *lookup_stub(struct unit *x, uint8_t *jump, enum stub_kind kind, bool restore)
+{
+    struct stub *s = unit_stub(x, kind, jump);
+
+    if (s)
+        s->restore_rcx = restore;
+    return s;
+}
+
+/* T: guest target, kept. A := its jump entry. Both stubs get the kind; at most two are made, from x->stubs on. */
+static void lookup(struct unit *x, uint16_t live, enum stub_kind kind)
+{
+    struct assembler *a = &x->a;
+
+    if (live) {
+        uint8_t *hit;
+
+        unit_save_rcx(x);
+        asm_pext_gs(a, H_RCX, T, T_GS(jump_mask));
+        asm_load_gs(a, A, T_GS(jumps_now));
+        asm_lea(a, H_RCX, H_NONE, H_RCX, 2, 0);
+        asm_lea(a, A, A, H_RCX, 3, 0);
+        asm_mem(a, true, 0x8b, H_RCX, A, H_NONE, 0, offsetof(struct jump_entry_host, negative));
+        asm_lea(a, H_RCX, H_RCX, T, 0, 0);
+        hit = asm_jrcxz(a);
+        lookup_stub(x, asm_jmp(a), kind, true);
+        asm_set_short(hit, a->at);
+        asm_gs(a, false, 0x8b, H_RCX, CPU_GS(request));
+        hit = asm_jrcxz(a);
+        lookup_stub(x, asm_jmp(a), kind, true);
+        asm_set_short(hit, a->at);
+        unit_restore_rcx(x);
+    } else {
+        asm_rorx(a, A, T, 64 - (5 - TRANSLATE_JUMP_SHIFT));
+        asm_alu_imm(a, false, ALU_DIGIT_AND, A, (TRANSLATE_JUMPS - 1) << 5);
+        asm_gs(a, true, 0x03, A, T_GS(jumps_now));
+        asm_mem(a, true, 0x3b, T, A, H_NONE, 0, offsetof(struct jump_entry_host, rip));
+        lookup_stub(x, asm_jcc(a, 5), kind, false);
+        asm_gs_imm8(a, 0x83, ALU_DIGIT_CMP, CPU_GS(request), 0);
+        lookup_stub(x, asm_jcc(a, 5), kind, false);
+    }
+}
+_Static_assert(sizeof(struct jump_entry_host) == 32, "look-ups shift by 5");
+
+/* jmp or call *code(A): /4 or /2. */
+static void through_entry(struct unit *x, unsigned digit)
+{
+    asm_mem(&x->a, false, 0xff, digit, A, H_NONE, 0, offsetof(struct jump_entry_host, code));
+}
+
+static void chain_to(struct unit *x, uint8_t *jump, uint64_t target)
+{
+    struct stub *s = unit_stub(x, STUB_CHAIN, jump);
+
+    if (s)
+        s->target = target;
+}
+
+void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward)
+{
+    unsigned first = x->stubs;
+
+    if (is_near(target)) {
+        if (backward)
+            poll(x, live, target);
+        chain_to(x, asm_jmp(&x->a), target);
+        return;
+    }
+    unit_target(x, target);
+    lookup(x, live, STUB_CODE);
+    for (unsigned i = first; i < x->stubs; i++)
+        x->stub[i].code = x->t->lookup_missed;
+    through_entry(x, 4);
+}
+
+static void emit_jcc(struct unit *x, unsigned k)
+{
+    const struct unit_insn *i = &x->insn[k];
+    struct assembler *a = &x->a;
+    uint8_t *over;
+
+    if (is_near(i->target) && i->target > i->offset) {
+        chain_to(x, asm_jcc(a, i->cc), i->target);
+        return;
+    }
+    over = asm_jcc(a, i->cc ^ 1u);
+    unit_goto(x, i->target, is_near(i->target) ? unit_live_at(x, i->target) : RFLAGS_ARITH, true);
+    if (!a->full)
+        asm_set_target(over, a->at);
+}
+
+/* The guest's return address into T, onto the guest's stack, and onto the return stack if that is used. */
+static void push_return(struct unit *x, unsigned k, unsigned access)
+{
+    const struct unit_insn *i = &x->insn[k];
+    struct assembler *a = &x->a;
+    struct asm_address m = unit_place(x, k, access, true);
+
+    unit_target(x, i->offset + (uint64_t)i->insn.length);
+    asm_mem(a, true, 0x89, T, m.base, m.index, m.shift, m.disp);
+    asm_lea(a, H_R15, H_R15, H_NONE, 0, -8);
+    if (x->t->options.returns)
+        asm_push(a, T);
+}
+
+static void return_site(struct unit *x, unsigned k)
+{
+    const struct unit_insn *i = &x->insn[k];
+    struct assembler *a = &x->a;
+    struct return_site *r = block_alloc(&x->t->it, sizeof(*r));
+    uint16_t live = k + 1 < x->insns ? x->insn[k + 1].live : x->end_live;
+    struct stub *s;
+
+    *r = (struct return_site){ .code = a->at, .next = x->b->returns };
+    x->b->returns = r;
+    if (live) {
+        uint8_t *hit;
+
+        unit_save_rcx(x);
+        asm_mem(a, true, 0x8b, H_RCX, H_RSP, H_NONE, 0, 0);
+        asm_byte(a, 0x48), asm_byte(a, 0xf7), asm_byte(a, 0xd1);        /* not %rcx */
+        asm_lea(a, H_RCX, H_RCX, T, 0, 1);
+        hit = asm_jrcxz(a);
+        s = lookup_stub(x, asm_jmp(a), STUB_CODE, true);
+        asm_set_short(hit, a->at);
+        unit_restore_rcx(x);
+    } else {
+        asm_mem(a, true, 0x3b, T, H_RSP, H_NONE, 0, 0);
+        s = lookup_stub(x, asm_jcc(a, 5), STUB_CODE, false);
+    }
+    if (s)
+        s->code = x->t->return_missed;
+    asm_lea(a, H_RSP, H_RSP, H_NONE, 0, 8);
+    asm_lea(a, A, T, H_NONE, 0, -(int32_t)(i->offset + i->insn.length));
+    asm_store_gs(a, A, CPU_GS(code_page));
+    unit_barrier(x);
+    x->vectors_ready = x->vectors_noted = false;
+}
+
+static void emit_call(struct unit *x, unsigned k)
+{
+    const struct unit_insn *i = &x->insn[k];
+    struct assembler *a = &x->a;
+    unsigned first;
+
+    if (is_near(i->target) && i->target <= i->offset)
+        poll(x, i->live, i->offset);
+    push_return(x, k, 0);
+    if (!x->t->options.returns) {
+        unit_goto(x, i->target, RFLAGS_ARITH, false);
+        return;
+    }
+    if (is_near(i->target)) {
+        chain_to(x, asm_call(a), i->target);
+    } else {
+        unit_target(x, i->target);
+        first = x->stubs;
+        lookup(x, RFLAGS_ARITH, STUB_NOWHERE);
+        for (unsigned n = first; n < x->stubs; n++)
+            x->stub[n].code = a->at;
+        through_entry(x, 2);
+    }
+    return_site(x, k);
+}
+
+/* T := the operand of an indirect branch. */
+static void branch_operand(struct unit *x, unsigned k)
+{
+    const struct x86_operand *o = &x->insn[k].insn.operand[0];
+    struct assembler *a = &x->a;
+
+    if (o->kind == OPERAND_MEM) {
+        struct asm_address m = unit_place(x, k, 0, true);
+
+        asm_mem(a, true, 0x8b, T, m.base, m.index, m.shift, m.disp);
+    } else if (unit_host_of[o->reg] == H_NONE) {
+        asm_load_gs(a, T, gpr_offset(o->reg));
+    } else {
+        asm_mov(a, T, unit_host_of[o->reg]);
+    }
+}
+
+/* The entry of a target in T; where there is none the interpreter runs the instruction. */
+static void lookup_or_leave(struct unit *x, unsigned k)
+{
+    unsigned first = x->stubs;
+
+    unit_take_a(x, k);
+    lookup(x, x->insn[k].live, STUB_INTERPRET);
+    for (unsigned i = first; i < x->stubs; i++)
+        x->stub[i].target = x->insn[k].offset;
+}
+
+static void emit_jump_indirect(struct unit *x, unsigned k)
+{
+    branch_operand(x, k);
+    lookup_or_leave(x, k);
+    through_entry(x, 4);
+}
+
+static void emit_call_indirect(struct unit *x, unsigned k)
+{
+    struct assembler *a = &x->a;
+
+    branch_operand(x, k);
+    lookup_or_leave(x, k);
+    asm_mem(a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct jump_entry_host, code));
+    asm_store_gs(a, A, T_GS(saved_code));
+    asm_store_gs(a, T, T_GS(saved_target));
+    push_return(x, k, x->insn[k].accesses - 1u);
+    asm_load_gs(a, T, T_GS(saved_target));
+    asm_gs(a, false, 0xff, x->t->options.returns ? 2 : 4, T_GS(saved_code));
+    if (x->t->options.returns)
+        return_site(x, k);
+}
+
+static void emit_ret(struct unit *x, unsigned k)
+{
+    const struct unit_insn *i = &x->insn[k];
+    struct assembler *a = &x->a;
+    struct asm_address m = unit_place(x, k, 0, true);
+    unsigned extra = i->insn.visible ? (uint16_t)i->insn.imm[0] : 0, first = x->stubs;
+
+    asm_mem(a, true, 0x8b, T, m.base, m.index, m.shift, m.disp);
+    if (x->t->options.returns) {
+        asm_lea(a, H_R15, H_R15, H_NONE, 0, (int32_t)(8 + extra));
+        /* For the case that it was no address to return to. */
+        asm_mov_imm(a, A, (uint32_t)i->offset | extra << GUEST_PAGE_SHIFT);
+        asm_ret(a);
+        return;
+    }
+    unit_take_a(x, k);
+    lookup(x, i->live, STUB_INTERPRET);
+    for (unsigned n = first; n < x->stubs; n++)
+        x->stub[n].target = i->offset;
+    asm_lea(a, H_R15, H_R15, H_NONE, 0, (int32_t)(8 + extra));
+    through_entry(x, 4);
+}
+
+void unit_branch(struct unit *x, unsigned k)
+{
+    const struct unit_insn *i = &x->insn[k];
+
+    switch (i->form) {
+    case FORM_JCC: emit_jcc(x, k); break;
+    case FORM_CALL: emit_call(x, k); break;
+    case FORM_CALL_INDIRECT: emit_call_indirect(x, k); break;
+    case FORM_JMP: unit_goto(x, i->target, i->live, i->target <= i->offset); break;
+    case FORM_JMP_INDIRECT: emit_jump_indirect(x, k); break;
+    case FORM_RET: emit_ret(x, k); break;
+    default:
+        unit_set_rip(x, i->offset);
+        asm_jmp_to(&x->a, x->t->exit_null);
+        break;
+    }
+}
