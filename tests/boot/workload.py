@@ -107,7 +107,9 @@ def qemu_guest(folder, images, *args, cpu="max", name="qemu", memory=MEMORY):
     argv = [qemu_program(), "-accel", "tcg", "-cpu", cpu, "-machine", "q35", "-m", memory, "-nodefaults", "-no-user-config",
             "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", images / "vmlinuz",
             "-initrd", images / "initrd.cpio", "-append", CMDLINE,
-            "-drive", f"file={images / 'disk.img'},format=raw,if=virtio,readonly=on", *args]
+            # Several machines read the image at once, each with locks of its own kind; nobody writes.
+            "-drive", f"driver=raw,file.driver=file,file.filename={images / 'disk.img'},file.locking=off,if=virtio,readonly=on",
+            *args]
     return Commands(Machine(folder, command=list(map(str, argv)), name=name))
 
 
