@@ -58,12 +58,6 @@ def guest(folder, images, name="stress"):
     return workload.ringfort_guest(folder, images, engine=machine.ENGINE, name=name)
 
 
-def run(commands, command, seconds):
-    result = commands.run(command, seconds)
-    check(result.status == 0, f"{command!r} ended with status {result.status}; it said:\n{result.output[-2500:]}")
-    return result
-
-
 class Together:
     """Parts of one case share a guest; one that was brought down is replaced for the next part."""
 
@@ -80,9 +74,10 @@ class Together:
             at = len(self.guest.machine.console)
             try:
                 function(self.guest)
-            except Failure as e:
-                if not str(e).startswith("'"):      # not of the command: of the machine
-                    self.end()
+            except workload.Failed:
+                raise
+            except Failure:
+                self.end()
                 raise
             console = self.guest.machine.console[at:]
             for bad in ("BUG:", "Oops", "Call Trace", "soft lockup", "rcu_sched"):
@@ -104,12 +99,17 @@ class Together:
             self.end()
 
 
+def same(equal, message):
+    if not equal:
+        raise workload.Failed(message)
+
+
 def natively(folder, images, commands, seconds):
     """Digests of the same commands on the host; nothing where that cannot be."""
     try:
         with workload.native_guest(folder, images) as native:
             native.ready()
-            return [run(native, c, seconds).digest for c in commands]
+            return [native.succeed(c, seconds).digest for c in commands]
     except Skipped as e:
         log(f"not compared with the host: {e}")
         return None
@@ -120,8 +120,8 @@ def stress_verify(report, folder):
     """stress-ng --verify, class by class."""
     together = Together(report, folder, workload.image("stress"))
     for name, flags in CLASSES.items():
-        together.part(f"stress-{name}", lambda g, flags=flags: run(
-            g, f"stress-ng --verify --oomable --metrics-brief {flags} --timeout {SECONDS}s --temp-path /tmp 2>&1",
+        together.part(f"stress-{name}", lambda g, flags=flags: g.succeed(
+            f"stress-ng --verify --oomable --metrics-brief {flags} --timeout {SECONDS}s --temp-path /tmp 2>&1",
             SECONDS * 2 + 60))
     together.power_off()
 
@@ -144,10 +144,10 @@ def stress_build(report, folder):
     together = Together(report, folder, images)
     for i, (name, command) in enumerate(PACKAGES.items()):
         def twice(g):
-            first, second = run(g, command, 1200), run(g, command, 1200)
+            first, second = g.succeed(command, 1200), g.succeed(command, 1200)
             log(f"{name}: {first.wall:.0f} s and {second.wall:.0f} s")
-            check(first.digest == second.digest, f"building {name} twice gave different objects:\n{first.output}\n{second.output}")
-            check(not truth or first.digest == truth[i], f"the host makes other objects of {name}")
+            same(first.digest == second.digest, f"building {name} twice gave different objects:\n{first.output}\n{second.output}")
+            same(not truth or first.digest == truth[i], f"the host makes other objects of {name}")
         together.part(f"stress-build-{name}", twice)
     together.power_off()
 
@@ -171,11 +171,11 @@ def stress_jit(report, folder):
     printed = {}
     for i, (name, command) in enumerate(PROGRAMS.items()):
         def compare(g):
-            result = run(g, command, 1200)
+            result = g.succeed(command, 1200)
             log(f"{name}: {result.wall:.0f} s")
-            check(not truth or result.digest == truth[i], f"on the host it prints something else than:\n{result.output}")
+            same(not truth or result.digest == truth[i], f"on the host it prints something else than:\n{result.output}")
             first = printed.setdefault(name.partition("-")[0], result)
-            check(result.digest == first.digest, f"with other compilers it prints something else:\n{first.output}\n{result.output}")
+            same(result.digest == first.digest, f"with other compilers it prints something else:\n{first.output}\n{result.output}")
         together.part(f"stress-{name}", compare)
     together.power_off()
 

@@ -37,6 +37,10 @@ def process_cpu(pid):
     return time.clock_gettime((~pid << 3) | 2)
 
 
+class Failed(Failure):
+    """A command ended with another status than 0; the machine goes on."""
+
+
 class Commands:
     """A runner on the other end of a machine's console."""
 
@@ -55,7 +59,8 @@ class Commands:
 
     def _answer(self, pattern, seconds):
         """The next answer. A runner that starts anew, or a kernel that ends, is an answer too."""
-        found = self.machine.expect(rf"^(?:{pattern}|@ready|@fatal.*|.*Kernel panic.*)\r?$", seconds, self.at)
+        # Up to the end of the line: its beginning may have come alone.
+        found = self.machine.expect(rf"^(?:{pattern}|@ready|@fatal.*|.*Kernel panic.*)\r?\n", seconds, self.at)
         self.at = found.end()
         return found
 
@@ -78,6 +83,12 @@ class Commands:
         guest_cpu = int(found["cpu"]) / 1e9
         return Result(int(found["status"]), int(found["wall"]) / 1e9, guest_cpu if self.native else cpu, guest_cpu,
                       found["digest"], output)
+
+    def succeed(self, command, seconds):
+        result = self.run(command, seconds)
+        if result.status != 0:
+            raise Failed(f"{command!r} ended with status {result.status}; it said:\n{result.output[-2500:]}")
+        return result
 
     native = False
 
