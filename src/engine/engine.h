@@ -32,6 +32,14 @@ struct engine_counters {
     uint64_t mmio_exits, port_exits, halts, exceptions, interrupts;
     uint64_t tlb_misses, tlb_flushes, page_walks;
     uint64_t blocks_decoded, block_flushes, code_writes;
+    /* The translator's; 0 elsewhere. */
+    uint64_t units, units_apart;        /* translated; again without shared checks */
+    uint64_t unit_bytes, guest_bytes;   /* of host code made, and of guest code that it was made from */
+    uint64_t chains;                    /* jumps patched from translation to translation */
+    uint64_t entries;                   /* into translated code from the run loop */
+    uint64_t checks_missed, groups_missed;      /* inline checks of the soft TLB; those that several accesses share */
+    uint64_t interpreted_ops;           /* instructions that translated code had interpreted */
+    uint64_t returns_missed, return_overflows;  /* returns that the return stack did not predict; its overflows */
 };
 
 struct vcpu {

@@ -26,6 +26,7 @@ int vm_config_init(struct vm_config *c)
     c->cpus = 1;
     c->memory = MIB(512);
     c->on_crash = VM_ON_CRASH_RESET;
+    c->translate = translate_defaults;
     c->log_level = LOG_WARN;
     c->cmdline = strdup("");
     c->cpu_model = strdup("host");

@@ -20,6 +20,7 @@
 #include "backend/block/block.h"
 #include "backend/net/net.h"
 #include "base/log.h"
+#include "engine/translate/options.h"
 
 #define VM_CONFIG_MAX_CPUS    64
 #define VM_CONFIG_MIN_MEMORY  ((uint64_t)16 << 20)
@@ -79,6 +80,7 @@ struct vm_config {
     uint64_t memory; /* bytes, a multiple of 4 KiB */
     char *cpu_model; /* a name that x86_cpu_model_find() knows */
     char *engine;    /* "auto" or the name of an engine */
+    struct translate_options translate; /* of the engine "translate" */
     struct vm_disk_config *disks;
     unsigned disk_count;
     struct vm_net_config *nets;

@@ -162,7 +162,7 @@ static json_t *get_cpus(const struct vm_config *c)
 
 static int set_memory(struct vm_config *c, const struct config_origin *o, const json_t *v)
 {
-    return config_size(o, v, VM_CONFIG_MIN_MEMORY, VM_CONFIG_MAX_MEMORY, &c->memory);
+    return config_size(o, NULL, v, VM_CONFIG_MIN_MEMORY, VM_CONFIG_MAX_MEMORY, &c->memory);
 }
 
 static json_t *get_memory(const struct vm_config *c)
@@ -198,6 +198,121 @@ static int set_engine(struct vm_config *c, const struct config_origin *o, const 
 static json_t *get_engine(const struct vm_config *c)
 {
     return json_string_nocheck(c->engine);
+}
+
+/* ---- the translator's switches: the table is the engine's ---- */
+
+static const char *const *translate_names(void)
+{
+    static _Thread_local const char *names[MAX_NAMES];
+    for (unsigned i = 0; i < MAX_NAMES - 1 && i < translate_option_count; i++)
+        names[i] = translate_option_table[i].name;
+    return names;
+}
+
+static int read_translate(const struct config_origin *o, const json_t *v,
+                          const struct translate_option *t, struct translate_options *out)
+{
+    uint64_t n = 0;
+    int r;
+    switch (t->kind) {
+    case TRANSLATE_SWITCH:
+        return config_bool(o, t->name, v, translate_switch(out, t));
+    case TRANSLATE_SIZE:
+        return config_size(o, t->name, v, t->min, t->max, translate_size(out, t));
+    case TRANSLATE_WORD:
+        return config_choice(o, t->name, v, "what there is", t->words, translate_number(out, t));
+    default:
+        r = config_uint(o, t->name, v, t->min, t->max, &n);
+        if (r == 0)
+            *translate_number(out, t) = (unsigned)n;
+        return r;
+    }
+}
+
+static int set_translate(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    json_t *object;
+    int r = config_object(o, v, "the translator", NULL, translate_names(), &object);
+    if (r < 0)
+        return r;
+    for (unsigned i = 0; r == 0 && i < translate_option_count; i++) {
+        const struct translate_option *t = &translate_option_table[i];
+        const json_t *value = json_object_get(object, t->name);
+        if (value)
+            r = read_translate(o, value, t, &c->translate);
+    }
+    json_decref(object);
+    return r;
+}
+
+static json_t *translate_value(const struct translate_options *options,
+                               const struct translate_option *t)
+{
+    struct translate_options copy = *options;
+    char text[24];
+    switch (t->kind) {
+    case TRANSLATE_SWITCH:
+        return json_boolean(*translate_switch(&copy, t));
+    case TRANSLATE_SIZE:
+        config_format_size(*translate_size(&copy, t), text);
+        return json_string(text);
+    case TRANSLATE_WORD:
+        return json_string(t->words[*translate_number(&copy, t)]);
+    default:
+        return json_integer((json_int_t)*translate_number(&copy, t));
+    }
+}
+
+/* Only what is not the default. */
+static json_t *get_translate(const struct vm_config *c)
+{
+    json_t *object = NULL;
+    for (unsigned i = 0; i < translate_option_count; i++) {
+        const struct translate_option *t = &translate_option_table[i];
+        json_t *value = translate_value(&c->translate, t);
+        json_t *usual = translate_value(&translate_defaults, t);
+        if (!json_equal(value, usual)) {
+            object = object ? object : json_object();
+            json_object_set(object, t->name, value);
+        }
+        json_decref(value);
+        json_decref(usual);
+    }
+    return object;
+}
+
+/* "chain=on|off" and what it does, a line each. */
+static const char *translate_help(const char *head)
+{
+    static _Thread_local char help[2048];
+    size_t n = (size_t)snprintf(help, sizeof(help), "%s", head);
+    for (unsigned i = 0; i < translate_option_count && n < sizeof(help); i++) {
+        const struct translate_option *t = &translate_option_table[i];
+        json_t *usual = translate_value(&translate_defaults, t);
+        char values[64] = "on|off", text[32] = "";
+        if (t->kind == TRANSLATE_SIZE)
+            strcpy(values, "SIZE");
+        if (t->kind == TRANSLATE_NUMBER)
+            snprintf(values, sizeof(values), t->max < 10 ? "%llu...%llu" : "N",
+                     (unsigned long long)t->min, (unsigned long long)t->max);
+        for (size_t k = 0, at = 0; t->kind == TRANSLATE_WORD && t->words[k]; k++)
+            at += (size_t)snprintf(values + at, sizeof(values) - at, "%s%s", k ? "|" : "",
+                                   t->words[k]);
+        if (json_is_integer(usual))
+            snprintf(text, sizeof(text), "%lld", (long long)json_integer_value(usual));
+        else
+            snprintf(text, sizeof(text), "%s",
+                     json_is_string(usual) ? json_string_value(usual)
+                     : json_is_true(usual) ? "on"
+                                           : "off");
+        char left[64];
+        snprintf(left, sizeof(left), "%s=%s", t->name, values);
+        n += (size_t)snprintf(help + n, sizeof(help) - n, "\n%-20s %s (default %s)", left, t->help,
+                              text);
+        json_decref(usual);
+    }
+    return help;
 }
 
 static void free_disk(struct vm_disk_config *d)
@@ -557,6 +672,10 @@ const struct config_option config_options[] = {
      set_engine,
      get_engine,
      NULL},
+    {{"translate", "KEY=V[,...]", "switches of the engine translate:", false},
+     set_translate,
+     get_translate,
+     NULL},
     {{"disk", "path=FILE[,...]",
       "virtio disk on a raw image or block device; options:\n"
       "readonly=on|off  (default off)\n"
@@ -633,6 +752,8 @@ bool vm_config_option(unsigned i, struct vm_config_option_info *out)
     if (i >= config_option_count)
         return false;
     *out = config_options[i].info;
+    if (config_options[i].set == set_translate)
+        out->help = translate_help(out->help);
     const char *const *list = vm_config_names(out->name);
     const char *place = strstr(out->help, "%s");
     if (list && place) {

@@ -211,8 +211,18 @@ static uint64_t guess_size(const char *text, uint64_t min, uint64_t max)
     return MAX(align_down((uint64_t)value, value >= (double)MIB(1) ? MIB(1) : 4096), min);
 }
 
-int config_size(const struct config_origin *o, const json_t *v, uint64_t min, uint64_t max,
-                uint64_t *out)
+/* What to write instead: "--memory 512M", or "cache=64M" of a sub-option. */
+static const char *size_form(const struct config_origin *o, const char *sub, const char *size)
+{
+    if (!sub)
+        return config_form(o, size);
+    char *out = message_buffer();
+    snprintf(out, QUOTE_SIZE, "%s=%s", sub, size);
+    return out;
+}
+
+int config_size(const struct config_origin *o, const char *sub, const json_t *v, uint64_t min,
+                uint64_t max, uint64_t *out)
 {
     const char *text = json_string_value(v), *why = NULL;
     char number[32], nearest[24], limit[24];
@@ -223,8 +233,8 @@ int config_size(const struct config_origin *o, const json_t *v, uint64_t min, ui
         text = number;
     }
     if (!text)
-        return config_bad(o, "%s is not a size; did you mean %s?", shown(NULL, v),
-                          config_form(o, "512M"));
+        return config_bad(o, "%s is not a size; did you mean %s?", shown(sub, v),
+                          size_form(o, sub, "512M"));
     if (isdigit((unsigned char)*text)) {
         char *end;
         errno = 0;
@@ -255,8 +265,8 @@ int config_size(const struct config_origin *o, const json_t *v, uint64_t min, ui
         limit[0] = 0;
     }
     config_format_size(guess_size(text, min, max), nearest);
-    return config_bad(o, "%s is %s%s%s; did you mean %s?", shown(NULL, v), why, limit[0] ? " " : "",
-                      limit, config_form(o, nearest));
+    return config_bad(o, "%s is %s%s%s; did you mean %s?", shown(sub, v), why, limit[0] ? " " : "",
+                      limit, size_form(o, sub, nearest));
 }
 
 int config_only_keys(const struct config_origin *o, const json_t *object, const char *what,

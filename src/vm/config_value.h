@@ -42,8 +42,8 @@ int config_bool(const struct config_origin *o, const char *sub, const json_t *v,
 int config_uint(const struct config_origin *o, const char *sub, const json_t *v, uint64_t min,
                 uint64_t max, uint64_t *out);
 /* Bytes: a number or text with K, M, G or T. A multiple of 4 KiB in min…max. */
-int config_size(const struct config_origin *o, const json_t *v, uint64_t min, uint64_t max,
-                uint64_t *out);
+int config_size(const struct config_origin *o, const char *sub, const json_t *v, uint64_t min,
+                uint64_t max, uint64_t *out);
 /* "512M": the largest suffix that is exact. */
 void config_format_size(uint64_t size, char out[24]);
 

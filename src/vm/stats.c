@@ -167,6 +167,17 @@ void vm_stats_add_vcpu(struct vm_stats *s, const struct engine_counters *c, uint
         {"engine_counters/blocks_decoded", c->blocks_decoded},
         {"engine_counters/block_flushes", c->block_flushes},
         {"engine_counters/code_writes", c->code_writes},
+        {"engine_counters/units", c->units},
+        {"engine_counters/units_apart", c->units_apart},
+        {"engine_counters/unit_bytes", c->unit_bytes},
+        {"engine_counters/guest_bytes", c->guest_bytes},
+        {"engine_counters/chains", c->chains},
+        {"engine_counters/entries", c->entries},
+        {"engine_counters/checks_missed", c->checks_missed},
+        {"engine_counters/groups_missed", c->groups_missed},
+        {"engine_counters/interpreted_ops", c->interpreted_ops},
+        {"engine_counters/returns_missed", c->returns_missed},
+        {"engine_counters/return_overflows", c->return_overflows},
     };
     for (unsigned i = 0; i < ARRAY_SIZE(counter); i++)
         vm_stats_add(s, counter[i].path, counter[i].value);

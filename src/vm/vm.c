@@ -296,6 +296,7 @@ static int choose(struct vm *vm)
     const struct vm_config *c = vm->config;
     const char *missing;
 
+    translate_options = c->translate;
     vm->engine = strcmp(c->engine, "auto") == 0 ? engine_choose() : engine_find(c->engine);
     vm->model = x86_cpu_model_find(c->cpu_model);
     if (!vm->engine || !vm->model) {

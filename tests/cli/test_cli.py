@@ -159,6 +159,11 @@ class Help(Surface):
             listed |= self.flags(ringfort(verb, "--help").stdout)
         self.assertEqual(described, listed)
         host = json.loads(ringfort("host", "-o", "json").stdout)
+        switches = re.findall(r"^ {20,}([a-z]+)=\S+ .*\(default \S+\)$",
+                              re.search(r"^  --translate .*?(?=^[* ] --)", ringfort("run", "--help").stdout, re.M | re.S)[0], re.M)
+        self.assertGreater(len(switches), 8)
+        for word in switches:
+            self.assertRegex(page, rf"\n\.B[RI] {word}= ")
         for word in (*VERBS, *host["engines"], *(m["name"] for m in host["cpu"]["models"])):
             self.assertRegex(page, rf"(?<![\w-]){re.escape(word)}(?![\w-])")
 

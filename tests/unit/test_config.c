@@ -197,6 +197,14 @@ static void test_numbers_and_names(void **state)
     refuse_json("{\"cpus\": 1.5}", "1...64");
     refuse_json("{\"cpus\": -1}", "1...64");
     refuse_json("{\"cpus\": [1]}", "1...64");
+    refuse_flag("translate", "chian=off", "did you mean chain?");
+    refuse_flag("translate", "chain=of", "neither on nor off; did you mean chain=on?");
+    refuse_flag("translate", "chain", "did you mean chain=");
+    refuse_flag("translate", "tier=3", "not a number in 0...2");
+    refuse_flag("translate", "threshold=0", "not a number in 0x1...0xf4240");
+    refuse_flag("translate", "cache=1K", "too small: the least is 1M");
+    refuse_flag("translate", "perf=jitdumps", "not what there is; did you mean perf=jitdump?");
+    refuse_json("{\"translate\": {\"tier\": true}}", "tier=true");
     refuse_flag("engine", "intrep", "did you mean --engine interp?");
     refuse_flag("engine", "warp", "there are: auto, ");
     refuse_json("{\"engine\": \"intrep\"}", "did you mean \"engine\": \"interp\"?");
@@ -482,6 +490,8 @@ static void test_round_trip(void **state)
         {"memory", "20484K"},
         {"cpu-model", "x86-64-v2"},
         {"engine", "interp"},
+        {"translate", "tier=1,threshold=3,cache=65540K,chain=off,share=off,liveness=off,returns=off,indirect=off,"
+                      "vectors=off,extend=off,count=on,lockstep=on,perf=map"},
         {"disk", "path=a,,b,readonly=on,cache=unsafe,serial=s"},
         {"disk", "path=c"},
         {"net", "user,hostfwd=tcp::1-:2,hostfwd=udp:127.0.0.1:3-1.2.3.4:5"},
@@ -509,6 +519,12 @@ static void test_round_trip(void **state)
     assert_int_equal(vm_config_finish(&again), 0);
     char *twice = vm_config_to_json(&again);
     assert_string_equal(text, twice);
+    for (unsigned i = 0; i < translate_option_count; i++) {
+        char key[40];
+        snprintf(key, sizeof(key), "\"%s\": ", translate_option_table[i].name);
+        assert_non_null(strstr(strstr(text, "\"translate\": {"), key));
+    }
+    assert_memory_equal(&again.translate, &c->translate, sizeof(c->translate));
     assert_string_equal(again.kernel, c->kernel);
     assert_int_equal(again.memory, c->memory);
     assert_int_equal(again.devices[0].iobase, 0x502);

@@ -443,13 +443,23 @@ static const struct op *build(struct interp *it, uint64_t rip, const uint8_t *ho
     return finish(it, rip, host, NULL, ops, insns + 1, offset);
 }
 
+struct block *block_lookup(struct x86_cpu *cpu, const uint8_t *host)
+{
+    struct block *b = interp_of(cpu)->hash[block_hash(host)];
+
+    while (b && !(b->host == host && b->mode == interp_mode(cpu) && b->origin == block_origin(cpu)))
+        b = b->next_hash;
+    return b;
+}
+
 const struct op *block_find_slow(struct x86_cpu *cpu, uint64_t rip)
 {
     struct interp *it = interp_of(cpu);
     gva_t va = cpu->code_base + rip;
     unsigned offset = va & (GUEST_PAGE_SIZE - 1);
     const uint8_t *host = tlb_lookup(cpu->tlb_fetch, va, 1, TLB_EXEC);
-    const struct op *op = NULL;
+    const struct op *op;
+    const struct block *b;
 
     cpu->code_page = rip - offset;
     if (!host) {
@@ -461,12 +471,10 @@ const struct op *block_find_slow(struct x86_cpu *cpu, uint64_t rip)
             return build_scratch(it, offset, bytes, n);
         }
     }
-    for (struct block *b = it->hash[block_hash(host)]; b; b = b->next_hash)
-        if (b->host == host && b->mode == interp_mode(cpu) && b->origin == block_origin(cpu)) {
-            op = b->op;
-            break;
-        }
-    if (!op) {
+    b = block_lookup(cpu, host);
+    if (b) {
+        op = b->op;
+    } else {
         if (arena_low(it)) {
             it->flush_wanted = true;
             return exit_block.op;

@@ -65,6 +65,8 @@ struct block {
     struct chain *chains;
     struct return_site *returns;
     struct translate_site *sites;
+    uint16_t insns;             /* guest instructions that are translated together with it */
+    bool apart;                 /* translated without shared checks too */
     uint32_t heat;              /* how often it ran before it was translated */
     uint16_t seen_from, seen_to;        /* bytes of the first page, besides the block's, that its translation depends on */
     struct op op[];
@@ -278,6 +280,8 @@ bool block_invalidate(struct interp *it, gpa_t gpa, unsigned len);
 void block_kill(struct interp *it, struct block *block);
 /* op is the first of its block. False when no link may lead to it: the scratch block, and the way out when the arena is full. */
 bool block_linkable(const struct op *op);
+/* The block that begins at this host address in the current mode, or NULL. */
+struct block *block_lookup(struct x86_cpu *cpu, const uint8_t *host);
 /* The block depends on bytes [from, to) of its first page from now on: when they change it is dropped. */
 void block_depends(struct interp *it, struct block *b, unsigned from, unsigned to);
 /* Arena for lowering; NULL never: block_find makes room before it starts. */

@@ -209,7 +209,7 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
     uint32_t flags = cpu->arith;
 
     enter_slow(cpu, op);
-    /* A fault in a repeated comparison has the flags as before the instruction on Intel's processors (SDM vol. 2B, REP). */
+    /* On Intel's processors a repeated comparison changes the flags when it ends, not in between (SDM vol. 2B, REP). */
     w.flags = cpu->amd || !(insn->rep || insn->repne) ? &cpu->arith : &flags;
     if (cpu->code_size == 8) {
         w.plain = true;
@@ -257,7 +257,6 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
                 budget = budget > 16 ? budget - 15 : 1;
         }
         if (count && (single || atomic_load_explicit(&cpu->request, memory_order_relaxed))) {
-            cpu->arith = *w.flags;
             cpu->insns += op->n;
             return NULL;        /* s.rip is this instruction: it goes on later */
         }

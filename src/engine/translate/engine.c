@@ -15,15 +15,6 @@
 #include "device/machine.h"
 #include "engine/translate/translate.h"
 
-#define CODE_SIZE MIB(48)
-
-struct translate_options translate_options = {
-    /* Most code that runs at all runs once; what has run a dozen times tends to run thousands of times. */
-    .threshold = 12,
-    .chain = true, .share = true, .liveness = true, .returns = true, .indirect = true, .vectors = true, .extend = true,
-    .count = false,
-};
-
 /* Unmasked exceptions are found by the interpreter's way of running vector instructions. */
 static bool masks_all(const struct x86_cpu *cpu) { return (cpu->s.fpu.mxcsr & 0x1f80) == 0x1f80; }
 
@@ -34,19 +25,35 @@ static struct jump_table *table_of(struct translator *t, const struct x86_tlb_sp
     return &t->jumps[space ? 1 + (space - t->it.cpu.tlbs->space) : 0];
 }
 
+/* An empty entry has an address of another index, so no look-up finds it. */
+static void empty_entry(struct jump_table *table, unsigned i)
+{
+    uint64_t rip = (uint64_t)(i ^ 1) << TRANSLATE_JUMP_SHIFT;
+
+    table->entry[i] = (struct jump_entry_host){ .rip = rip, .negative = -rip };
+}
+
+/* Address spaces come and go with a few entries each, so it is remembered which were used. */
 static void empty_table(struct jump_table *table)
 {
-    if (!table->used)
-        return;
-    for (unsigned i = 0; i < TRANSLATE_JUMPS; i++)
-        table->entry[i] = (struct jump_entry_host){ .rip = JUMP_EMPTY, .negative = -JUMP_EMPTY };
-    table->used = false;
+    bool all = table->count > TRANSLATE_JUMPS_NOTED;
+    unsigned n = all ? TRANSLATE_JUMPS : table->count;
+
+    for (unsigned i = 0; i < n; i++)
+        empty_entry(table, all ? i : table->noted[i]);
+    table->count = 0;
 }
 
 static void enter_jump(struct jump_table *table, uint64_t rip, const void *code)
 {
-    table->entry[translate_jump_index(rip)] = (struct jump_entry_host){ rip, -rip, code, 0 };
-    table->used = true;
+    unsigned i = translate_jump_index(rip);
+
+    if (!table->entry[i].code && table->count <= TRANSLATE_JUMPS_NOTED) {
+        if (table->count < TRANSLATE_JUMPS_NOTED)
+            table->noted[table->count] = (uint16_t)i;
+        table->count++;
+    }
+    table->entry[i] = (struct jump_entry_host){ rip, -rip, code, 0 };
 }
 
 /* ---- in and out ---- */
@@ -146,7 +153,7 @@ static const struct op *op_warm_up(struct x86_cpu *cpu, const struct op *op)
         t->simd_trap = cpu->simd_trap;
         t->it.flush_wanted = true;
     }
-    if (unlikely(++b->heat == t->options.threshold) && !t->it.flush_wanted && translate_block(t, b)) {
+    if (unlikely(++b->heat == t->options.threshold) && t->options.tier && !t->it.flush_wanted && translate_block(t, b)) {
         b->op[0].fn = op_enter;
         GO(op);
     }
@@ -245,6 +252,8 @@ static int translate_create(struct vcpu *vcpu)
     vcpu->data = t;
     t->self = t;
     t->options = translate_options;
+    if (t->options.tier < 2)
+        t->options.extend = false;
     t->tlb_mask = (uint64_t)(TLB_ENTRIES - 1) << GUEST_PAGE_SHIFT;
     t->jump_mask = (uint64_t)(TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_SHIFT;
     t->page_mask = GUEST_PAGE_MASK;
@@ -254,7 +263,7 @@ static int translate_create(struct vcpu *vcpu)
     t->work = translate_work_create();
     if (!t->jumps || !t->work)
         goto out;
-    err = code_init(&t->code, CODE_SIZE);
+    err = code_init(&t->code, t->options.cache);
     if (err)
         goto out;
     translate_emit_runtime(t);
@@ -262,7 +271,7 @@ static int translate_create(struct vcpu *vcpu)
     if (err)
         goto out;
     for (unsigned i = 0; i < 1 + X86_TLB_SPACES; i++) {
-        t->jumps[i].used = true;
+        t->jumps[i].count = TRANSLATE_JUMPS_NOTED + 1;
         empty_table(&t->jumps[i]);
     }
     t->it.block_hooks = &block_hooks;
@@ -302,6 +311,26 @@ static void translate_probe(struct engine_report *r)
     snprintf(r->text, sizeof(r->text), "binary translation of warm code, interpretation of the rest");
 }
 
+static void translate_counters(const struct vcpu *vcpu, struct engine_counters *c)
+{
+    const struct translator *t = vcpu->data;
+
+    interp_counters(vcpu, c);
+    c->units = t->blocks;
+    c->units_apart = t->apart;
+    c->unit_bytes = t->bytes;
+    c->guest_bytes = t->guest_bytes;
+    c->chains = t->chained;
+    c->entries = t->entered;
+    c->checks_missed = t->fills;
+    c->groups_missed = t->group_misses;
+    c->interpreted_ops = t->slow_ops;
+    c->returns_missed = t->return_misses;
+    c->return_overflows = t->stack_overflows;
+    if (!t->options.count)
+        c->instructions = 0;
+}
+
 const struct engine translate_engine = {
     .name = "translate",
     .summary = "binary translator on top of the interpreter",
@@ -314,5 +343,5 @@ const struct engine translate_engine = {
     .export_state = interp_export,
     .import_state = interp_import,
     .code_written = interp_code_written,
-    .counters = interp_counters,
+    .counters = translate_counters,
 };

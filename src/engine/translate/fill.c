@@ -78,7 +78,7 @@ const void *translate_slow(struct translator *t, struct translate_site *site)
     }
 #endif
     if (site->group) {
-        if (!site->apart && !translate_apart(t, site->block))
+        if (!site->block->apart && !translate_apart(t, site->block))
             return leave(t, site);
         return site->apart;
     }

@@ -15,5 +15,5 @@ const void *translate_fill(struct translator *t, struct translate_site *site, gv
     if (!site->group)
         return NULL;
     t->group_misses++;
-    return site->apart;
+    return site->block->apart ? site->apart : NULL;
 }

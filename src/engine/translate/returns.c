@@ -15,6 +15,8 @@
 #include "engine/translate/translate.h"
 
 #define STACK_SIZE KIB(64)
+/* Where a guest's return address got lost: no guest returns there. */
+#define NO_RETURN 0x8000000000000000ull
 /* Room for the largest frame that a kernel makes for a signal, and the handler's own. */
 #define SIGNAL_STACK KIB(64)
 
@@ -36,7 +38,9 @@ static void on_fault(int number, siginfo_t *info, void *context)
 
     if (t && in_guard(t, (uint64_t)info->si_addr)) {
         t->stack_overflows++;
-        c->uc_mcontext.gregs[REG_RSP] = (greg_t)t->return_bottom;
+        /* Which half of a pair it was stays the same: one half is compared with what the guest has, the other is jumped to. */
+        c->uc_mcontext.gregs[REG_RSP] =
+            (greg_t)((uint64_t)t->return_bottom - (((uint64_t)t->return_bottom - (uint64_t)c->uc_mcontext.gregs[REG_RSP]) & 8));
         return;
     }
     /* Not ours: it happens again, with whoever was here before. */
@@ -72,6 +76,7 @@ int translate_returns_create(struct translator *t)
         r->memory = memory;
         r->bottom = (uint64_t *)(memory + STACK_SIZE - 64);
         r->bottom[0] = (uint64_t)t->return_stub;
+        r->bottom[-1] = NO_RETURN;
         r->saved = r->bottom;
     }
     t->return_mode = 0;

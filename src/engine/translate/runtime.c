@@ -234,22 +234,15 @@ static void emit_exits(struct translator *t, struct assembler *a)
     t->nowhere.code = code_exec(&t->code, t->lookup_missed);
 }
 
-/*
- * A RET came to a place that it was not meant for, or to the bottom of its stack. T: guest address; R11: which RET it was, see
- * emit_ret(). The return stack is of no use any more; the jump table knows.
- */
-static void emit_return_missed(struct translator *t, struct assembler *a)
+/* How many calls further out a return is looked for. */
+#define RETURN_SEARCH 12
+
+/* Lookup of T in the jump table, with flags and all other registers as they are; out to C where that finds nothing. */
+static void emit_return_lookup(struct translator *t, struct assembler *a)
 {
     uint8_t *hit, *miss[2];
 
-    t->return_missed = a->at;
-    t->return_stub = code_exec(&t->code, a->at);
-    asm_load_gs(a, H_RSP, T_GS(return_bottom));
-    asm_store_gs(a, H_R11, T_GS(saved_code));
     asm_store_gs(a, H_RCX, T_GS(rcx));
-    asm_load_gs(a, H_RCX, T_GS(return_misses));
-    asm_lea(a, H_RCX, H_RCX, H_NONE, 0, 1);
-    asm_store_gs(a, H_RCX, T_GS(return_misses));
     asm_pext_gs(a, H_RCX, H_R10, T_GS(jump_mask));
     asm_load_gs(a, H_R11, T_GS(jumps_now));
     asm_lea(a, H_RCX, H_NONE, H_RCX, 2, 0);
@@ -271,6 +264,53 @@ static void emit_return_missed(struct translator *t, struct assembler *a)
     asm_store_gs(a, H_R10, CPU_GS(s.rip));
     asm_mov_imm(a, H_R11, RETURNED_NOWHERE);
     asm_jmp_to(a, t->exit_op);
+}
+
+/*
+ * A RET came to a place that it was not meant for: RSP is at what that place's CALL had pushed, T is the guest address, R11
+ * says which RET it was (emit_ret()). Returns that were left out, by longjmp or because the interpreter made them, are
+ * further out on the stack; one whose CALL was the interpreter's is not on it at all, and leaves it as it was.
+ */
+static void emit_return_missed(struct translator *t, struct assembler *a)
+{
+    uint8_t *loop, *bottom, *found;
+
+    /* At the bottom of a stack: RSP has left it. */
+    t->return_stub = code_exec(&t->code, a->at);
+    asm_load_gs(a, H_RSP, T_GS(return_bottom));
+    asm_store_gs(a, H_R11, T_GS(saved_code));
+    emit_return_lookup(t, a);
+
+    t->return_missed = a->at;
+    asm_store_gs(a, H_R11, T_GS(saved_code));
+    asm_store_gs(a, H_RAX, gpr_offset(RAX));
+    asm_store_gs(a, H_RCX, gpr_offset(RCX));
+    spill_flags(a);
+    asm_load_gs(a, H_RCX, T_GS(return_misses));
+    asm_lea(a, H_RCX, H_RCX, H_NONE, 0, 1);
+    asm_store_gs(a, H_RCX, T_GS(return_misses));
+    asm_mov_imm(a, H_RCX, RETURN_SEARCH);
+    asm_mov(a, H_R11, H_RSP);
+    loop = a->at;
+    asm_lea(a, H_R11, H_R11, H_NONE, 0, 16);
+    asm_gs(a, true, 0x3b, H_R11, T_GS(return_bottom));
+    bottom = asm_jcc(a, 3);
+    asm_mem(a, true, 0x3b, H_R10, H_R11, H_NONE, 0, 0);
+    found = asm_jcc(a, 4);
+    asm_byte(a, 0xff), asm_byte(a, 0xc9);                               /* dec %ecx */
+    asm_set_target(asm_jcc(a, 5), loop);
+    asm_set_target(bottom, a->at);
+    asm_lea(a, H_RSP, H_RSP, H_NONE, 0, -8);
+    reload_flags(a);
+    asm_load_gs(a, H_RCX, gpr_offset(RCX));
+    asm_load_gs(a, H_RAX, gpr_offset(RAX));
+    emit_return_lookup(t, a);
+    asm_set_target(found, a->at);
+    asm_lea(a, H_RSP, H_R11, H_NONE, 0, -8);
+    reload_flags(a);
+    asm_load_gs(a, H_RCX, gpr_offset(RCX));
+    asm_load_gs(a, H_RAX, gpr_offset(RAX));
+    asm_ret(a);
 }
 
 void translate_emit_runtime(struct translator *t)

@@ -14,8 +14,9 @@
  * vectors_loaded is set; then MXCSR is the guest's too.
  *
  * The return stack: a guest CALL pushes the guest's return address on it and makes a host CALL; a guest RET makes a host
- * RET and compares, so the host predicts guest returns. It only ever predicts: what is on it may be dropped at any time by
- * pointing RSP at its end, where a RET leads to the general way (return_bottom). It has a guard page, whose hit does that.
+ * RET and compares, so the host predicts guest returns. It holds pairs: the host's address, the guest's above it. It only ever
+ * predicts: what is on it may be dropped at any time by pointing RSP at its bottom, where a RET leads to the general way. It has a
+ * guard page, whose hit does that.
  */
 #ifndef RINGFORT_ENGINE_TRANSLATE_H
 #define RINGFORT_ENGINE_TRANSLATE_H
@@ -25,26 +26,26 @@
 #include "engine/translate/code.h"
 #include "engine/translate/options.h"
 
-#define TRANSLATE_JUMPS 4096u
-#define TRANSLATE_JUMP_SHIFT 1          /* of the guest address, for the index */
+#define TRANSLATE_JUMPS 16384u
+#define TRANSLATE_JUMP_SHIFT 4          /* of the guest address, for the index: functions are aligned to 16 bytes */
+#define TRANSLATE_JUMPS_NOTED 2048u
 #define TRANSLATE_ADDENDS 16u
 
 /* Where indirect jumps lead, by guest address, in one address space and privilege. Emptied when mappings of code change. */
 struct jump_entry_host {
     uint64_t rip;
     uint64_t negative;          /* minus rip */
-    const void *code;
+    const void *code;           /* NULL: empty */
     uint64_t unused;
 };
 struct jump_table {
     struct jump_entry_host entry[TRANSLATE_JUMPS];
-    bool used;                  /* not empty */
+    uint16_t noted[TRANSLATE_JUMPS_NOTED];      /* entries that are not empty… */
+    unsigned count;             /* …and how many; more than fit: any may be */
 };
 /* What enter() returns besides ops and chains: a RET whose target (in s.rip) has no translation. */
 #define RETURNED_NOWHERE 2u
 
-/* Non-canonical: nothing is ever fetched from there. */
-#define JUMP_EMPTY 0x4000000000000000ull
 
 static inline unsigned translate_jump_index(uint64_t rip)
 {
@@ -72,7 +73,7 @@ struct translate_site {
     struct block *block;
     const struct op *op;        /* the instruction, to be run alone; made when first needed */
     const void *retry, *back;   /* the check again; behind the instruction */
-    const void *apart;          /* group: the instruction in the unit's version without groups, or NULL: not made yet */
+    const void *apart;          /* group: the instruction in the unit's version without groups; until that is made, what makes it */
     struct translate_site *next;
     uint16_t offset, index;     /* of the instruction: in its page, in its unit */
     uint16_t span;              /* bytes that the check covers */

@@ -367,6 +367,10 @@ int x86_decode(struct x86_insn *insn, const uint8_t *memory, unsigned len, unsig
     if (amd_branches && (insn->mnemonic == ZYDIS_MNEMONIC_LOOPE || insn->mnemonic == ZYDIS_MNEMONIC_LOOPNE))
         insn->mnemonic = amd_loop(&z);
 
+    /* MOVSXD to 16 bits reads 16 on Intel's processors, 32 on AMD's. */
+    if (!amd_branches && insn->mnemonic == ZYDIS_MNEMONIC_MOVSXD && insn->op_size == 2)
+        insn->operand[1].size = insn->operand[1].element = 2;
+
     /* Zydis widens these; an AMD processor takes 16 bits from memory or stack and truncates RIP. */
     if (amd_branches && code_size == 8 && (z.attributes & ZYDIS_ATTRIB_HAS_OPERANDSIZE) &&
         !(insn->has_rex && z.raw.rex.W) && is_near_branch(&z)) {

@@ -14,6 +14,7 @@
 
 #include "base/log.h"
 #include "base/util.h"
+#include "isa/x86/mmu.h"
 #include "isa/x86/native_internal.h"
 
 #define CACHE_SIZE 4096u
@@ -499,28 +500,57 @@ static uint64_t wanted_elements(const struct x86_cpu *cpu, const struct x86_insn
     return mask & all;
 }
 
+void native_check_masked(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned element, uint64_t mask, bool write,
+                         bool misaligned)
+{
+    struct tlb_set *set = x86_unchecked_set(cpu);
+    uint64_t offset = x86_effective(cpu, insn);
+    unsigned from = (unsigned)__builtin_ctzll(mask) * element, to = (64 - (unsigned)__builtin_clzll(mask)) * element - 1;
+    gva_t first = x86_seg_linear(cpu, insn->mem.seg, offset + from, 1, write);
+    gva_t last = x86_seg_linear(cpu, insn->mem.seg, offset + to, 1, write);
+
+    if (!x86_canonical(cpu, first))
+        x86_raise_non_canonical(cpu, first);
+    if (misaligned && cpu->tlb == &x86_checking_set)
+        x86_raise_error(cpu, X86_AC, 0);
+    if (!x86_canonical(cpu, last))
+        x86_raise_non_canonical(cpu, last);
+    if (write && ((first ^ last) & GUEST_PAGE_MASK)) {
+        x86_probe_write_in(cpu, set, first, 1);
+        x86_probe_write_in(cpu, set, last, 1);
+    }
+}
+
 /* Only the elements that the mask names are touched, one by one. */
 static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n, uint64_t mask)
 {
     uint64_t offset = x86_effective(cpu, insn);
     uint8_t buf[64] __attribute__((aligned(64))) = { 0 };
+    /* AMD's processors check the elements' alignment, Intel's that of operands of at most 8 bytes. */
+    struct tlb_set *set = cpu->amd ? cpu->tlb : x86_unchecked_set(cpu);
     gva_t va[64];
+
+    if (mask && !cpu->amd) {
+        gva_t at = x86_seg_linear(cpu, insn->mem.seg, offset, 1, n->mem_write);
+
+        native_check_masked(cpu, insn, n->element, mask, n->mem_write, n->mem_size <= 8 && (at & (n->mem_size - 1u)));
+    }
 
     for (unsigned i = 0; i < n->mem_size / n->element; i++) {
         if (!(mask >> i & 1))
             continue;
         va[i] = x86_seg_linear(cpu, insn->mem.seg, offset + i * n->element, n->element, n->mem_write);
         if (n->mem_write)
-            x86_probe_write(cpu, va[i], n->element);
+            x86_probe_write_in(cpu, set, va[i], n->element);
         if (n->mem_read || n->mem_write)
-            x86_read_bytes(cpu, va[i], buf + i * n->element, n->element);
+            x86_read_bytes_in(cpu, set, va[i], buf + i * n->element, n->element);
     }
     run(cpu, n, buf);
     if (n->mem_write)
         for (uint64_t left = mask; left; left &= left - 1) {
             unsigned i = (unsigned)__builtin_ctzll(left);
 
-            x86_write_bytes(cpu, va[i], buf + i * n->element, n->element);
+            x86_write_bytes_in(cpu, set, va[i], buf + i * n->element, n->element);
         }
 }
 
@@ -593,6 +623,12 @@ static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, co
 
     if (n->kind == NATIVE_X87 && n->x87_waits && n->mem_write && !cpu->amd && (~cpu->s.fpu.fcw & STORE_EXCEPTIONS) && stores_nothing(cpu, n))
         return;
+    /* VCVTPS2PH has its exceptions before the store's. */
+    if (n->raises_simd && n->mem_write && !cpu->amd) {
+        uint8_t buf[64] __attribute__((aligned(64)));
+
+        run(cpu, n, buf);
+    }
     /* An MMX store has changed TOP, not the tags, when it faults on Intel's processors. */
     if (n->kind == NATIVE_MMX && n->mem_write && !cpu->amd)
         native_clear_top(&cpu->s.fpu);

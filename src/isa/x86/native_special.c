@@ -275,10 +275,15 @@ static void vmaskmov(struct x86_cpu *cpu, const struct x86_insn *insn)
     uint8_t *vector = cpu->s.fpu.zmm[reg->reg], loaded[64] = { 0 };
     struct tlb_set *set = x86_unchecked_set(cpu);
     uint64_t offset = x86_effective(cpu, insn);
+    uint64_t wanted = 0;
     gva_t va[8];
 
+    for (unsigned i = 0; i < size / element; i++)
+        wanted |= (uint64_t)sign(mask, i, element) << i;
+    if (wanted && !cpu->amd)
+        native_check_masked(cpu, insn, element, wanted, store, false);
     for (unsigned i = 0; i < size / element; i++) {
-        if (!sign(mask, i, element))
+        if (!(wanted >> i & 1))
             continue;
         va[i] = x86_seg_linear(cpu, insn->mem.seg, offset + i * element, element, store);
         if (store)
@@ -312,7 +317,8 @@ static void enter_mmx(struct x86_fpu *f)
 
 /*
  * MASKMOVDQU and MASKMOVQ: bytes to DS:rDI, which a prefix may override. Whether bytes that are not stored may fault is up
- * to the processor: AMD's do, and have changed to MMX state before. Intel's take eight bytes at a time, the upper ones first.
+ * to the processor: AMD's and Intel's do, and have changed to MMX state before. Intel's take eight bytes at a time, the upper ones
+ * first.
  */
 static void maskmov_bytes(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
@@ -328,26 +334,16 @@ static void maskmov_bytes(struct x86_cpu *cpu, const struct x86_insn *insn)
         unsigned reg = insn->operand[operand].reg;
         memcpy(i ? mask : vector, mmx ? cpu->s.fpu.st[(reg - top) & 7] : cpu->s.fpu.zmm[reg], size);
     }
-    if (mmx && cpu->amd)
+    if (mmx)
         enter_mmx(&cpu->s.fpu);
-    else if (mmx)
-        native_clear_top(&cpu->s.fpu);
     va = x86_seg_linear(cpu, insn->mem.seg, x86_get_gpr(cpu, RDI, insn->addr_size), size, true);
-    if (cpu->amd)               /* the whole location, whatever the mask, its alignment too */
-        x86_probe_write(cpu, va, size);
-    else if (!x86_canonical(cpu, va) || !x86_canonical(cpu, va + size - 1))
-        x86_raise_non_canonical(cpu, va);
-    for (unsigned i = 0; i < size; i++) {
-        unsigned k = cpu->amd ? i : i ^ (size - 8);
-
-        if (mask[k] >> 7)
-            x86_probe_write(cpu, va + k, 1);
-    }
+    /* The whole location, whatever the mask, its alignment too. */
+    if (!cpu->amd && !mmx)
+        x86_probe_write(cpu, va + 8, 8);
+    x86_probe_write(cpu, va, cpu->amd ? size : 8);
     for (unsigned i = 0; i < size; i++)
         if (mask[i] >> 7)
             x86_write8(cpu, va + i, vector[i]);
-    if (mmx)
-        enter_mmx(&cpu->s.fpu);
 }
 
 /* ---- gather and scatter ---- */

@@ -36,7 +36,7 @@ static bool type_allows(const struct x86_cpu *cpu, const struct x86_seg *seg, bo
 /* An operand that wraps at the end of a segment of 4 GiB is within its limit on Intel's processors (SDM vol. 3A 5.3). */
 static bool within(const struct x86_cpu *cpu, const struct x86_seg *s, uint64_t offset, unsigned size)
 {
-    return x86_in_limit(s, offset, size) || (!cpu->amd && s->limit == UINT32_MAX && x86_in_limit(s, offset, 1));
+    return x86_in_limit(s, offset, size) || (!cpu->amd && s->limit == UINT32_MAX && x86_in_limit(s, (uint32_t)offset, 1));
 }
 
 gva_t x86_seg_linear(struct x86_cpu *cpu, unsigned seg, uint64_t offset, unsigned size, bool write)
@@ -82,8 +82,13 @@ static gva_t stack_linear(struct x86_cpu *cpu, const struct x86_stack *st, uint6
                           unsigned size)
 {
     if (st->width == 8) {
-        if (!x86_canonical(cpu, offset) || !x86_canonical(cpu, offset + size - 1))
+        if (!x86_canonical(cpu, offset))
             x86_raise_error(cpu, X86_SS, st->fault_error);
+        if (!x86_canonical(cpu, offset + size - 1)) {
+            if (!cpu->amd && st->set == &x86_checking_set && (offset & (size - 1)))
+                x86_raise_error(cpu, X86_AC, 0);
+            x86_raise_error(cpu, X86_SS, st->fault_error);
+        }
         return offset;
     }
     /* Pushes and pops write and read data: SS is never anything but writable data. */

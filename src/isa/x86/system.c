@@ -293,13 +293,16 @@ void x86_insn_bound(struct x86_cpu *cpu, const struct x86_insn *insn)
     uint64_t offset = x86_effective(cpu, insn), mask = insn->addr_size == 2 ? 0xffff : UINT32_MAX;
     int32_t index = (int32_t)x86_get_gpr(cpu, insn->operand[0].reg, size), bound[2];
 
+    if (size == 2)
+        index = (int16_t)index;
     for (unsigned i = 0; i < 2; i++) {
         gva_t va = x86_seg_linear(cpu, insn->mem.seg, (offset + i * size) & mask, size, false);
 
         bound[i] = size == 2 ? (int16_t)x86_read16(cpu, va) : (int32_t)x86_read32(cpu, va);
+        /* Intel's processors compare before they read the upper bound. */
+        if (i == 0 && !cpu->amd && index < bound[0])
+            x86_raise(cpu, X86_BR);
     }
-    if (size == 2)
-        index = (int16_t)index;
     if (index < bound[0] || index > bound[1])
         x86_raise(cpu, X86_BR);
 }

@@ -326,26 +326,33 @@ static void probe(struct x86_cpu *cpu, gva_t va, bool write)
         x86_read8(cpu, va);
 }
 
-/* The address of the image, whose alignment is checked. Intel's processors may tell by #AC. */
+/* The address of the image, whose alignment is checked: on Intel's processors after its being canonical, and maybe told by #AC. */
 static gva_t image_address(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned size, unsigned align, bool write)
 {
-    gva_t va = x86_linear(cpu, insn, size, write);
+    bool based = cpu->code_size != 8 || insn->mem.seg >= SEG_FS;
+    gva_t va = x86_effective(cpu, insn) + (based ? cpu->s.seg[insn->mem.seg].base : 0);
 
-    if (!cpu->amd && cpu->tlb == &x86_checking_set && (va & 3) && x86_canonical(cpu, va))
-        x86_raise_error(cpu, X86_AC, 0);
+    if (!cpu->amd) {
+        if (cpu->code_size == 8 && !x86_canonical(cpu, va))
+            x86_raise_non_canonical(cpu, va);
+        if (cpu->tlb == &x86_checking_set && (va & 3) &&
+            (cpu->code_size == 8 || !(cpu->s.seg[insn->mem.seg].attr & SEG_UNUSABLE)))
+            x86_raise_error(cpu, X86_AC, 0);
+    }
+    va = x86_linear(cpu, insn, size, write);
     if (va & (align - 1))
         x86_raise_error(cpu, X86_GP, 0);
     return va;
 }
 
-/* FXSAVE's and FXRSTOR's. Where alignment is checked, AMD's processors look at the first word before the 16 bytes. */
+/* FXSAVE's and FXRSTOR's. Where alignment is checked, processors look at the first word before the 16 bytes. */
 static gva_t fx_address(struct x86_cpu *cpu, const struct x86_insn *insn, bool write)
 {
     gva_t va = x86_linear(cpu, insn, XSAVE_LEGACY_SIZE, write);
 
-    if (!x86_canonical(cpu, va) || !x86_canonical(cpu, va + 3))
+    if (!x86_canonical(cpu, va) || (cpu->amd && !x86_canonical(cpu, va + 3)))
         x86_raise_non_canonical(cpu, va);
-    if (cpu->amd && cpu->tlb == &x86_checking_set && (va & 3))
+    if (cpu->tlb == &x86_checking_set && (va & 3))
         x86_raise_error(cpu, X86_AC, 0);
     if (va & 15)
         x86_raise_error(cpu, X86_GP, 0);

@@ -111,20 +111,20 @@ static void depends_on(struct unit *x, unsigned from, unsigned to)
 }
 
 /* Looks a few instructions ahead, inside the page. */
-uint16_t unit_live_at(struct unit *x, uint64_t offset)
+static uint16_t look_ahead(struct unit *x, uint64_t offset, unsigned *from, unsigned *to)
 {
     const uint8_t *page = (const uint8_t *)((uintptr_t)x->b->host & GUEST_PAGE_MASK);
     uint16_t left = FLAGS_ALL;
 
-    if (!x->t->options.liveness)
-        return left;
+    *from = *to = (unsigned)offset;
     for (unsigned n = 0; n < PEEK_MAX && left && offset < GUEST_PAGE_SIZE; n++) {
         struct x86_insn insn;
         bool gp;
 
         if (x86_decode(&insn, page + offset, (unsigned)(GUEST_PAGE_SIZE - offset), 8, &gp))
             break;
-        depends_on(x, (unsigned)offset, (unsigned)offset + insn.length);
+        *from = MIN(*from, (unsigned)offset);
+        *to = MAX(*to, (unsigned)offset + insn.length);
         if (insn.flags_read & left || x86_system_semantics(&insn))
             break;
         left &= (uint16_t)~flags_killed(&insn);
@@ -140,6 +140,25 @@ uint16_t unit_live_at(struct unit *x, uint64_t offset)
         }
     }
     return left;
+}
+
+uint16_t unit_live_at(struct unit *x, uint64_t offset)
+{
+    const uint8_t *host = (const uint8_t *)((uintptr_t)x->b->host & GUEST_PAGE_MASK) + offset;
+    struct live_memo *m = &x->memo[((uintptr_t)host ^ (uintptr_t)host >> 12) % UNIT_MEMOS];
+    uint64_t version = x->t->it.code_writes + x->t->it.block_flushes;
+    unsigned from, to;
+
+    if (!x->t->options.liveness)
+        return FLAGS_ALL;
+    /* Decoding is most of what translation costs, and the same places are looked at again and again. */
+    if (m->host != host || m->version != version) {
+        *m = (struct live_memo){ .host = host, .version = version, .live = look_ahead(x, offset, &from, &to) };
+        m->from = (uint16_t)from;
+        m->to = (uint16_t)to;
+    }
+    depends_on(x, m->from, m->to);
+    return m->live;
 }
 
 static uint16_t live_behind(struct unit *x, const struct unit_insn *i, uint16_t next)
@@ -420,16 +439,30 @@ static void find_groups(struct unit *x)
             region = k + 1;
             first_open = x->groups;
         }
+        /* A check ahead of a branch would often look at what the branch is there to protect. */
+        if (i->form == FORM_JCC)
+            region = k + 1;
     }
 }
 
 /* ---- the whole ---- */
+
+/* A unit begins at this offset in the page already: nothing is gained by having its code twice. */
+static bool is_unit(struct unit *x, unsigned offset)
+{
+    const uint8_t *page = (const uint8_t *)((uintptr_t)x->b->host & GUEST_PAGE_MASK);
+    const struct block *b = block_lookup(&x->t->it.cpu, page + offset);
+
+    return b && b->code;
+}
 
 bool unit_analyse(struct unit *x)
 {
     struct block *b = x->b;
     unsigned start = (uintptr_t)b->host & (GUEST_PAGE_SIZE - 1), offset = start;
     struct value v[16];
+    /* A second version consists of the same instructions as the first. */
+    unsigned most = b->insns ? b->insns : UNIT_MAX_INSNS;
     bool ends = false;
 
     x->insns = x->groups = 0;
@@ -437,7 +470,7 @@ bool unit_analyse(struct unit *x)
     x->seen_from = x->seen_to = (uint16_t)start;
     for (unsigned r = 0; r < 16; r++)
         v[r] = (struct value){ r, 0 };
-    while (!ends && x->insns < UNIT_MAX_INSNS && offset < GUEST_PAGE_SIZE) {
+    while (!ends && x->insns < most && offset < GUEST_PAGE_SIZE) {
         struct unit_insn *i = &x->insn[x->insns];
         bool gp;
 
@@ -452,7 +485,7 @@ bool unit_analyse(struct unit *x)
         follow_values(x, i, v);
         offset += i->insn.length;
         x->insns++;
-        ends = i->form >= FORM_JMP ||
+        ends = i->form >= FORM_JMP || (i->form >= FORM_JCC && !b->insns && offset < GUEST_PAGE_SIZE && is_unit(x, offset)) ||
                (!x->t->options.returns && (i->form == FORM_CALL || i->form == FORM_CALL_INDIRECT)) ||
                (!x->t->options.extend && (i->form == FORM_JCC || i->form == FORM_CALL || i->form == FORM_CALL_INDIRECT));
     }

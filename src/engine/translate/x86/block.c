@@ -25,7 +25,7 @@ struct translate_site *unit_site(struct unit *x, unsigned k)
 {
     struct translate_site *site = block_alloc(&x->t->it, sizeof(*site));
 
-    *site = (struct translate_site){ .block = x->b, .offset = x->insn[k].offset, .index = (uint16_t)k,
+    *site = (struct translate_site){ .block = x->b, .apart = code_exec(&x->t->code, x->t->run_and_go), .offset = x->insn[k].offset, .index = (uint16_t)k,
                                       .length = x->insn[k].insn.length };
     return site;
 }
@@ -67,12 +67,26 @@ static void emit_stub(struct unit *x, struct stub *s)
     if (s->restore_rcx)
         unit_restore_rcx(x);
     switch (s->kind) {
-    case STUB_FILL:
-        if (s->tag != 0xff)
+    case STUB_FILL: {
+        uint8_t *crosses = NULL;
+
+        if (s->tag != 0xff) {
+            /* In the page, but not all of it: nothing to be filled. */
+            if (s->site->group) {
+                asm_alu_imm(a, true, ALU_DIGIT_CMP, T, GUEST_PAGE_SIZE);
+                crosses = asm_jcc(a, 2);
+            }
             asm_mem(a, true, 0x2b, T, A, H_NONE, 0, s->tag);
+        }
         load_pointer(a, s->site);
         asm_jmp_to(a, t->fill);
+        if (crosses) {
+            asm_set_target(crosses, a->at);
+            load_pointer(a, s->site);
+            asm_mem(a, false, 0xff, 4, A, H_NONE, 0, offsetof(struct translate_site, apart));
+        }
         break;
+    }
     case STUB_RUN:
         load_pointer(a, s->site);
         asm_jmp_to(a, t->run_and_go);
@@ -202,6 +216,7 @@ bool translate_block(struct translator *t, struct block *b)
         return false;
     }
     code_use(&t->code, x->a.at);
+    b->insns = (uint16_t)x->insns;
     t->blocks++;
     t->guest_bytes += x->end - start;
     t->bytes += (uint64_t)(x->a.at - indirect);
@@ -232,6 +247,7 @@ bool translate_apart(struct translator *t, struct block *b)
     }
     code_use(&t->code, x->a.at);
     t->apart++;
+    b->apart = true;
     t->bytes += (uint64_t)(x->a.at - start);
     for (struct translate_site *s = b->sites; s; s = s->next)
         s->apart = code_exec(&t->code, x->code[s->index]);

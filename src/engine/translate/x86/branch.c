@@ -8,11 +8,15 @@
  * Calls and returns use the return stack (translate.h). Where a RET comes back to, T is the guest address that was
  * returned to, and what the CALL had pushed lies on top:
  *
- *     cmp   (%rsp), T
- *     jne   return_missed
+ *     mov   (%rsp), %rcx
+ *     not   %rcx
+ *     lea   1(%rcx, T), %rcx
+ *     jrcxz hit                          ; else return_missed
  *     lea   8(%rsp), %rsp
  *     lea   -offset(T), A
  *     mov   A, gs:code_page
+ *
+ * with RCX put aside. Flags stay, whatever the code here makes of them: who missed goes on somewhere else.
  */
 #include "engine/translate/x86/unit.h"
 
@@ -90,7 +94,7 @@ static void lookup(struct unit *x, uint16_t live, enum stub_kind kind)
         asm_set_short(hit, a->at);
         unit_restore_rcx(x);
     } else {
-        asm_rorx(a, A, T, 64 - (5 - TRANSLATE_JUMP_SHIFT));
+        asm_rorx(a, A, T, (TRANSLATE_JUMP_SHIFT - 5) & 63);
         asm_alu_imm(a, false, ALU_DIGIT_AND, A, (TRANSLATE_JUMPS - 1) << 5);
         asm_gs(a, true, 0x03, A, T_GS(jumps_now));
         asm_mem(a, true, 0x3b, T, A, H_NONE, 0, offsetof(struct jump_entry_host, rip));
@@ -167,26 +171,19 @@ static void return_site(struct unit *x, unsigned k)
     const struct unit_insn *i = &x->insn[k];
     struct assembler *a = &x->a;
     struct return_site *r = block_alloc(&x->t->it, sizeof(*r));
-    uint16_t live = k + 1 < x->insns ? x->insn[k + 1].live : x->end_live;
     struct stub *s;
+    uint8_t *hit;
 
     *r = (struct return_site){ .code = a->at, .next = x->b->returns };
     x->b->returns = r;
-    if (live) {
-        uint8_t *hit;
-
-        unit_save_rcx(x);
-        asm_mem(a, true, 0x8b, H_RCX, H_RSP, H_NONE, 0, 0);
-        asm_byte(a, 0x48), asm_byte(a, 0xf7), asm_byte(a, 0xd1);        /* not %rcx */
-        asm_lea(a, H_RCX, H_RCX, T, 0, 1);
-        hit = asm_jrcxz(a);
-        s = lookup_stub(x, asm_jmp(a), STUB_CODE, true);
-        asm_set_short(hit, a->at);
-        unit_restore_rcx(x);
-    } else {
-        asm_mem(a, true, 0x3b, T, H_RSP, H_NONE, 0, 0);
-        s = lookup_stub(x, asm_jcc(a, 5), STUB_CODE, false);
-    }
+    unit_save_rcx(x);
+    asm_mem(a, true, 0x8b, H_RCX, H_RSP, H_NONE, 0, 0);
+    asm_byte(a, 0x48), asm_byte(a, 0xf7), asm_byte(a, 0xd1);            /* not %rcx */
+    asm_lea(a, H_RCX, H_RCX, T, 0, 1);
+    hit = asm_jrcxz(a);
+    s = lookup_stub(x, asm_jmp(a), STUB_CODE, true);
+    asm_set_short(hit, a->at);
+    unit_restore_rcx(x);
     if (s)
         s->code = x->t->return_missed;
     asm_lea(a, H_RSP, H_RSP, H_NONE, 0, 8);

@@ -105,7 +105,7 @@ static bool vector_fits(struct unit *x, struct unit_insn *i)
     if (!x->t->options.vectors || x->t->simd_trap || x86_system_semantics(insn) || x86_legacy_semantics(insn))
         return false;
     n = native_prepare(insn);
-    if (!n || n->special || n->uses_fx || n->masked || (insn->has_mem && !n->mem_size) || (insn->has_mem && n->mem_size > 64))
+    if (!n || n->special || n->uses_fx || (insn->has_mem && !n->mem_size) || (insn->has_mem && n->mem_size > 64))
         return false;
     if (insn->has_mem && n->mem_size & (n->mem_size - 1))
         return false;
@@ -126,6 +126,7 @@ static bool vector_fits(struct unit *x, struct unit_insn *i)
               o->encoding != ZYDIS_OPERAND_ENCODING_NDSNDD)))
             return false;
     }
+    /* A mask that suppresses faults does not matter where the whole operand can be accessed; elsewhere the interpreter heeds it. */
     i->native = n;
     return true;
 }

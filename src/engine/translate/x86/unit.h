@@ -29,7 +29,7 @@
 /* What one translation takes from the block arena at most: a site or a chain for each stub. */
 #define UNIT_MAX_ARENA ((UNIT_MAX_STUBS + UNIT_MAX_INSNS) * MAX(sizeof(struct translate_site), sizeof(struct chain)))
 /* How far the accesses of one group may lie apart. A group that crosses a page has to do without. */
-#define UNIT_GROUP_SPAN 512
+#define UNIT_GROUP_SPAN 256
 
 enum unit_form {
     FORM_OP,            /* run by the interpreter */
@@ -117,6 +117,14 @@ struct stub {
     const uint8_t *code;        /* STUB_CODE; STUB_NOWHERE: where it goes on */
 };
 
+/* What unit_live_at() found, for as long as no code was written and the page stayed one of code. */
+struct live_memo {
+    const uint8_t *host;
+    uint64_t version;
+    uint16_t live, from, to;
+};
+#define UNIT_MEMOS 4096u
+
 struct unit {
     struct translator *t;
     struct block *b;
@@ -136,6 +144,7 @@ struct unit {
     struct unit_insn insn[UNIT_MAX_INSNS];
     struct group group[UNIT_MAX_GROUPS];
     struct stub stub[UNIT_MAX_STUBS];
+    struct live_memo memo[UNIT_MEMOS];
     unsigned counted;           /* instructions */
     struct translate_site *sites;       /* of the instruction being emitted, linked by next: back is still to be set */
     const uint8_t *code[UNIT_MAX_INSNS];        /* writable view: where each instruction begins */
