@@ -69,6 +69,14 @@ class Figures(unittest.TestCase):
         self.assertEqual(failed.mean("qemu", "translate")[1], 2)
         self.assertTrue(any("failed" in line for line in failed.table()))
 
+    def test_alone(self):
+        """One engine has times, and a bound on its memory."""
+        raw = copy.deepcopy(RAW)
+        raw["engines"] = {"translate": raw["engines"]["translate"]}
+        s = report.Summary(raw, "cpu")
+        self.assertEqual(self.met(s), [True])
+        self.assertIn("| a | compute | 2.000 |", list(s.table()))
+
     def test_table(self):
         lines = list(self.summary().table())
         self.assertEqual(len({line.count("|") for line in lines}), 1)
