@@ -3,10 +3,11 @@
 The long ones need an image of their own (scripts/workload-image stress: stress-ng, compilers, node, LuaJIT, Java). What a program
 prints is compared with what it prints on the host, in a chroot of the same tree, where that is possible (as root).
 Environment: ENGINE and RINGFORT as for all; STRESS_SECONDS for each of stress-ng's classes (default 50, in all 10
-minutes), STRESS_ROUNDS for the self-checking programs (default 3), STRESS_BOOTS (default 50).
+minutes), STRESS_ROUNDS for the self-checking programs (default 3), STRESS_BOOTS (default 50), STRESS_ARGS for further arguments of ringfort run.
 """
 
 import os
+import shlex
 import subprocess
 import time
 
@@ -18,6 +19,7 @@ from machine import Failure, Skipped, busybox, check, log
 SECONDS = int(os.environ.get("STRESS_SECONDS", "50"))
 ROUNDS = int(os.environ.get("STRESS_ROUNDS", "3"))
 BOOTS = int(os.environ.get("STRESS_BOOTS", "50"))
+ARGS = shlex.split(os.environ.get("STRESS_ARGS", ""))
 
 
 @case(300)
@@ -55,7 +57,7 @@ CLASSES = {
 
 
 def guest(folder, images, name="stress"):
-    return workload.ringfort_guest(folder, images, engine=machine.ENGINE, name=name)
+    return workload.ringfort_guest(folder, images, *ARGS, engine=machine.ENGINE, name=name)
 
 
 class Together:
