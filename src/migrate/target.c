@@ -24,6 +24,8 @@
 
 #define DEFAULT_TIMEOUT_MS 10000u
 #define DEFAULT_SETTLE_MS 60000u
+/* How many times the bound on a transfer the source may be silent: it drains and syncs disks meanwhile. */
+#define SILENCES 3
 #define URGENT MIGRATE_MAX_STREAMS      /* index of the urgent connection */
 #define STREAMS (MIGRATE_MAX_STREAMS + 1)
 
@@ -477,7 +479,7 @@ static bool next_control(struct migrate_target *t, unsigned wait_ms)
 /* The next frame of the control connection. A reason of the streams' is better than one of this connection's. */
 static int hear(struct migrate_target *t, struct frame *f, char error[CHANNEL_ERROR_MAX])
 {
-    int ready = channel_wait(t->control, (int)t->channel_options.idle_ms), err;
+    int ready = channel_wait(t->control, (int)t->channel_options.idle_ms * SILENCES), err;
 
     if (ready == 1) {
         err = frame_recv(t->control, f, error);
