@@ -25,10 +25,12 @@ static const char help[] =
     "that go on from there. 'ringfort snapshot COMMAND --help' tells more.\n";
 
 static const char save_help[] =
-    "Usage: ringfort snapshot save NAME SNAPSHOT [-o text|json]\n\n"
+    "Usage: ringfort snapshot save NAME SNAPSHOT [--compress] [-o text|json]\n\n"
     "Saves the machine NAME as SNAPSHOT. The guest goes on meanwhile; it stands still only for the moment\n"
     "that is saved. Disks are copied (where the file system can, without taking room), but those with\n"
     "readonly=on stay where they are.\n\n"
+    "  --compress           pack memory with zstd: less room, but a restored machine begins later, and\n"
+    "                       shares no memory with others\n"
     "  -o, --output FORMAT  text (default) or json: pause_ms, total_ms, memory_bytes, disk_bytes\n"
     "  --help               show this text\n";
 
@@ -61,7 +63,9 @@ static const char restore_help[] =
 
 static int save(char **args)
 {
-    struct verb v = {.name = "snapshot save", .min_words = 2, .max_words = 2, .what = "NAME SNAPSHOT", .help = save_help};
+    struct verb_flag flags[] = {{.name = "--compress"}, {0}};
+    struct verb v = {.name = "snapshot save", .min_words = 2, .max_words = 2, .what = "NAME SNAPSHOT", .help = save_help,
+                     .flags = flags};
     struct registry_entry m;
     json_t *answer = NULL;
     char line[256];
@@ -71,7 +75,7 @@ static int save(char **args)
         return status;
     status = verb_machine(&v, &m);
     if (!status)
-        status = client_job(&m, "POST", "/v1/snapshot", json_pack("{s:s}", "name", v.words[1]), NULL, NULL, &answer);
+        status = client_job(&m, "POST", "/v1/snapshot", json_pack("{s:s, s:b}", "name", v.words[1], "compress", (int)flags[0].given), NULL, NULL, &answer);
     if (status)
         return status;
     if (v.json) {

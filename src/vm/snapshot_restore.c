@@ -22,6 +22,7 @@
 #include "base/util.h"
 #include "vm/config.h"
 #include "vm/snapshot.h"
+#include "vm/snapshot_pack.h"
 #include "vm/snapshot_store.h"
 #include "vm/state_file.h"
 #include "vm/status.h"
@@ -31,6 +32,7 @@ struct vm_snapshot {
     char name[VM_SNAPSHOT_NAME_MAX], machine[128];
     char root_path[PATH_MAX], path[PATH_MAX];
     int root, dir, memory_fd;
+    bool packed;                /* memory_fd is of SNAPSHOT_PACKED */
     void *stream;
     size_t stream_len;
     uint64_t tsc_hz;
@@ -71,6 +73,10 @@ static int read_snapshot(struct vm_snapshot *s)
     snprintf(s->path, sizeof(s->path), "%.2000s/%s", s->root_path, s->name);
     s->dir = openat(s->root, s->name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     s->memory_fd = s->dir < 0 ? -1 : openat(s->dir, SNAPSHOT_MEMORY, O_RDONLY | O_CLOEXEC);
+    if (s->dir >= 0 && s->memory_fd < 0 && errno == ENOENT) {
+        s->memory_fd = openat(s->dir, SNAPSHOT_PACKED, O_RDONLY | O_CLOEXEC);
+        s->packed = s->memory_fd >= 0;
+    }
     if (s->memory_fd < 0) {
         err = -errno;
         log_error("%s/%s: cannot read: %s", s->path, SNAPSHOT_MEMORY, strerror(-err));
@@ -261,6 +267,16 @@ static int map_memory(struct vm_snapshot *s, struct memory *m)
     return 0;
 }
 
+static int unpack_memory(struct vm_snapshot *s, struct memory *m)
+{
+    int err = lseek(s->memory_fd, 0, SEEK_SET) < 0 ? -errno : snapshot_unpack(s->memory_fd, m);
+
+    if (err)
+        log_error("%s/%s: %s", s->path, SNAPSHOT_PACKED,
+                  err == -EINVAL ? "it is damaged; was it copied completely?" : strerror(-err));
+    return err;
+}
+
 struct vm *vm_snapshot_restore(struct vm_snapshot *s, struct vm_config *config, unsigned hold, int *status)
 {
     struct state_reader r;
@@ -274,7 +290,7 @@ struct vm *vm_snapshot_restore(struct vm_snapshot *s, struct vm_config *config, 
     vm = vm_create_empty(config, s->tsc_hz, (enum vm_hold)hold, status);
     if (!vm)
         return NULL;
-    err = map_memory(s, &vm->machine.memory);
+    err = s->packed ? unpack_memory(s, &vm->machine.memory) : map_memory(s, &vm->machine.memory);
     state_reader_init(&r, s->stream, s->stream_len);
     if (!err)
         err = vm_load(vm, &r);

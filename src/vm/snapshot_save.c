@@ -27,6 +27,7 @@
 #include "base/util.h"
 #include "vm/config.h"
 #include "vm/snapshot.h"
+#include "vm/snapshot_pack.h"
 #include "vm/snapshot_store.h"
 #include "vm/state_file.h"
 #include "vm/vm_internal.h"
@@ -49,6 +50,7 @@ struct page_copy {
 struct saver {
     struct vm *vm;
     const char *name;
+    bool compress;
     char root_path[PATH_MAX], path[PATH_MAX], folder[VM_SNAPSHOT_NAME_MAX + 32];
     int root, dir, memory_fd;
     struct state_writer *state;
@@ -450,6 +452,20 @@ static int write_meta(struct saver *s)
     return err;
 }
 
+static int compress_memory(struct saver *s)
+{
+    int fd = openat(s->dir, SNAPSHOT_PACKED, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    int err = fd < 0 ? -errno : snapshot_pack(s->memory_fd, fd, &s->vm->save_cancelled);
+
+    if (fd >= 0)
+        close(fd);
+    if (!err && unlinkat(s->dir, SNAPSHOT_MEMORY, 0) < 0)
+        err = -errno;
+    if (err && err != -ECANCELED)
+        log_error("%s/%s: cannot write: %s", s->path, SNAPSHOT_PACKED, strerror(-err));
+    return err;
+}
+
 /* The copy of an overlay is one on the same files. */
 static int link_bases(struct saver *s)
 {
@@ -476,7 +492,7 @@ static int publish(struct saver *s)
 {
     int err = 0;
 
-    if (fsync(s->memory_fd) < 0 || fsync(s->dir) < 0)
+    if ((!s->compress && fsync(s->memory_fd) < 0) || fsync(s->dir) < 0)
         err = -errno;
     if (!err && renameat(s->root, s->folder, s->root, s->name) < 0)
         err = -errno;
@@ -525,6 +541,8 @@ static int save(struct saver *s)
         log_error("%s/%s: cannot write: %s", s->path, SNAPSHOT_MEMORY, strerror(-err));
     }
     err = end_disks(s, err);
+    if (!err && s->compress)
+        err = compress_memory(s);
     if (!err)
         err = link_bases(s);
     if (!err)
@@ -568,7 +586,7 @@ void vm_snapshot_drain(struct vm *vm)
 
 void vm_snapshot_cancel(struct vm *vm) { atomic_store(&vm->save_cancelled, true); }
 
-int vm_snapshot_save(struct vm *vm, const char *name, struct vm_snapshot_result *out)
+int vm_snapshot_save(struct vm *vm, const char *name, bool compress, struct vm_snapshot_result *out)
 {
     uint64_t start = monotonic_ns();
     time_t now = time(NULL);
@@ -589,6 +607,7 @@ int vm_snapshot_save(struct vm *vm, const char *name, struct vm_snapshot_result 
     }
     s->vm = vm;
     s->name = name;
+    s->compress = compress;
     s->root = s->dir = s->memory_fd = -1;
     s->copies_tail = &s->copies;
     s->max_waiting = MAX(MIN_WAITING, vm->config->memory / WAITING_SHARE);

@@ -158,12 +158,12 @@ static void saved_while_running(const char *engine)
 
     start(&r, engine);
     await_progress(&r);
-    assert_int_equal(vm_snapshot_save(r.vm, "first", &result), 0);
+    assert_int_equal(vm_snapshot_save(r.vm, "first", false, &result), 0);
     assert_true(result.pause_ns > 0 && result.total_ns >= result.pause_ns);
     assert_true(result.memory_bytes >= PAGES * GUEST_PAGE_SIZE);
     assert_true(!engine_find(engine)->checks_pages || result.memory_bytes < MIB(12));
     await_progress(&r);
-    assert_int_equal(vm_snapshot_save(r.vm, "first", &result), -EEXIST);
+    assert_int_equal(vm_snapshot_save(r.vm, "first", false, &result), -EEXIST);
     uint32_t later = word(&r, 0);
 
     restore(&a, "first", "a");
@@ -174,7 +174,7 @@ static void saved_while_running(const char *engine)
     go_on(&a);
     await_progress(&a);
     assert_one_moment(&b);
-    assert_int_equal(vm_snapshot_save(a.vm, "second", &result), 0);
+    assert_int_equal(vm_snapshot_save(a.vm, "second", true, &result), 0);
     finish(&a);
     restore(&c, "second", "c");
     assert_one_moment(&c);
@@ -247,7 +247,7 @@ static void test_engine_changes_meanwhile(void **state)
     start(&r, "interp");
     await_progress(&r);
     assert_int_equal(pthread_create(&t, NULL, change_engines, &r), 0);
-    assert_int_equal(vm_snapshot_save(r.vm, "changing", &result), 0);
+    assert_int_equal(vm_snapshot_save(r.vm, "changing", false, &result), 0);
     pthread_join(t, &bad);
     assert_null(bad);
     restore(&a, "changing", "a");
@@ -271,7 +271,7 @@ static void test_reset_meanwhile(void **state)
     assert_int_equal(vm_pause(r.vm, VM_HOLD_USER), 0);
     uint32_t saved = word(&r, 5);
     machine_raise(&r.vm->machine, MACHINE_RESET, 0);
-    assert_int_equal(vm_snapshot_save(r.vm, "reset", &result), 0);
+    assert_int_equal(vm_snapshot_save(r.vm, "reset", false, &result), 0);
     restore(&a, "reset", "a");
     assert_one_moment(&a);
     assert_true(word(&a, 5) == saved || word(&a, 5) == 0);
@@ -322,9 +322,9 @@ static void test_damaged(void **state)
     struct running r;
 
     start(&r, "interp");
-    assert_int_equal(vm_snapshot_save(r.vm, "bad", &result), 0);
-    assert_int_equal(vm_snapshot_save(r.vm, "../bad", &result), -EINVAL);
-    assert_int_equal(vm_snapshot_save(r.vm, ".bad", &result), -EINVAL);
+    assert_int_equal(vm_snapshot_save(r.vm, "bad", false, &result), 0);
+    assert_int_equal(vm_snapshot_save(r.vm, "../bad", false, &result), -EINVAL);
+    assert_int_equal(vm_snapshot_save(r.vm, ".bad", false, &result), -EINVAL);
     finish(&r);
     log_set_level(-1);
     assert_int_equal(try_open(), 0);
@@ -346,6 +346,41 @@ static void test_damaged(void **state)
     assert_int_equal(vm_snapshot_remove("bad"), 0);
 }
 
+/* Compressed memory is checked as it is unpacked. */
+static void test_damaged_packed(void **state)
+{
+    struct vm_snapshot_result result;
+    struct running r;
+    char path[160];
+    struct stat st;
+
+    start(&r, "translate");
+    assert_int_equal(vm_snapshot_save(r.vm, "bad", true, &result), 0);
+    finish(&r);
+    snprintf(path, sizeof(path), "%s/ringfort/snapshots/bad/memory.zst", data_folder);
+    assert_int_equal(stat(path, &st), 0);
+    assert_true(st.st_size < (off_t)MIB(1));
+    log_set_level(-1);
+    assert_int_equal(try_open(), 0);
+    for (off_t at = st.st_size - 1; at > 8; at -= st.st_size / 9) {
+        uint8_t was, other;
+        int fd = open(path, O_RDWR);
+        assert_int_equal(pread(fd, &was, 1, at), 1);
+        other = was ^ 0x10;
+        assert_int_equal(pwrite(fd, &other, 1, at), 1);
+        assert_int_equal(try_open(), -EINVAL);
+        assert_int_equal(pwrite(fd, &was, 1, at), 1);
+        close(fd);
+    }
+    assert_int_equal(try_open(), 0);
+    spoil("memory.zst", 0, NULL, 0, st.st_size - 1);
+    assert_int_equal(try_open(), -EINVAL);
+    spoil("memory.zst", 0, NULL, 0, 0);
+    assert_int_equal(try_open(), -EINVAL);
+    log_set_level(LOG_WARN);
+    assert_int_equal(vm_snapshot_remove("bad"), 0);
+}
+
 /* A folder that a killed save left is no snapshot, and goes away with the next one. */
 static void test_killed_save(void **state)
 {
@@ -361,7 +396,7 @@ static void test_killed_save(void **state)
     assert_int_equal(mkdir(path, 0700), 0);
     assert_int_equal(vm_snapshot_list(&list, &count), 0);
     assert_int_equal(count, 0);
-    assert_int_equal(vm_snapshot_save(r.vm, "x", &result), 0);
+    assert_int_equal(vm_snapshot_save(r.vm, "x", false, &result), 0);
     assert_int_equal(stat(path, &st), -1);
     assert_int_equal(vm_snapshot_remove("x"), 0);
     finish(&r);
@@ -390,6 +425,7 @@ int main(void)
         cmocka_unit_test(test_engine_changes_meanwhile),
         cmocka_unit_test(test_reset_meanwhile),
         cmocka_unit_test(test_damaged),
+        cmocka_unit_test(test_damaged_packed),
         cmocka_unit_test(test_killed_save),
     };
     return cmocka_run_group_tests(tests, setup, teardown);

@@ -16,16 +16,19 @@ static int do_save(struct control_request *r, json_t **answer)
 {
     struct vm_snapshot_result result;
     const char *name = NULL;
+    bool compress = false;
     char why[512] = "";
     int status = control_arg_string(r, "name", &name, answer), err;
 
+    if (!status)
+        status = control_arg_bool(r, "compress", &compress, answer);
     if (status)
         return status;
     if (!name)
         return control_refuse(answer, 400, "the name of the snapshot is missing");
     log_keep_error(why, sizeof(why));
     control_job_on_cancel(r->job, cancel, r->vm);
-    err = vm_snapshot_save(r->vm, name, &result);
+    err = vm_snapshot_save(r->vm, name, compress, &result);
     control_job_on_cancel(r->job, NULL, NULL);
     log_keep_error(NULL, 0);
     if (err == -ECANCELED)
@@ -40,6 +43,6 @@ static int do_save(struct control_request *r, json_t **answer)
 }
 
 const struct control_route control_snapshot_routes[] = {
-    {"POST", "/v1/snapshot", "name", ROUTE_JOB, do_save, NULL},
+    {"POST", "/v1/snapshot", "name compress", ROUTE_JOB, do_save, NULL},
     {0},
 };
