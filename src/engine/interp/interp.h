@@ -69,6 +69,8 @@ struct block {
     uint16_t insns;             /* guest instructions that are translated together with it */
     bool apart;                 /* translated without shared checks too */
     uint32_t heat;              /* how often it ran before it was translated */
+    uint32_t runs;              /* lock-step: how often its translation was entered, */
+    struct lockstep_line *line; /* and its instructions one by one */
     uint16_t seen_from, seen_to;        /* bytes of the first page, besides the block's, that its translation depends on */
     struct op op[];
 };
@@ -84,6 +86,7 @@ struct jump_entry {
 struct code_page;
 struct chain;
 struct return_site;
+struct lockstep_line;
 struct translate_site;
 struct interp;
 

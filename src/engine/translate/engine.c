@@ -13,6 +13,7 @@
 
 #include "base/log.h"
 #include "device/machine.h"
+#include "engine/translate/lockstep.h"
 #include "engine/translate/translate.h"
 
 /* Unmasked exceptions are found by the interpreter's way of running vector instructions. */
@@ -122,7 +123,7 @@ static void select_space(struct translator *t)
 static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
 {
     struct translator *t = translator_of(cpu);
-    const struct block *b = op->aux;
+    struct block *b = op->aux;
     const struct op *next;
 
     if (unlikely(t->interpret_once || !masks_all(cpu) || cpu->simd_trap != t->simd_trap)) {
@@ -133,7 +134,7 @@ static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
     if (t->options.indirect)
         enter_jump(t->jumps_now, op_rip(cpu, op), b->indirect);
     t->entered++;
-    next = t->enter(t, b->code);
+    next = unlikely(t->lockstep != NULL) ? lockstep_enter(t, b) : t->enter(t, b->code);
     if ((uintptr_t)next == RETURNED_NOWHERE)
         next = returned(t);
     else if ((uintptr_t)next & 1)
@@ -233,6 +234,7 @@ static void translate_destroy(struct vcpu *vcpu)
 
     if (!t)
         return;
+    lockstep_destroy(t);
     interp_teardown(&t->it);
     code_destroy(&t->code);
     translate_returns_destroy(t);
@@ -255,6 +257,11 @@ static int translate_create(struct vcpu *vcpu)
     t->options = translate_options;
     if (t->options.tier < 2)
         t->options.extend = false;
+    if (t->options.lockstep) {
+        err = lockstep_create(t, vcpu->count);
+        if (err)
+            goto out;
+    }
     t->tlb_mask = (uint64_t)(TLB_ENTRIES - 1) << GUEST_PAGE_SHIFT;
     t->jump_mask = (uint64_t)(TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_SHIFT;
     t->page_mask = GUEST_PAGE_MASK;
@@ -289,6 +296,8 @@ out:
 
 static enum vm_exit translate_run(struct vcpu *vcpu)
 {
+    enum vm_exit exit;
+
     /* Translated code finds its data through GS, which neither the C library nor the compiler uses. */
     if (syscall(SYS_arch_prctl, ARCH_SET_GS, vcpu->data)) {
         log_error("cannot set the GS base: %s", strerror(errno));
@@ -296,7 +305,8 @@ static enum vm_exit translate_run(struct vcpu *vcpu)
     }
     if (translate_returns_attach(vcpu->data))
         return VM_EXIT_ERROR;
-    return interp_run(vcpu);
+    exit = interp_run(vcpu);
+    return ((struct translator *)vcpu->data)->diverged ? VM_EXIT_ERROR : exit;
 }
 
 static void translate_probe(struct engine_report *r)

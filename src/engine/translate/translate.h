@@ -46,7 +46,6 @@ struct jump_table {
 /* What enter() returns besides ops and chains: a RET whose target (in s.rip) has no translation. */
 #define RETURNED_NOWHERE 2u
 
-
 static inline unsigned translate_jump_index(uint64_t rip)
 {
     return (rip >> TRANSLATE_JUMP_SHIFT) & (TRANSLATE_JUMPS - 1);
@@ -124,6 +123,8 @@ struct translator {
     const void *return_stub, *return_interpreted;
     /* Settings and figures. */
     struct translate_options options;
+    struct lockstep *lockstep;  /* NULL: not in lock-step mode */
+    bool diverged;              /* it found a difference: the run ends */
     uint64_t blocks, bytes, guest_bytes, apart, chained, indirect_misses, entered, fills, slow_ops, group_misses;
     uint64_t return_misses, stack_overflows;
 };

@@ -14,6 +14,7 @@
 #include "device/irqchip/irqchip.h"
 #include "device/machine.h"
 #include "isa/x86/mmu.h"
+#include "isa/x86/trial.h"
 
 /* A block of at most two pages' length touches at most three. */
 #define MAX_BLOCK  8192u
@@ -127,6 +128,7 @@ static void check_alignment(struct x86_cpu *cpu, const struct tlb_set *set, gva_
 
 static uint64_t mmio_read(struct x86_cpu *cpu, gpa_t gpa, unsigned size)
 {
+    x86_trial_device(cpu);
     cpu->mmio_exits++;
     if ((gpa & GUEST_PAGE_MASK) == cpu->apic_base)
         return lapic_mmio_read(cpu->lapic, (unsigned)(gpa & ~GUEST_PAGE_MASK), size);
@@ -135,6 +137,7 @@ static uint64_t mmio_read(struct x86_cpu *cpu, gpa_t gpa, unsigned size)
 
 static void mmio_write(struct x86_cpu *cpu, gpa_t gpa, uint64_t value, unsigned size)
 {
+    x86_trial_device(cpu);
     cpu->mmio_exits++;
     if ((gpa & GUEST_PAGE_MASK) == cpu->apic_base)
         lapic_mmio_write(cpu->lapic, (unsigned)(gpa & ~GUEST_PAGE_MASK), value, size);
@@ -180,7 +183,9 @@ static void mmio_write_block(struct x86_cpu *cpu, gpa_t gpa, const uint8_t *buf,
 
 static void told_written(struct x86_cpu *cpu, const struct x86_place *p, unsigned len)
 {
-    if (p->code && cpu->hooks)
+    if (p->code && cpu->trial && cpu->trial->noting)
+        cpu->trial->code_written = true;
+    else if (p->code && cpu->hooks)
         cpu->hooks->code_written(cpu, p->gpa, len);
 }
 
@@ -196,6 +201,7 @@ static void write_place(struct x86_cpu *cpu, const struct x86_place *p, const vo
                         unsigned len)
 {
     if (p->host) {
+        x86_trial_writing(cpu, p->host, len);
         memcpy(p->host, buf, len);
         told_written(cpu, p, len);
     } else {
@@ -227,6 +233,7 @@ static void store_operand(struct x86_cpu *cpu, const struct x86_place *p, uint64
         mmio_write(cpu, p->gpa, value, size);
         return;
     }
+    x86_trial_writing(cpu, p->host, size);
     switch (size) {
     case 1:
         *p->host = (uint8_t)value;
@@ -377,6 +384,8 @@ void *x86_host_pointer(struct x86_cpu *cpu, gva_t va, unsigned len, enum x86_acc
         return NULL;
     check_alignment(cpu, set, va, len);
     x86_translate(cpu, set, va, access, &p);
+    if (access == ACCESS_WRITE && p.host && !p.code)
+        x86_trial_writing(cpu, p.host, len);
     return p.code ? NULL : p.host;
 }
 
@@ -393,6 +402,8 @@ void *x86_rmw_pointer(struct x86_cpu *cpu, gva_t va, unsigned len)
     if (len > room(va))
         return NULL;
     x86_translate(cpu, cpu->tlb, va, ACCESS_WRITE, &p);
+    if (p.host)
+        x86_trial_writing(cpu, p.host, len);
     return p.host;
 }
 
@@ -400,7 +411,7 @@ void x86_rmw_done(struct x86_cpu *cpu, gva_t va, unsigned len, void *pointer)
 {
     const uint8_t *host = pointer;
 
-    if (tlb_lookup(cpu->tlb, va, len, TLB_WRITE))
+    if (tlb_lookup(cpu->tlb, va, len, TLB_WRITE) || (cpu->trial && cpu->trial->noting))
         return;
     for (unsigned i = 0; i < cpu->mem->regions; i++) {
         struct memory_region *r = &cpu->mem->region[i];

@@ -26,6 +26,7 @@
 struct machine;
 struct lapic;
 struct x86_cpu_model;
+struct x86_trial;
 
 /* Exception vectors. */
 enum { X86_DE, X86_DB, X86_NMI, X86_BP, X86_OF, X86_BR, X86_UD, X86_NM, X86_DF, X86_CSO, X86_TS, X86_NP,
@@ -131,6 +132,7 @@ struct x86_cpu {
     const struct x86_cpu_model *model;
     const struct x86_engine_hooks *hooks;
     void *engine;               /* the engine's own per-vCPU data */
+    struct x86_trial *trial;    /* trial.h; NULL: none is under way */
     unsigned index;             /* APIC id */
     unsigned cpus;              /* how many the machine has, for CPUID's topology; 0 counts as 1 */
     uint64_t tsc_hz;

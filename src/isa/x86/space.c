@@ -14,6 +14,7 @@
 
 #include "base/util.h"
 #include "isa/x86/mmu.h"
+#include "isa/x86/trial.h"
 
 #define KEY_VALID (1ull << 63)
 
@@ -358,10 +359,11 @@ static bool fill(struct x86_cpu *cpu, struct x86_tlb *t, gva_t va, enum x86_acce
     }
     tlb_fill(&t->set, va, page, TLB_READ);
     if (access == ACCESS_READ) {
-        if (w->write_ready && already_written_unseen(cpu, flags))
+        if (w->write_ready && already_written_unseen(cpu, flags) && x86_trial_opens(cpu, page))
             tlb_fill(&t->set, va, page, TLB_WRITE);
     } else if (may_write_unseen(cpu, flags)) {
-        tlb_fill(&t->set, va, page, TLB_WRITE);
+        if (x86_trial_opens(cpu, page))
+            tlb_fill(&t->set, va, page, TLB_WRITE);
     } else {
         place->code = true;
         return false;

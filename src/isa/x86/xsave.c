@@ -456,7 +456,7 @@ static void xsave(struct x86_cpu *cpu, const struct x86_insn *insn, enum save_ki
     uint8_t image[XSAVE_MAX_SIZE];
     bool compact = kind == SAVE_COMPACT || kind == SAVE_SUPERVISOR;
     uint64_t rfbm, in_use, write, layout, bv;
-    uint32_t bytes;
+    uint32_t bytes, from = 0;
     gva_t va;
 
     xsave_checks(cpu);
@@ -469,7 +469,10 @@ static void xsave(struct x86_cpu *cpu, const struct x86_insn *insn, enum save_ki
     if (cpu->amd)
         probe(cpu, va, true);
     probe(cpu, va + bytes - 1, true);
-    x86_probe_write(cpu, va, bytes);
+    /* Intel's processors leave what is not asked for alone: MXCSR is the first of SSE and AVX, the header of the others. */
+    if (!cpu->amd && !compact && !(rfbm & BIT(XSTATE_X87)))
+        from = rfbm & (BIT(XSTATE_SSE) | BIT(XSTATE_AVX)) ? 24 : XSAVE_LEGACY_SIZE;
+    x86_probe_write(cpu, va + from, bytes - from);
 
     in_use = x86_xinuse(&cpu->s.fpu) & rfbm;
     if (!cpu->amd && cpu->code_size != 8)       /* out of reach, and not in use (SDM vol. 1 13.6) */
