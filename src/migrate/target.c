@@ -55,6 +55,7 @@ struct migrate_target {
     pthread_t acceptor;
     bool acceptor_started;
     _Atomic bool cancelled;
+    _Atomic bool known;         /* the source knows that the machine is here, with all of its memory */
 
     struct memory *memory;
     struct postcopy *_Atomic postcopy;
@@ -228,8 +229,8 @@ static void answer_query(struct migrate_target *t, struct channel *c, const stru
             channel_abort(t->control);
     }
     store_le32(payload, t->owner == TAKEN ? OWNER_TARGET : OWNER_SOURCE);
-    if (answer_hello(c, h) == 0)
-        frame_send(c, FRAME_STATUS, 0, payload, 4);
+    if (answer_hello(c, h) == 0 && frame_send(c, FRAME_STATUS, 0, payload, 4) == 0 && !t->postcopy)
+        atomic_store(&t->known, true);
 }
 
 /* Lock held. True: the connection is somebody's now. */
@@ -263,6 +264,12 @@ static bool dispatch(struct migrate_target *t, struct channel *c, const struct h
             refuse(c, "the machine is not known here");
         return false;
     default: /* HELLO_RECOVER */
+        if (ours && t->owner == TAKEN && t->postcopy && !postcopy_missing(t->postcopy)) {
+            /* All is here, and only the word of that got lost. */
+            if (answer_hello(c, h) == 0 && frame_send(c, FRAME_COMPLETE, 0, NULL, 0) == 0)
+                atomic_store(&t->known, true);
+            return false;
+        }
         if (!ours || t->owner != TAKEN || !t->postcopy || t->next) {
             refuse(c, "the machine does not wait for memory here");
             return false;
@@ -774,7 +781,7 @@ static void wait_until_known(struct migrate_target *t, struct frame *f)
     while (t->control && !atomic_load(&t->cancelled) && hear(t, f, error) == 0)
         if (f->type == FRAME_COMPLETE)
             return;
-    while (migrate_now_ms() < until && !atomic_load(&t->cancelled))
+    while (migrate_now_ms() < until && !atomic_load(&t->cancelled) && !atomic_load(&t->known))
         nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
 }
 

@@ -473,7 +473,7 @@ static void trip_target(struct trip *t, const char *tls)
 {
     static struct migrate_target_options opt;
 
-    opt = (struct migrate_target_options){ .listen = t->listen, .tls_dir = tls, .timeout_ms = 2000, .settle_ms = 500 };
+    opt = (struct migrate_target_options){ .listen = t->listen, .tls_dir = tls, .timeout_ms = 2000, .settle_ms = 5000 };
     t->target = migrate_target_create(&opt, &target_ops, &t->b);
     assert_non_null(t->target);
     assert_int_equal(pthread_create(&t->thread, NULL, target_main, t), 0);
