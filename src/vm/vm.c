@@ -345,6 +345,11 @@ static int choose(struct vm *vm)
     }
     vm->model = known_to_guest(vm, vm->model);
     const struct x86_cpu_model *offered = engine_offer(vm->engine, vm->model, c->cpuid != NULL, &missing);
+    struct engine_report report;
+    if (!offered && (vm->engine->probe(&report), !report.usable)) {
+        log_error("engine %s cannot run here: %s", vm->engine->name, report.text);
+        return -ENOSYS;
+    }
     if (!offered && c->cpuid) {
         log_error("engine %s cannot show the guest the processor that it was started with (%s): it lacks %s; use another --engine",
                   vm->engine->name, vm->model->name, missing);
