@@ -75,7 +75,8 @@ static int save(char **args)
         return status;
     status = verb_machine(&v, &m);
     if (!status)
-        status = client_job(&m, "POST", "/v1/snapshot", json_pack("{s:s, s:b}", "name", v.words[1], "compress", (int)flags[0].given), NULL, NULL, &answer);
+        status = client_job(&m, "POST", "/v1/snapshot",
+                            json_pack("{s:s, s:b}", "name", v.words[1], "compress", (int)flags[0].given), NULL, NULL, &answer);
     if (status)
         return status;
     if (v.json) {

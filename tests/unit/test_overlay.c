@@ -212,6 +212,7 @@ static void requests_at_once(void **state)
     struct fixture *f = *state;
     enum { N = 400 };
     struct request *q = calloc(N, sizeof(*q));
+    int base = openat(f->dirfd, "base", O_RDONLY | O_CLOEXEC);
 
     assert_int_equal(block_overlay_create(f->dirfd, "over", "base", DISK_SIZE), 0);
     struct block *b = open_disk(f, "over", BLOCK_CACHE_WRITEBACK);
@@ -222,7 +223,7 @@ static void requests_at_once(void **state)
         q[i].r = (struct block_request){.op = i % 50 == 49 ? BLOCK_FLUSH : BLOCK_WRITE, .offset = offset, .iov = q[i].iov,
                                         .iovcnt = 1, .done = request_done, .opaque = &q[i]};
         if (q[i].r.op == BLOCK_FLUSH)
-            assert_int_equal(pread(openat(f->dirfd, "base", O_RDONLY), f->model + offset, len, (off_t)offset), len);
+            assert_int_equal(pread(base, f->model + offset, len, (off_t)offset), len);
         block_submit(b, &q[i].r);
     }
     block_drain(b);
@@ -230,6 +231,7 @@ static void requests_at_once(void **state)
         assert_true(q[i].done && !q[i].status);
     check_all(f, b, f->model);
     block_close(b);
+    close(base);
     free(q);
 }
 
