@@ -270,12 +270,14 @@ static bool dispatch(struct migrate_target *t, struct channel *c, const struct h
                 atomic_store(&t->known, true);
             return false;
         }
-        if (!ours || t->owner != TAKEN || !t->postcopy || t->next) {
+        if (!ours || t->owner != TAKEN || !t->postcopy) {
             refuse(c, "the machine does not wait for memory here");
             return false;
         }
         if (answer_hello(c, h))
             return false;
+        /* One that nobody has looked at yet is of a link that broke again. */
+        channel_close(t->next);
         t->next = c;
         set_broken(t, "the source connected anew");
         if (t->control)
