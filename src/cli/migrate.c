@@ -19,20 +19,20 @@
 static const char help[] =
     "Usage: ringfort migrate NAME tcp:HOST:PORT|unix:PATH [flag...]\n\n"
     "Moves a running machine to where 'ringfort receive' waits for it. The guest goes on meanwhile and\n"
-    "stands still only for the moment in which it changes hands. Until then every failure leaves it running\n"
-    "here; Ctrl-C gives up. Disks are shared by their path: both sides see the same files.\n\n"
+    "stands still only for the moment in which it changes hands. Until then every failure leaves it\n"
+    "running here; Ctrl-C gives up. Disks are shared by their path: both sides see the same files.\n\n"
     "  --downtime MS        how long the guest may stand still (default 300)\n"
     "  --bandwidth RATE     bytes per second at most: 100M, 1G (default: no limit)\n"
     "  --streams N          connections that carry memory, 1 to 16 (default 2)\n"
     "  --compress           with zstd: for slow links\n"
-    "  --post-copy WHEN     let the guest go on there before all of its memory is there: auto (default), when it\n"
-    "                       changes memory faster than it is sent; never (its processors are slowed down\n"
+    "  --post-copy WHEN     let the guest go on there before all of its memory is there: auto (default), when\n"
+    "                       it changes memory faster than it is sent; never (its processors are slowed down\n"
     "                       instead); now (after no round of copying)\n"
     "  --tls DIR            encrypted, with ca.pem, cert.pem and key.pem in DIR on both sides\n"
     "  -o, --output FORMAT  text (default) or json: downtime_ms, total_ms, rounds, bytes and more\n"
     "  --help               show this text\n\n"
-    "Exit status: 0 when the machine has moved; 1 when it has not, and why is said; 2 for bad usage; 3 when\n"
-    "the machine cannot be reached.\n";
+    "Exit status: 0 when the machine has moved; 1 when it has not, and why is said; 2 for bad usage; 3\n"
+    "when the machine cannot be reached.\n";
 
 /* ---- progress on a terminal ---- */
 
