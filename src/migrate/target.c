@@ -55,6 +55,7 @@ struct migrate_target {
     pthread_t acceptor;
     bool acceptor_started;
     _Atomic bool cancelled;
+    _Atomic bool activated;     /* it runs, or may at any moment */
     _Atomic bool known;         /* the source knows that the machine is here, with all of its memory */
 
     struct memory *memory;
@@ -222,6 +223,11 @@ static void answer_query(struct migrate_target *t, struct channel *c, const stru
 {
     uint8_t payload[4];
 
+    if (t->owner == TAKEN && !atomic_load(&t->activated)) {
+        /* Should that fail, the machine is the source's after all: it asks again. */
+        refuse(c, "it is about to be activated");
+        return;
+    }
     if (t->owner != TAKEN) {
         t->owner = GIVEN_UP;
         set_broken(t, "the source goes on with the machine");
@@ -270,12 +276,14 @@ static bool dispatch(struct migrate_target *t, struct channel *c, const struct h
                 atomic_store(&t->known, true);
             return false;
         }
-        if (!ours || t->owner != TAKEN || !t->postcopy || t->next) {
+        if (!ours || t->owner != TAKEN || !t->postcopy) {
             refuse(c, "the machine does not wait for memory here");
             return false;
         }
         if (answer_hello(c, h))
             return false;
+        /* One that nobody has looked at yet is of a link that broke again. */
+        channel_close(t->next);
         t->next = c;
         set_broken(t, "the source connected anew");
         if (t->control)
@@ -629,8 +637,10 @@ static int activate(struct migrate_target *t, char reason[MIGRATE_TEXT])
 
     set_stage(t, MIGRATE_ACTIVATION);
     err = t->ops->activate(t->opaque, reason);
-    if (!err)
+    if (!err) {
+        atomic_store(&t->activated, true);
         return 0;
+    }
     pthread_mutex_lock(&t->lock);
     /* It does not run, and nobody else was told that it does. */
     t->owner = GIVEN_UP;
