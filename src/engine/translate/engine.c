@@ -274,7 +274,7 @@ static int translate_create(struct vcpu *vcpu)
     t->work = translate_work_create();
     if (!t->jumps || !t->work)
         goto out;
-    err = code_init(&t->code, t->options.cache);
+    err = code_init(&t->code, t->options.cache, t->options.perf == TRANSLATE_PERF_MAP);
     if (err)
         goto out;
     translate_emit_runtime(t);
