@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build/logs"
-ENGINES = ["interp", "translate"]
+ENGINES = ["interp", "translate", "kvm"]
 SANITIZED_SUITES = {"unit", "device", "fuzz"}
 SANITIZER_ENV = {
     "ASAN_OPTIONS": "detect_stack_use_after_return=1",
@@ -140,7 +140,8 @@ def meson_tests(folder):
 
 def boot_tests(engine, ringfort):
     """The cases of tests/boot/run; ringfort may be None for listing."""
-    text = subprocess.run([ROOT / "tests/boot/run", "--list"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    text = subprocess.run([ROOT / "tests/boot/run", "--list"], stdout=subprocess.PIPE, text=True, check=True,
+                          env={**os.environ, "ENGINE": engine, "RINGFORT": ringfort or ""}).stdout
     for line in text.splitlines():
         name, seconds, kind = line.split()
         yield Test(f"boot/{engine}/{name}", [str(ROOT / "tests/boot/run"), name], float(seconds),

@@ -10,12 +10,13 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/util.h"
 
 static _Atomic int log_level = LOG_WARN;
-static _Atomic bool log_raw;
+static _Atomic bool log_raw, log_times;
 static char log_machine[64];
 
 void log_set_level(enum log_level level)
@@ -36,6 +37,24 @@ void log_set_machine(const char *name)
 void log_set_raw_terminal(bool raw)
 {
     atomic_store_explicit(&log_raw, raw, memory_order_relaxed);
+}
+
+void log_set_times(bool on)
+{
+    atomic_store_explicit(&log_times, on, memory_order_relaxed);
+}
+
+/* "2026-01-31T12:00:00.123Z ", or nothing. */
+static size_t put_time(char *out, size_t room)
+{
+    struct timespec now;
+    struct tm utc;
+    if (!atomic_load_explicit(&log_times, memory_order_relaxed))
+        return 0;
+    clock_gettime(CLOCK_REALTIME, &now);
+    gmtime_r(&now.tv_sec, &utc);
+    size_t n = strftime(out, room, "%Y-%m-%dT%H:%M:%S", &utc);
+    return n + (size_t)snprintf(out + n, room - n, ".%03ldZ ", now.tv_nsec / 1000000);
 }
 
 /* Text may quote what a guest or a file said: it must not steer the reader's terminal. */
@@ -65,17 +84,37 @@ static void write_line(const char *p, size_t n)
     }
 }
 
+static _Thread_local struct {
+    char *buf;
+    size_t size;
+} keep;
+
+void log_keep_error(char *buf, size_t size)
+{
+    keep.buf = buf;
+    keep.size = size;
+    if (buf)
+        buf[0] = 0;
+}
+
 void log_at(enum log_level level, const char *fmt, ...)
 {
+    if (level == LOG_ERROR && keep.buf && !keep.buf[0]) {
+        va_list ap;
+        va_start(ap, fmt);
+        vsnprintf(keep.buf, keep.size, fmt, ap);
+        va_end(ap);
+        make_printable(keep.buf, strlen(keep.buf));
+    }
     if (!log_enabled(level))
         return;
 
     int saved = errno;
     char line[2048];
     const size_t room = sizeof(line) - 2; /* for the line end */
-    int prefix = log_machine[0] ? snprintf(line, room, "ringfort: %s: ", log_machine)
-                                : snprintf(line, room, "ringfort: ");
-    size_t n = (size_t)prefix;
+    size_t n = put_time(line, room);
+    n += (size_t)(log_machine[0] ? snprintf(line + n, room - n, "ringfort: %s: ", log_machine)
+                                 : snprintf(line + n, room - n, "ringfort: "));
 
     va_list ap;
     va_start(ap, fmt);

@@ -11,16 +11,25 @@
 
 #include <stdarg.h>
 #include <stdbool.h>
+#include <stddef.h>
 
 enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
 
 /* Messages above this level are dropped. Default LOG_WARN. */
 void log_set_level(enum log_level level);
+/* When set, each line begins with the time (UTC): it goes to a file. */
+void log_set_times(bool on);
 bool log_enabled(enum log_level level);
 /* The name shown with every message; copied. NULL: none. */
 void log_set_machine(const char *name);
 /* When set, line ends are "\r\n": the terminal is in raw mode. */
 void log_set_raw_terminal(bool raw);
+
+/*
+ * Errors of this thread are also kept in buf, the first one, without the line's beginning: for whoever asked from elsewhere.
+ * NULL: no more.
+ */
+void log_keep_error(char *buf, size_t size);
 
 void log_at(enum log_level level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 

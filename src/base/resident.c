@@ -34,6 +34,22 @@ static bool read_status(char *text, size_t size)
     return n > 0;
 }
 
+bool resident_read(struct resident *out)
+{
+    char text[4096];
+    pthread_mutex_lock(&lock);
+    bool known = read_status(text, sizeof(text));
+    if (known) {
+        uint64_t shared = field(text, "\nRssShmem:"), own = MIN(figures.own_shared, shared);
+        *out = (struct resident){
+            .shared = shared - own,
+            .own = field(text, "\nRssAnon:") + field(text, "\nRssFile:") + own,
+        };
+    }
+    pthread_mutex_unlock(&lock);
+    return known;
+}
+
 bool resident_note(void)
 {
     char text[4096];

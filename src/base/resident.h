@@ -21,6 +21,11 @@
 
 /* Takes a sample: some 30 µs. False when /proc does not tell (then nothing is known). */
 bool resident_note(void);
+/* Bytes at this moment: guest RAM, and what the process has for itself. False: /proc does not tell. */
+struct resident {
+    uint64_t shared, own;
+};
+bool resident_read(struct resident *out);
 /* Bytes of shared memory that are no guest RAM became resident, each mapping of them counted. */
 void resident_add_shared(size_t bytes);
 void resident_remove_shared(size_t bytes);

@@ -11,8 +11,22 @@
 
 int cli_run(char **args);
 int cli_host(char **args);
+int cli_snapshot(char **args);
+int cli_engine(char **args);
+int cli_migrate(char **args);
+int cli_receive(char **args);
 int cli_version(char **args);
 int cli_devtest(char **args);
+/* Of machines that run. */
+int cli_ls(char **args);
+int cli_info(char **args);
+int cli_console(char **args);
+int cli_logs(char **args);
+int cli_pause(char **args);
+int cli_resume(char **args);
+int cli_stop(char **args);
+int cli_reset(char **args);
+int cli_top(char **args);
 
 /* Writes text to standard output and returns the exit status: 0, or 5 when it did not get there
  * (logged). */
@@ -30,6 +44,15 @@ bool cli_flag(char ***args, const char *flag, const char **value);
  * without dashes); returns the exit status for bad usage.
  */
 int cli_unknown(const char *verb, const char *arg, const char *const *names);
+
+struct detach;
+struct vm;
+/*
+ * The life of a machine that make() makes, with its control socket; detach: NULL, or the verb goes on in its own process
+ * (cli/detach.h). Returns the exit status.
+ */
+int cli_run_machine(const struct vm_config *config, struct detach *detach, struct vm *(*make)(void *opaque, int *status),
+                    void *opaque);
 
 /* A flag of a verb that is not part of a configuration. */
 struct cli_own_flag {

@@ -8,11 +8,9 @@
 #include <fcntl.h>
 #include <jansson.h>
 #include <liburing.h>
-#include <linux/kvm.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/sysinfo.h>
 #include <sys/utsname.h>
@@ -31,33 +29,6 @@ struct finding {
     bool usable;
     char text[256];
 };
-
-static void probe_kvm(struct finding *f)
-{
-    int fd = open("/dev/kvm", O_RDWR | O_CLOEXEC), version, vm;
-    if (fd < 0) {
-        const char *advice =
-            errno == EACCES
-                ? "add yourself to its group (usually: adduser $USER kvm) and log in again"
-                : "the processor, firmware or a hypervisor around this host may not offer VT-x or "
-                  "AMD-V, "
-                  "or the module kvm_intel or kvm_amd is not loaded";
-        snprintf(f->text, sizeof(f->text), "/dev/kvm: %s; %s", strerror(errno), advice);
-        return;
-    }
-    version = ioctl(fd, KVM_GET_API_VERSION, 0);
-    if (version != KVM_API_VERSION) {
-        snprintf(f->text, sizeof(f->text), "/dev/kvm answers with API version %d instead of %d",
-                 version, KVM_API_VERSION);
-    } else if ((vm = ioctl(fd, KVM_CREATE_VM, 0)) < 0) {
-        snprintf(f->text, sizeof(f->text), "/dev/kvm makes no machine: %s", strerror(errno));
-    } else {
-        close(vm);
-        f->usable = true;
-        snprintf(f->text, sizeof(f->text), "/dev/kvm makes machines; no engine uses it yet");
-    }
-    close(fd);
-}
 
 static void probe_io_uring(struct finding *f)
 {
@@ -104,7 +75,6 @@ static const struct {
     {"memfd", "guest memory", probe_memfd},
     {"io_uring", "disks", probe_io_uring},
     {"tun", "--net tap", probe_tun},
-    {"kvm", "hardware virtualization", probe_kvm},
 };
 
 /* A line "name : value" of /proc/cpuinfo. */

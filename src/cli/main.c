@@ -15,6 +15,19 @@ static const struct verb {
     int (*run)(char **args);
 } verbs[] = {
     {"run", "run a virtual machine", cli_run},
+    {"ls", "list the machines that run", cli_ls},
+    {"info", "show what a machine is and does", cli_info},
+    {"console", "attach the terminal to a machine's console", cli_console},
+    {"logs", "print what a machine's console has printed", cli_logs},
+    {"pause", "stop a machine's guest and clock for a while", cli_pause},
+    {"resume", "let a paused machine go on", cli_resume},
+    {"stop", "press a machine's power button, and wait for its end", cli_stop},
+    {"reset", "press a machine's reset button", cli_reset},
+    {"snapshot", "save a running machine, and go on from what was saved", cli_snapshot},
+    {"engine", "change how a running machine's processors are run", cli_engine},
+    {"migrate", "move a running machine to another process or host", cli_migrate},
+    {"receive", "wait for a machine that is moved here, and run it", cli_receive},
+    {"top", "show the machines' use of the host, live", cli_top},
     {"host", "show what this host offers to each engine", cli_host},
     {"version", "show the version", cli_version},
     {"devtest", "drive a machine's devices without a guest, by lines of text", cli_devtest},
@@ -22,7 +35,7 @@ static const struct verb {
 
 static int print_help(void)
 {
-    char text[1024];
+    char text[4096];
     int n = snprintf(text, sizeof(text),
                      "Usage: ringfort VERB [argument...]\n\n"
                      "Runs unmodified operating systems in virtual machines.\n\nVerbs:\n");
@@ -49,8 +62,8 @@ int main(int argc, char **argv)
     if (strcmp(name, "--version") == 0)
         return cli_version((char *[]){NULL});
     if (!*name) {
-        log_error("a verb is missing: run, host, version or devtest; did you mean 'ringfort run "
-                  "--kernel FILE'?");
+        log_error("a verb is missing; did you mean 'ringfort run --kernel FILE'? 'ringfort --help' "
+                  "lists the verbs");
         return VM_STATUS_USAGE;
     }
     const char *nearest = suggest_nearest(name, names);

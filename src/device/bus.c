@@ -48,6 +48,22 @@ const struct bus_range *bus_find(const struct bus *bus, uint64_t addr)
     return addr - r->base < r->size ? r : NULL;
 }
 
+static void tell_doorbells(const struct bus *bus, const struct bus_range *r, bool there)
+{
+    uint64_t offset;
+    if (!bus->listener || !r->ops->doorbell)
+        return;
+    for (unsigned i = 0; r->ops->doorbell(r->opaque, i, &offset); i++)
+        bus->listener->doorbell(bus->listener->opaque, r->base + offset, there);
+}
+
+void bus_listen(struct bus *bus, const struct bus_listener *listener)
+{
+    bus->listener = listener;
+    for (unsigned i = 0; i < bus->count; i++)
+        tell_doorbells(bus, &bus->range[i], true);
+}
+
 static int report_overlap(const struct bus *bus, const struct bus_range *r, uint64_t base,
                           uint64_t size, const char *name)
 {
@@ -81,6 +97,7 @@ int bus_add(struct bus *bus, uint64_t base, uint64_t size, const struct bus_ops 
     bus->range[i] =
         (struct bus_range){.base = base, .size = size, .ops = ops, .opaque = opaque, .name = name};
     bus->count++;
+    tell_doorbells(bus, &bus->range[i], true);
     return 0;
 }
 
@@ -89,6 +106,7 @@ void bus_remove(struct bus *bus, uint64_t base, const void *opaque)
     unsigned i = upper_bound(bus, base);
     if (i == 0 || bus->range[i - 1].base != base || bus->range[i - 1].opaque != opaque)
         return;
+    tell_doorbells(bus, &bus->range[i - 1], false);
     memmove(&bus->range[i - 1], &bus->range[i], (bus->count - i) * sizeof(bus->range[0]));
     bus->count--;
 }

@@ -9,6 +9,7 @@
 #define RINGFORT_DEVICE_BUS_H
 
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 struct bus_ops {
@@ -19,6 +20,17 @@ struct bus_ops {
      */
     uint64_t (*read)(void *opaque, uint64_t offset, unsigned size);
     void (*write)(void *opaque, uint64_t offset, uint64_t value, unsigned size);
+    /*
+     * Offset of the i-th doorbell: a place where a write only gives notice, with any value and width, and may take effect a little
+     * later. False: there are no more. NULL: none. An engine can have such writes done without the vCPU's leaving the guest.
+     */
+    bool (*doorbell)(void *opaque, unsigned i, uint64_t *offset);
+};
+
+/* Learns of each doorbell on a bus: those that are there, then as ranges come (there) and go. Machine lock held. */
+struct bus_listener {
+    void (*doorbell)(void *opaque, uint64_t address, bool there);
+    void *opaque;
 };
 
 struct bus_range {
@@ -34,6 +46,7 @@ struct bus {
     const char *space;          /* "port" or "MMIO" */
     pthread_mutex_t *lock;      /* the machine lock */
     uint64_t reads, writes;     /* counters */
+    const struct bus_listener *listener;    /* or NULL */
 };
 
 void bus_init(struct bus *bus, const char *space, pthread_mutex_t *lock);
@@ -43,6 +56,8 @@ int bus_add(struct bus *bus, uint64_t base, uint64_t size, const struct bus_ops 
             const char *name);
 /* Removes the range that was added with exactly this base and opaque; none: nothing happens. */
 void bus_remove(struct bus *bus, uint64_t base, const void *opaque);
+/* NULL: nobody listens any more, and the one that did is not told of what there still is. Borrowed. */
+void bus_listen(struct bus *bus, const struct bus_listener *listener);
 const struct bus_range *bus_find(const struct bus *bus, uint64_t addr);
 
 /* From vCPU threads: these take the machine lock. An access may cross ranges; it is split bytewise then. */

@@ -29,6 +29,8 @@ struct device_ops {
     /* -EINVAL (logged) for values no device can have; the device may then be in any state that is safe. */
     int (*load)(struct device *, const struct state_reader *);
     void (*destroy)(struct device *);   /* frees the device */
+    /* For people: what the device has done since it was made, as calls of put(). NULL: nothing is counted. */
+    void (*figures)(struct device *, void (*put)(void *opaque, const char *name, uint64_t value), void *opaque);
 };
 
 struct device {

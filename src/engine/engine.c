@@ -5,9 +5,9 @@
 #include <string.h>
 
 #include "base/util.h"
+#include "isa/x86/cpuid.h"
 
-/* In the order in which "auto" tries them. */
-static const struct engine *const engines[] = { &interp_engine, &translate_engine };
+static const struct engine *const engines[] = { &interp_engine, &translate_engine, &kvm_engine };
 
 const struct engine *engine_at(unsigned i) { return i < ARRAY_SIZE(engines) ? engines[i] : NULL; }
 
@@ -23,10 +23,16 @@ const struct engine *engine_choose(void)
 {
     struct engine_report report;
 
-    for (unsigned i = 0; i < ARRAY_SIZE(engines); i++) {
-        engines[i]->probe(&report);
-        if (report.usable)
-            return engines[i];
-    }
-    return NULL;                /* cannot be: the interpreter is always usable */
+    kvm_engine.probe(&report);
+    if (report.usable && report.fast)
+        return &kvm_engine;
+    translate_engine.probe(&report);
+    return report.usable ? &translate_engine : &interp_engine;
+}
+
+const struct x86_cpu_model *engine_offer(const struct engine *e, const struct x86_cpu_model *m, bool exact, const char **missing)
+{
+    if (e->offer)
+        return e->offer(m, exact, missing);
+    return x86_cpu_model_usable(m, missing) ? NULL : m;
 }

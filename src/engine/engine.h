@@ -63,7 +63,10 @@ struct engine_report {
 struct engine {
     const char *name;           /* "interp", "translate", "kvm" */
     const char *summary;
+    bool checks_pages;          /* a vCPU looks at the flags of a page before it writes it (memory.h) */
     void (*probe)(struct engine_report *);
+    /* See engine_offer(). NULL: all that the host's processor can run (x86_cpu_model_usable()). */
+    const struct x86_cpu_model *(*offer)(const struct x86_cpu_model *m, bool exact, const char **missing);
     /* Power-on state until import_state. 0 or a negative errno (logged). */
     int (*vcpu_create)(struct vcpu *);
     void (*vcpu_destroy)(struct vcpu *);
@@ -73,16 +76,30 @@ struct engine {
     void (*kick)(struct vcpu *);
     /* Any thread: from the local APIC. */
     void (*signal)(struct vcpu *, enum lapic_signal, unsigned value);
-    /* While run() is not running. */
+    /*
+     * While no vCPU of the machine is inside run(). The LAPIC's state is not in there but in the machine's irqchip, which is up to
+     * date then. export: what is pending too, so that an import of it elsewhere goes on as if nothing had been; the vCPU here keeps
+     * it. import: devices have their state already. Clock pages that the guest has stay true by themselves: they
+     * are in terms of its TSC, which goes on from where it stood.
+     */
     void (*export_state)(struct vcpu *, struct x86_state *);
     void (*import_state)(struct vcpu *, const struct x86_state *);
+    /* While run() is not running: the guest's TSC moves by ticks (modulo 2^64). NULL: by export and import. */
+    void (*shift_tsc)(struct vcpu *, uint64_t ticks);
     /* Any thread: guest memory of this page was written by something that is not a vCPU. */
     void (*code_written)(struct vcpu *, gpa_t page);
     /* Any thread; figures may be slightly old. */
     void (*counters)(const struct vcpu *, struct engine_counters *);
 };
 
-extern const struct engine interp_engine, translate_engine;
+/*
+ * The model as the engine can run it on this host: m itself, or, unless exact, one with fewer features. It stays valid. NULL and the
+ * name of what is missing: it cannot. A machine keeps the model that it was started with; before it changes its engine, ask
+ * for exactly that.
+ */
+const struct x86_cpu_model *engine_offer(const struct engine *e, const struct x86_cpu_model *m, bool exact, const char **missing);
+
+extern const struct engine interp_engine, translate_engine, kvm_engine;
 
 /* NULL: no such engine. "auto" is not an engine: see engine_choose(). */
 const struct engine *engine_find(const char *name);

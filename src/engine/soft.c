@@ -32,6 +32,10 @@ struct soft_group {
     size_t table_size, table_used; /* used counts deleted entries too */
 };
 
+static void soft_rearm(void *opaque);
+
+static const struct memory_dirty_hooks dirty_hooks = { .rearm = soft_rearm };
+
 struct soft_group *soft_group_create(struct machine *m)
 {
     struct soft_group *g = calloc(1, sizeof(*g));
@@ -47,6 +51,7 @@ struct soft_group *soft_group_create(struct machine *m)
     pthread_mutex_init(&g->lock, NULL);
     pthread_cond_init(&g->changed, NULL);
     g->machine = m;
+    memory_dirty_attach(&m->memory, &dirty_hooks, g);
     return g;
 }
 
@@ -54,6 +59,7 @@ void soft_group_destroy(struct soft_group *g)
 {
     if (!g)
         return;
+    memory_dirty_detach(&g->machine->memory, g);
     pthread_mutex_destroy(&g->lock);
     pthread_cond_destroy(&g->changed);
     free(g->table);
@@ -159,17 +165,19 @@ void soft_request(struct x86_cpu *cpu, uint32_t bits)
 
 static void do_sync(struct soft_vcpu *v)
 {
-    if (v->sync_page) {
+    if (!v->sync_page && !v->sync_writes)
+        return;
+    if (v->sync_writes)
+        x86_tlb_drop_writes(v->cpu);
+    else
         x86_tlb_drop_writes_to(v->cpu, v->sync_page);
-        v->sync_page = NULL;
-        pthread_cond_broadcast(&v->group->changed);
-    }
+    v->sync_page = NULL;
+    v->sync_writes = false;
+    pthread_cond_broadcast(&v->group->changed);
 }
 
 void soft_enter(struct soft_vcpu *v)
 {
-    if (v->group->count < 2)
-        return;
     pthread_mutex_lock(&v->group->lock);
     do_sync(v);
     v->outside = false;
@@ -178,8 +186,6 @@ void soft_enter(struct soft_vcpu *v)
 
 void soft_exit(struct soft_vcpu *v)
 {
-    if (v->group->count < 2)
-        return;
     pthread_mutex_lock(&v->group->lock);
     do_sync(v);
     v->outside = true;
@@ -232,6 +238,34 @@ void soft_handle(struct soft_vcpu *v)
     else
         for (unsigned i = 0; i < posts; i++)
             v->drop_code(v->cpu, post[i], GUEST_PAGE_SIZE);
+}
+
+/* ---- dirty logging ---- */
+
+static void soft_rearm(void *opaque)
+{
+    struct soft_group *g = opaque;
+
+    pthread_mutex_lock(&g->lock);
+    for (unsigned i = 0; i < g->count; i++) {
+        struct soft_vcpu *v = g->vcpu[i];
+
+        if (!v)
+            continue;
+        v->sync_writes = true;
+        if (v->outside)
+            do_sync(v);
+        else
+            soft_request(v->cpu, REQUEST_SYNC);
+    }
+    for (unsigned i = 0; i < g->count; i++) {
+        /* A vCPU that leaves or waits meanwhile does it on its way out. */
+        while (g->vcpu[i] && !g->vcpu[i]->outside && g->vcpu[i]->sync_writes)
+            pthread_cond_wait(&g->changed, &g->lock);
+        if (g->vcpu[i])
+            do_sync(g->vcpu[i]);
+    }
+    pthread_mutex_unlock(&g->lock);
 }
 
 /* ---- code pages ---- */

@@ -1,7 +1,7 @@
 /*
  * What the software engines' vCPUs of one machine have to settle among each other.
  *
- * Each vCPU decodes for itself and has its own TLB. Two things concern them all:
+ * Each vCPU decodes for itself and has its own TLB. Three things concern them all:
  *
  *   - A page becomes code: before its bytes are decoded, no vCPU may keep a TLB entry that lets
  *     writes to it pass unseen. soft_page_becomes_code() sets PAGE_CODE and, if PAGE_WRITABLE says
@@ -10,6 +10,8 @@
  *   - A page of code was written: whoever wrote drops its own decoded code and posts the page to
  *     the others, which drop theirs at the next block boundary. The writer's later stores that
  *     make the new code known are ordered after the post, so nobody who sees them runs stale code.
+ *   - Dirty logging (memory.h) wants to hear of writes again: every vCPU drops all its write tags, at the next
+ *     block boundary, and whoever asked waits for all of them. The group attaches itself to the machine's memory.
  */
 #ifndef RINGFORT_ENGINE_SOFT_H
 #define RINGFORT_ENGINE_SOFT_H
@@ -29,6 +31,7 @@ struct soft_vcpu {
     /* Guarded by the group's lock: */
     bool outside;          /* not executing guest code: others may change its TLB */
     const void *sync_page; /* host page whose write entries it has to drop */
+    bool sync_writes;      /* it has to drop all write entries */
     gpa_t post[SOFT_POSTS];
     unsigned posts; /* > SOFT_POSTS: too many, drop everything */
 };

@@ -24,6 +24,8 @@
 int memory_init(struct memory *m)
 {
     memset(m, 0, sizeof(*m));
+    pthread_mutex_init(&m->dirty_lock, NULL);
+    pthread_mutex_init(&m->save_lock, NULL);
     return 0;
 }
 
@@ -32,10 +34,13 @@ void memory_destroy(struct memory *m)
     for (unsigned i = 0; i < m->regions; i++) {
         struct memory_region *r = &m->region[i];
         munmap(r->host, r->size);
-        close(r->fd);
+        if (r->fd >= 0)
+            close(r->fd);
         free((void *)r->flags);
     }
     m->regions = 0;
+    pthread_mutex_destroy(&m->dirty_lock);
+    pthread_mutex_destroy(&m->save_lock);
 }
 
 /* Maps fd so that host and guest addresses agree in their offset within a huge page. NULL with
@@ -108,6 +113,56 @@ out:
     if (r.fd >= 0)
         close(r.fd);
     return -ENOMEM;
+}
+
+int memory_map_file(struct memory *m, unsigned region, int fd, uint64_t offset)
+{
+    struct memory_region *r = &m->region[region];
+    if (mmap(r->host, r->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, fd,
+             (off_t)offset) == MAP_FAILED)
+        return -errno;
+    madvise(r->host, r->size, MADV_DONTDUMP);
+    close(r->fd);
+    r->fd = -1;
+    return 0;
+}
+
+/* In place of the file's pages; they cannot be made to be zero otherwise than by writing them. */
+static bool leave_file(struct memory_region *r)
+{
+    int fd = memfd_create("ringfort-ram", MFD_CLOEXEC);
+    if (fd >= 0 && ftruncate(fd, (off_t)r->size) == 0 &&
+        mmap(r->host, r->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd, 0) !=
+            MAP_FAILED) {
+        madvise(r->host, r->size, MADV_HUGEPAGE);
+        madvise(r->host, r->size, MADV_DONTDUMP);
+        r->fd = fd;
+        return true;
+    }
+    if (fd >= 0)
+        close(fd);
+    return false;
+}
+
+void memory_clear(struct memory *m, gpa_t gpa, uint64_t len)
+{
+    struct memory_region *r = memory_find(m, gpa);
+    uint8_t *host = memory_map(m, gpa, len);
+    if (!host || !len)
+        return;
+    memory_prepare_write(m, gpa, len);
+    uint64_t first = align_up(gpa, GUEST_PAGE_SIZE), last = align_down(gpa + len, GUEST_PAGE_SIZE);
+    bool whole = gpa == r->base && len == r->size;
+    if (r->fd < 0 && whole && leave_file(r)) {
+        /* All of it is new. */
+    } else if (r->fd < 0 || first >= last ||
+               madvise(host + (first - gpa), last - first, MADV_REMOVE) < 0) {
+        memset(host, 0, len);
+    } else {
+        memset(host, 0, first - gpa);
+        memset(host + (last - gpa), 0, gpa + len - last);
+    }
+    memory_mark_written(m, gpa, len);
 }
 
 uint64_t memory_total(const struct memory *m)
@@ -200,6 +255,7 @@ int memory_write(struct memory *m, gpa_t gpa, const void *buf, size_t len)
 {
     if (!all_ram(m, gpa, len))
         return -EFAULT;
+    memory_prepare_write(m, gpa, len);
     const uint8_t *p = buf;
     gpa_t at = gpa;
     for (size_t left = len; left;) {
@@ -218,6 +274,7 @@ int memory_fill(struct memory *m, gpa_t gpa, uint8_t byte, size_t len)
 {
     if (!all_ram(m, gpa, len))
         return -EFAULT;
+    memory_prepare_write(m, gpa, len);
     gpa_t at = gpa;
     for (size_t left = len; left;) {
         struct memory_region *r = memory_find(m, at);
@@ -235,5 +292,12 @@ void *memory_map(struct memory *m, gpa_t gpa, size_t len)
     struct memory_region *r = memory_find(m, gpa);
     if (!r || bytes_in(r, gpa, len) != len)
         return NULL;
-    return r->host + (gpa - r->base);
+    uint8_t *host = r->host + (gpa - r->base);
+    if (atomic_load_explicit(&m->touch, memory_order_acquire)) {
+        for (size_t at = 0; at < len; at += GUEST_PAGE_SIZE)
+            (void)*(volatile uint8_t *)(host + at);
+        if (len)
+            (void)*(volatile uint8_t *)(host + len - 1);
+    }
+    return host;
 }

@@ -16,6 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "backend/console/console.h"
 #include "base/log.h"
 #include "base/util.h"
 #include "board/pc/pc.h"
@@ -24,52 +25,15 @@
 #include "engine/engine.h"
 #include "engine/soft.h"
 #include "isa/x86/cpuid.h"
+#include "migrate/migrate.h"
 #include "vm/config.h"
-#include "vm/parts.h"
 #include "vm/stats.h"
 #include "vm/status.h"
+#include "vm/vm_internal.h"
 
 /* A guest that crashes so often, each time so soon after its start, is beyond help by a reset. */
 #define MAX_QUICK_CRASHES 5
 #define QUICK_CRASH_NS 10000000000u
-
-struct vm_vcpu {
-    struct vcpu vcpu;
-    struct vm *vm;
-    pthread_t thread;
-    bool started;
-    bool running;               /* inside the engine; guarded by vm->gate */
-    uint64_t cpu_ns;            /* the thread's CPU time, once it ended */
-};
-
-struct vm {
-    const struct vm_config *config;
-    struct machine machine;
-    struct vm_parts parts;
-    struct pc pc;
-    struct soft_group *group;
-    const struct engine *engine;
-    const struct x86_cpu_model *model;
-    struct vm_vcpu *vcpus;
-    unsigned cpus;              /* vCPUs created */
-    struct vm_stats *stats;
-    struct loop_fd *signals;
-    int signal_fd;
-    bool parts_open;
-    bool button_pressed;
-
-    /* The gate that vCPU threads pass before they run the guest. */
-    pthread_mutex_t gate;
-    pthread_cond_t gate_changed;
-    bool paused, ending;        /* guarded by gate */
-
-    /* What happened, from any thread; guarded by gate. */
-    struct loop_call settle;
-    bool ended, reset_wanted;
-    int status;
-    uint64_t started_ns;        /* guest clock at the last (re)start of the guest */
-    unsigned quick_crashes;     /* in a row */
-};
 
 /* ---- vCPU threads ---- */
 
@@ -105,27 +69,6 @@ static void *vcpu_main(void *opaque)
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
     v->cpu_ns = (uint64_t)used.tv_sec * 1000000000u + (uint64_t)used.tv_nsec;
     return NULL;
-}
-
-/* Stops all vCPUs and waits until none is in its engine. Machine lock not held: a vCPU may need it to get out. */
-static void stop_vcpus(struct vm *vm)
-{
-    pthread_mutex_lock(&vm->gate);
-    vm->paused = true;
-    for (unsigned i = 0; i < vm->cpus; i++)
-        vm->engine->kick(&vm->vcpus[i].vcpu);
-    for (unsigned i = 0; i < vm->cpus; i++)
-        while (vm->vcpus[i].running)
-            pthread_cond_wait(&vm->gate_changed, &vm->gate);
-    pthread_mutex_unlock(&vm->gate);
-}
-
-static void start_vcpus(struct vm *vm)
-{
-    pthread_mutex_lock(&vm->gate);
-    vm->paused = false;
-    pthread_cond_broadcast(&vm->gate_changed);
-    pthread_mutex_unlock(&vm->gate);
 }
 
 /* ---- guest start ---- */
@@ -172,15 +115,23 @@ static bool survives_crash(struct vm *vm)
 /* Any thread, machine lock held or not. */
 static void vm_event(void *opaque, enum machine_event event, int status)
 {
+    static const char *const causes[] = {[MACHINE_POWEROFF] = "poweroff",
+                                         [MACHINE_EXIT] = "exit",
+                                         [MACHINE_CRASH] = "crash",
+                                         [MACHINE_BACKEND_FAILED] = "backend"};
     struct vm *vm = opaque;
-    bool reset;
+    bool reset, ends = false;
 
+    if (event == MACHINE_CRASH)
+        vm_notify(vm, VM_NOTICE_CRASH, 0);
     pthread_mutex_lock(&vm->gate);
     reset = event == MACHINE_RESET || (event == MACHINE_CRASH && survives_crash(vm));
     if (reset) {
         vm->reset_wanted = true;
     } else if (!vm->ended) {
+        ends = true;
         vm->ended = true;
+        vm->cause = causes[event];
         vm->status = event == MACHINE_POWEROFF         ? VM_STATUS_POWEROFF
                      : event == MACHINE_EXIT           ? status
                      : event == MACHINE_BACKEND_FAILED ? VM_STATUS_BACKEND
@@ -192,51 +143,127 @@ static void vm_event(void *opaque, enum machine_event event, int status)
         vm->engine->kick(&vm->vcpus[i].vcpu);
     pthread_mutex_unlock(&vm->gate);
     loop_schedule(vm->machine.loop, &vm->settle);
+    if (ends)
+        vm_notify(vm, VM_NOTICE_ENDED, vm->status);
 }
 
-static void end_now(struct vm *vm, int status)
+void vm_end(struct vm *vm, int status)
 {
+    vm_end_because(vm, status, status == VM_STATUS_USER ? "user" : "error");
+}
+
+void vm_end_because(struct vm *vm, int status, const char *cause)
+{
+    bool ends;
+
     pthread_mutex_lock(&vm->gate);
-    if (!vm->ended) {
+    ends = !vm->ended;
+    if (ends) {
         vm->ended = true;
         vm->status = status;
+        vm->cause = cause;
     }
     pthread_mutex_unlock(&vm->gate);
+    /* vCPUs may wait for memory that is not here yet, and would keep the machine from ending. */
+    if (ends && vm->incoming)
+        migrate_target_cancel(vm->incoming);
     loop_schedule(vm->machine.loop, &vm->settle);
+    if (ends)
+        vm_notify(vm, VM_NOTICE_ENDED, status);
+}
+
+bool vm_ended(struct vm *vm, int *status, const char **cause)
+{
+    pthread_mutex_lock(&vm->gate);
+    bool ended = vm->ended;
+    if (ended && status)
+        *status = vm->status;
+    if (ended && cause)
+        *cause = vm->cause;
+    pthread_mutex_unlock(&vm->gate);
+    return ended;
+}
+
+void vm_set_observer(struct vm *vm, void (*fn)(void *opaque, enum vm_notice what, int status), void *opaque)
+{
+    pthread_mutex_lock(&vm->gate);
+    vm->observer = fn;
+    vm->observer_opaque = opaque;
+    pthread_mutex_unlock(&vm->gate);
+}
+
+void vm_notify(struct vm *vm, enum vm_notice what, int status)
+{
+    pthread_mutex_lock(&vm->gate);
+    void (*fn)(void *, enum vm_notice, int) = vm->observer;
+    void *opaque = vm->observer_opaque;
+    pthread_mutex_unlock(&vm->gate);
+    if (fn)
+        fn(opaque, what, status);
+}
+
+void vm_press_button(struct vm *vm)
+{
+    pthread_mutex_lock(&vm->machine.lock);
+    power_press_button(vm->pc.power);
+    pthread_mutex_unlock(&vm->machine.lock);
+}
+
+struct console *vm_console(struct vm *vm)
+{
+    if (vm->parts.serial && console_history(vm->parts.serial))
+        return vm->parts.serial;
+    for (unsigned i = 0; i < vm->parts.board.console_count; i++)
+        if (console_history(vm->parts.consoles[i]))
+            return vm->parts.consoles[i];
+    return NULL;
+}
+
+/* Resets the guest. vCPUs stopped, life and machine lock held. */
+static void reset_guest(struct vm *vm)
+{
+    int err;
+
+    machine_reset_devices(&vm->machine);
+    err = prepare_guest(vm);
+    if (err) {
+        vm_end(vm, vm_status_of(err));
+        return;
+    }
+    pthread_mutex_lock(&vm->gate);
+    vm->started_ns = clock_now(vm->machine.clock);
+    pthread_mutex_unlock(&vm->gate);
+    vm_notify(vm, VM_NOTICE_RESET, 0);
+    /* A machine that somebody holds is reset, too, and waits at its first instruction. */
+    vm_start_vcpus(vm);
 }
 
 /* Loop thread, machine lock held. */
 static void settle(void *opaque)
 {
     struct vm *vm = opaque;
-    bool ended;
-    int err;
+    bool ended, reset;
 
     pthread_mutex_unlock(&vm->machine.lock);
-    stop_vcpus(vm);
+    pthread_mutex_lock(&vm->life);
+    vm_stop_vcpus(vm);
     pthread_mutex_lock(&vm->machine.lock);
 
     pthread_mutex_lock(&vm->gate);
     ended = vm->ended;
+    reset = vm->reset_wanted;
     vm->reset_wanted = false;
     pthread_mutex_unlock(&vm->gate);
-    if (ended) {
+    if (ended)
         loop_stop(vm->machine.loop);
-        return;
-    }
-    machine_reset_devices(&vm->machine);
-    err = prepare_guest(vm);
-    if (err) {
-        end_now(vm, vm_status_of(err));
-        return;
-    }
-    pthread_mutex_lock(&vm->gate);
-    vm->started_ns = clock_now(vm->machine.clock);
-    pthread_mutex_unlock(&vm->gate);
-    start_vcpus(vm);
+    else if (reset)
+        reset_guest(vm);
+    else
+        vm_start_vcpus(vm);
+    pthread_mutex_unlock(&vm->life);
 }
 
-static void on_escape(void *opaque) { end_now(opaque, VM_STATUS_USER); }
+static void on_escape(void *opaque) { vm_end(opaque, VM_STATUS_USER); }
 
 /* The first signal asks the guest to shut down, the next one does not ask. */
 static void on_signal(void *opaque, int fd, short revents)
@@ -247,7 +274,7 @@ static void on_signal(void *opaque, int fd, short revents)
     while (read(fd, &info, sizeof(info)) == (ssize_t)sizeof(info)) {
         if (vm->button_pressed) {
             log_warn("signal %u again: leaving at once", info.ssi_signo);
-            end_now(vm, VM_STATUS_USER);
+            vm_end(vm, VM_STATUS_USER);
         } else {
             log_warn("signal %u: pressing the guest's power button; another one leaves at once", info.ssi_signo);
             vm->button_pressed = true;
@@ -303,11 +330,13 @@ static int choose(struct vm *vm)
         log_error("engine '%s' or CPU model '%s' is not known", c->engine, c->cpu_model);
         return -EINVAL;
     }
-    if (x86_cpu_model_usable(vm->model, &missing)) {
-        log_error("this host cannot run CPU model %s: it lacks %s; use a smaller --cpu-model, or host",
-                  vm->model->name, missing);
+    const struct x86_cpu_model *offered = engine_offer(vm->engine, vm->model, false, &missing);
+    if (!offered) {
+        log_error("engine %s cannot run CPU model %s on this host: it lacks %s; use a smaller --cpu-model, or host",
+                  vm->engine->name, vm->model->name, missing);
         return -ENOSYS;
     }
+    vm->model = offered;
     x86_cpu_model_select(vm->model);
     return 0;
 }
@@ -335,7 +364,8 @@ static int make_vcpus(struct vm *vm)
     return 0;
 }
 
-static int start(struct vm *vm)
+/* empty: without a guest, for a state that was saved with this rate of the TSC. */
+static int start(struct vm *vm, bool empty, uint64_t saved_tsc_hz)
 {
     const struct vm_config *c = vm->config;
     int err = choose(vm);
@@ -358,7 +388,8 @@ static int start(struct vm *vm)
     if (err)
         return err;
     vm->parts_open = true;
-    vm->parts.board.tsc_hz = tsc_frequency_hz();
+    /* What a saved guest knows stays as it is. */
+    vm->parts.board.tsc_hz = saved_tsc_hz ? saved_tsc_hz : tsc_frequency_hz();
     err = vm_parts_build(&vm->parts, &vm->machine, &vm->pc);
     if (!err)
         err = make_vcpus(vm);
@@ -368,14 +399,15 @@ static int start(struct vm *vm)
     vm->machine.memory.code_written_opaque = vm;
     pthread_mutex_lock(&vm->machine.lock);
     machine_reset_devices(&vm->machine);
-    err = prepare_guest(vm);
+    if (!empty)
+        err = prepare_guest(vm);
     pthread_mutex_unlock(&vm->machine.lock);
     if (!err)
         vm_parts_set_escape(&vm->parts, on_escape, vm);
     return err;
 }
 
-struct vm *vm_create(const struct vm_config *config, int *status)
+static struct vm *create(const struct vm_config *config, bool empty, uint64_t saved_tsc_hz, int *status)
 {
     struct vm *vm = calloc(1, sizeof(*vm));
     int err;
@@ -388,15 +420,55 @@ struct vm *vm_create(const struct vm_config *config, int *status)
     vm->config = config;
     vm->signal_fd = -1;
     vm->settle = (struct loop_call){ .fn = settle, .opaque = vm };
+    pthread_mutex_init(&vm->life, NULL);
     pthread_mutex_init(&vm->gate, NULL);
     pthread_cond_init(&vm->gate_changed, NULL);
-    err = start(vm);
+    err = start(vm, empty, saved_tsc_hz);
     *status = vm_status_of(err);
     if (err) {
         vm_destroy(vm);
         return NULL;
     }
     return vm;
+}
+
+struct vm *vm_create(const struct vm_config *config, int *status) { return create(config, false, 0, status); }
+
+struct vm *vm_create_empty(const struct vm_config *config, uint64_t tsc_hz, enum vm_hold hold, int *status)
+{
+    struct vm *vm = create(config, true, tsc_hz, status);
+    int err;
+
+    if (!vm)
+        return NULL;
+    err = vm_pause(vm, hold);
+    if (err) {
+        *status = vm_status_of(err);
+        vm_destroy(vm);
+        return NULL;
+    }
+    return vm;
+}
+
+struct device_figures {
+    struct vm_stats *stats;
+    const char *id;
+};
+
+static void add_device_figure(void *opaque, const char *name, uint64_t value)
+{
+    const struct device_figures *f = opaque;
+    char path[128];
+
+    snprintf(path, sizeof(path), "devices/%s/%s", f->id, name);
+    vm_stats_add(f->stats, path, value);
+}
+
+static void add_devices(struct vm *vm)
+{
+    for (struct device *d = vm->machine.devices; d; d = d->next)
+        if (d->ops->figures)
+            d->ops->figures(d, add_device_figure, &(struct device_figures){vm->stats, d->id});
 }
 
 static void add_figures(struct vm *vm)
@@ -412,6 +484,7 @@ static void add_figures(struct vm *vm)
         vm->engine->counters(&vm->vcpus[i].vcpu, &counters);
         vm_stats_add_vcpu(vm->stats, &counters, vm->vcpus[i].cpu_ns);
     }
+    add_devices(vm);
     vm_stats_add(vm->stats, "devices/ports/reads", m->ports.reads);
     vm_stats_add(vm->stats, "devices/ports/writes", m->ports.writes);
     vm_stats_add(vm->stats, "devices/mmio/reads", m->mmio.reads);
@@ -422,22 +495,25 @@ static void add_figures(struct vm *vm)
         vm->status = vm_status_of(err);
 }
 
-int vm_run(struct vm *vm)
+int vm_start(struct vm *vm)
 {
-    int err = 0;
-
     for (unsigned i = 0; i < vm->cpus; i++) {
-        err = -pthread_create(&vm->vcpus[i].thread, NULL, vcpu_main, &vm->vcpus[i]);
+        struct vm_vcpu *v = &vm->vcpus[i];
+        int err = v->started ? 0 : -pthread_create(&v->thread, NULL, vcpu_main, v);
+
         if (err) {
             log_error("cannot start a thread for vCPU %u: %s", i, strerror(-err));
-            end_now(vm, VM_STATUS_HOST);
-            break;
+            return err;
         }
-        vm->vcpus[i].started = true;
+        pthread_mutex_lock(&vm->gate);
+        v->started = true;
+        pthread_mutex_unlock(&vm->gate);
     }
-    if (!err)
-        err = loop_run(vm->machine.loop);
+    return 0;
+}
 
+static void join_vcpus(struct vm *vm)
+{
     pthread_mutex_lock(&vm->gate);
     vm->ending = true;
     for (unsigned i = 0; i < vm->cpus; i++)
@@ -447,14 +523,29 @@ int vm_run(struct vm *vm)
     for (unsigned i = 0; i < vm->cpus; i++)
         if (vm->vcpus[i].started)
             pthread_join(vm->vcpus[i].thread, NULL);
+    for (unsigned i = 0; i < vm->cpus; i++)
+        vm->vcpus[i].started = false;
+}
+
+int vm_run(struct vm *vm)
+{
+    int err = vm_start(vm);
+
+    if (!err)
+        err = loop_run(vm->machine.loop);
+    if (err)
+        vm_end(vm, VM_STATUS_HOST);
+    join_vcpus(vm);
     add_figures(vm);
-    return err ? VM_STATUS_HOST : vm->status;
+    return vm->status;
 }
 
 void vm_destroy(struct vm *vm)
 {
     if (!vm)
         return;
+    vm_snapshot_drain(vm);
+    join_vcpus(vm); /* after vm_start() without vm_run() */
     vm_stats_destroy(vm->stats);
     for (unsigned i = 0; i < vm->cpus; i++) {
         lapic_connect(vm->vcpus[i].vcpu.lapic, NULL, NULL);
@@ -471,6 +562,7 @@ void vm_destroy(struct vm *vm)
     }
     if (vm->machine.loop)
         machine_destroy(&vm->machine);
+    pthread_mutex_destroy(&vm->life);
     pthread_mutex_destroy(&vm->gate);
     pthread_cond_destroy(&vm->gate_changed);
     free(vm);

@@ -57,7 +57,7 @@ def exits(folder, code, value, *args):
     check(status == value << 1 | 1, f"exit status {status} instead of {value << 1 | 1}: {errors}")
 
 
-@case(120, parts=True)
+@case(120, parts=True, kvm="small")
 def tiny_kernels(report, folder):
     first, second = folder / "first", folder / "second"
     first.write_bytes(b"\x11" * 100)

@@ -5,6 +5,7 @@ The program is $RINGFORT or the one in build/; the engine is $ENGINE (interp).
 """
 
 import ctypes
+import functools
 import json
 import os
 import re
@@ -43,6 +44,16 @@ def ringfort():
     raise Failure("there is no built ringfort: run scripts/build")
 
 
+@functools.cache
+def kvm():
+    """What `ringfort host` says of engine kvm."""
+    try:
+        done = subprocess.run([ringfort(), "host", "-o", "json"], stdout=subprocess.PIPE, check=True)
+        return json.loads(done.stdout)["engines"]["kvm"]
+    except (Failure, OSError, subprocess.SubprocessError, ValueError, KeyError):
+        return {}
+
+
 def script(name, *args):
     """Runs scripts/NAME and gives the last line that it prints."""
     done = subprocess.run([ROOT / "scripts" / name, *args], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
@@ -78,12 +89,16 @@ class Machine:
             errors.write(("+ " + " ".join(argv) + "\n").encode())
             errors.flush()
             self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                                            preexec_fn=die_with_parent)
+                                            preexec_fn=die_with_parent, env=self.environment())
         self._text = ""
         self._ended = False
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def environment(self):
+        """Control sockets and snapshots are the test's own: others may run machines of the same name."""
+        return {**os.environ, "XDG_RUNTIME_DIR": str(self.folder), "XDG_DATA_HOME": str(self.folder / "data")}
 
     def __enter__(self):
         return self

@@ -14,7 +14,10 @@ import unittest
 
 RINGFORT = os.environ["RINGFORT"]
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-VERBS = ("run", "host", "version", "devtest")
+VERBS = ("run", "ls", "info", "console", "logs", "pause", "resume", "stop", "reset", "snapshot", "engine",
+         "migrate", "receive", "top", "host", "version", "devtest")
+
+SNAPSHOT_COMMANDS = ("save", "ls", "restore", "rm")
 
 
 def ringfort(*args, cwd=None, stdout=subprocess.PIPE):
@@ -80,6 +83,22 @@ class Usage(Surface):
         self.refused(["host", "--outptu", "json"], "did you mean --output?")
         self.refused(["devtest", "--scoket", "x"], "did you mean --socket?")
 
+    def test_snapshot(self):
+        for args, part in (
+            ([], "save, ls, restore or rm"),
+            (["svae"], "did you mean 'ringfort snapshot save'?"),
+            (["xyzzy"], "there are save, ls, restore and rm"),
+            (["save", "a"], "ringfort snapshot save NAME SNAPSHOT"),
+            (["save", "nothing-of-this-name", "s"], "nothing-of-this-name"),
+            (["restore"], "SNAPSHOT"),
+            (["restore", "nothing-of-this-name"], "'ringfort snapshot ls' shows"),
+            (["restore", "../x"], "cannot be the name of a snapshot"),
+            (["restore", "x", "--naem", "y"], "did you mean --name?"),
+            (["rm", "nothing-of-this-name"], "'ringfort snapshot ls' shows"),
+        ):
+            self.refused(["snapshot", *args], part)
+        self.refused(["engine", "a"], "ringfort engine NAME ENGINE")
+
     def test_values(self):
         for args, part in (
             (["--memory", "512MB"], "did you mean --memory 512M?"),
@@ -138,7 +157,7 @@ class Help(Surface):
                 r = ringfort(verb, flag)
                 self.assertEqual((r.returncode, r.stderr), (0, ""), verb)
                 self.assertTrue(r.stdout.startswith(f"Usage: ringfort {verb}"), r.stdout)
-                self.assertIn("help", self.flags(r.stdout))
+                self.assertTrue("help" in self.flags(r.stdout) or verb == "snapshot", r.stdout)
                 self.assertLessEqual(max(map(len, r.stdout.splitlines())), 100)
 
     def test_run_lists_what_it_takes(self):
@@ -146,7 +165,7 @@ class Help(Surface):
         contract = {"name", "config", "print-config", "kernel", "initrd", "cmdline", "cpus", "memory", "cpu-model",
                     "engine", "disk", "net", "device", "console", "stats", "on-crash", "help"}
         self.assertLessEqual(contract, flags)
-        for flag in flags - {"help", "print-config"}:
+        for flag in flags - {"help", "print-config", "detach"}:
             self.refused(["run", f"--{flag}"], f"--{flag} needs a value")
 
     def test_manual_page_agrees(self):
@@ -157,6 +176,8 @@ class Help(Surface):
         listed = set()
         for verb in VERBS:
             listed |= self.flags(ringfort(verb, "--help").stdout)
+        for command in SNAPSHOT_COMMANDS:
+            listed |= self.flags(ringfort("snapshot", command, "--help").stdout)
         self.assertEqual(described, listed)
         host = json.loads(ringfort("host", "-o", "json").stdout)
         switches = re.findall(r"^ {20,}([a-z]+)=\S+ .*\(default \S+\)$",
@@ -198,7 +219,12 @@ class Host(Surface):
         for model in models.values():
             self.assertTrue(model["usable"] or model["missing"])
         self.assertEqual(host["cpu"]["processors"], os.cpu_count())
-        self.assertEqual(host["facilities"]["kvm"]["usable"], self.kvm_works())
+        kvm = host["engines"]["kvm"]
+        self.assertLessEqual(kvm["usable"], self.kvm_works())
+        # auto goes by what was measured, not by what is there.
+        self.assertLessEqual(kvm["fast"], kvm["usable"])
+        best = "kvm" if kvm["fast"] else "translate" if host["engines"]["translate"]["usable"] else "interp"
+        self.assertEqual(host["auto"], best)
 
     @staticmethod
     def kvm_works():

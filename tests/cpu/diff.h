@@ -111,6 +111,7 @@ struct generate_options {
     unsigned percent_ac;        /* of cases with alignment checking */
     unsigned max_insns;         /* instructions of a case before fix-ups; 0: the usual mix */
     unsigned shape;             /* 0: random instructions; else 1 + index of shape_names */
+    const struct x86_cpu_model *model;  /* instructions and registers that the engine's processor has; NULL: the host's */
     const char *only;           /* mnemonics, comma-separated: each case has one of them; NULL: all */
 };
 void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_t number);
@@ -140,6 +141,10 @@ struct guest *guest_create(const char *engine, const char *model);
 void guest_destroy(struct guest *g);
 void guest_set_data(struct guest *g, const uint8_t data[DATA_SIZE]);
 void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *result);
+/* It is a /dev/kvm that emulates, whose differences are its own. */
+bool guest_emulated(const struct guest *g);
+/* What its engine can show of the model. */
+const struct x86_cpu_model *guest_model(const struct guest *g);
 uint64_t guest_instructions(const struct guest *g);
 /* One vCPU for all cases, so that its caches and the memory for prepared code fill up. Before the first case. */
 void guest_keep_vcpu(bool keep);

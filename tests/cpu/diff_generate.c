@@ -544,7 +544,8 @@ static bool acceptable(const struct generator *g, const struct x86_insn *insn)
     /* A Zen 5 broadcasts RSP as it was before the POP in front. */
     if (insn->has_evex && insn->operands > 1 && insn->operand[1].kind == OPERAND_GPR && insn->operand[1].reg == RSP)
         return false;
-    if (!host_model || !x86_model_has_insn(host_model, insn))
+    if (!host_model || !x86_model_has_insn(host_model, insn) ||
+        (g->options->model && !x86_model_has_insn(g->options->model, insn)))
         return false;
     if (g->options->only) {
         const char *name = ZydisMnemonicGetString((ZydisMnemonic)insn->mnemonic), *at = g->options->only;
@@ -1042,6 +1043,8 @@ static void finish_case(struct generator *g)
     c->in.rflags = 0x202 | (rng64(r) & RFLAGS_ARITH) | (rng_percent(r, 15) ? RFLAGS_DF : 0) |
                    (rng_percent(r, g->options->percent_ac) ? RFLAGS_AC : 0);
     any_fpu(g, &c->in.fpu);
+    if (g->options->model)
+        x86_fpu_init_components(&c->in.fpu, ~g->options->model->xcr0_allowed, 16);
 }
 
 void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_t number)

@@ -56,6 +56,10 @@ void guest_destroy(struct guest *g)
     free(g);
 }
 
+bool guest_emulated(const struct guest *g) { return g->engine.emulated; }
+
+const struct x86_cpu_model *guest_model(const struct guest *g) { return g->engine.model; }
+
 uint64_t guest_instructions(const struct guest *g) { return engine_guest_instructions(&g->engine); }
 
 void guest_set_data(struct guest *g, const uint8_t data[DATA_SIZE])

@@ -351,6 +351,11 @@ int main(int argc, char **argv)
     if (!host)
         return skip ? SKIPPED : 2;
     guest = guest_create(o.engine, o.model);
+    o.generate.model = guest_model(guest);
+    if (guest_emulated(guest)) {
+        fprintf(stderr, "skipped: this host's KVM emulates the guest, incompletely\n");
+        return SKIPPED;
+    }
     start = now();
     run(&o);
     if (mnemonics)

@@ -95,8 +95,9 @@ static void make_state(struct engine_guest *g)
     s->cr0 = CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_AM | CR0_PG;
     s->cr3 = TABLES;
     s->cr4 = CR4_PAE | CR4_PGE | CR4_OSFXSR | CR4_OSXMMEXCPT | CR4_OSXSAVE | CR4_FSGSBASE | CR4_SMEP | CR4_SMAP | CR4_UMIP;
+    s->cr4 &= g->model->cr4_allowed;
     s->efer = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE;
-    s->xcr0 = g->model->xcr0_allowed;
+    s->xcr0 = s->cr4 & CR4_OSXSAVE ? g->model->xcr0_allowed : 1;
     s->rflags = 2;
     s->gdt = (struct x86_table){ .base = KERNEL_BASE + GDT, .limit = 0x7f };
     s->idt = (struct x86_table){ .base = KERNEL_BASE + IDT, .limit = 0xfff };
@@ -157,11 +158,13 @@ static void on_code_written(void *opaque, gpa_t page)
     g->engine->code_written(&g->vcpu, page);
 }
 
+static uint64_t tsc_hz(const struct engine_guest *g) { return g->real_clock ? tsc_frequency_hz() : TSC_HZ; }
+
 static void make_vcpu(struct engine_guest *g)
 {
     g->group = soft_group_create(&g->machine);
     g->vcpu = (struct vcpu){ .machine = &g->machine, .lapic = irqchip_lapic(g->chip, 0), .model = g->model, .count = 1,
-                             .group = g->group, .tsc_hz = TSC_HZ, .engine = g->engine };
+                             .group = g->group, .tsc_hz = tsc_hz(g), .engine = g->engine };
     if (!g->group || g->engine->vcpu_create(&g->vcpu))
         exit(2);
     lapic_connect(g->vcpu.lapic, on_lapic, g);
@@ -170,9 +173,36 @@ static void make_vcpu(struct engine_guest *g)
 static void end_vcpu(struct engine_guest *g)
 {
     g->instructions = engine_guest_instructions(g);
+    lapic_connect(g->vcpu.lapic, NULL, NULL);
     g->engine->vcpu_destroy(&g->vcpu);
     soft_group_destroy(g->group);
     native_shutdown();
+}
+
+void engine_guest_switch(struct engine_guest *g, const char *engine)
+{
+    struct x86_state *s = aligned_alloc(64, align_up(sizeof(*s), 64));
+    const char *missing;
+
+    g->engine->export_state(&g->vcpu, s);
+    /* No timer goes off meanwhile. */
+    pthread_mutex_lock(&g->machine.lock);
+    end_vcpu(g);
+    g->engine = engine_find(engine);
+    if (!engine_offer(g->engine, g->model, true, &missing)) {
+        fprintf(stderr, "engine %s cannot go on with model %s: it lacks %s\n", engine, g->model->name, missing);
+        exit(2);
+    }
+    make_vcpu(g);
+    g->engine->import_state(&g->vcpu, s);
+    pthread_mutex_unlock(&g->machine.lock);
+    free(s);
+}
+
+static void *run_loop(void *opaque)
+{
+    loop_run(((struct engine_guest *)opaque)->machine.loop);
+    return NULL;
 }
 
 void engine_guest_renew(struct engine_guest *g)
@@ -183,6 +213,7 @@ void engine_guest_renew(struct engine_guest *g)
 
 void engine_guest_init(struct engine_guest *g, const char *engine, const char *model)
 {
+    struct engine_report report;
     const char *missing;
 
     /* Translation begins with the first execution. */
@@ -193,17 +224,26 @@ void engine_guest_init(struct engine_guest *g, const char *engine, const char *m
         fprintf(stderr, "no engine '%s' or no model '%s'\n", engine, model);
         exit(2);
     }
-    if (x86_cpu_model_usable(g->model, &missing)) {
+    g->engine->probe(&report);
+    if (!report.usable) {
+        fprintf(stderr, "skipped: %s\n", report.text);
+        exit(77);
+    }
+    g->emulated = g->engine == &kvm_engine && !report.fast;
+    g->model = engine_offer(g->engine, g->model, false, &missing);
+    if (g->model && g->other_engine)
+        g->model = engine_offer(engine_find(g->other_engine), g->model, false, &missing);
+    if (!g->model) {
         fprintf(stderr, "this host cannot run model %s: it lacks %s\n", model, missing);
         exit(2);
     }
     x86_cpu_model_select(g->model);
-    if (machine_init(&g->machine, true) || memory_add_ram(&g->machine.memory, 0, GUEST_RAM_SIZE))
+    if (machine_init(&g->machine, !g->real_clock) || memory_add_ram(&g->machine.memory, 0, GUEST_RAM_SIZE))
         exit(2);
     g->machine.memory.code_written = on_code_written;
     g->machine.memory.code_written_opaque = g;
     pthread_mutex_lock(&g->machine.lock);
-    g->chip = irqchip_create(&g->machine, 1, TSC_HZ);
+    g->chip = irqchip_create(&g->machine, ENGINE_GUEST_CPUS, tsc_hz(g));
     if (!g->chip || bus_add(&g->machine.ports, GUEST_PORT, 1, &port_ops, g, "test"))
         exit(2);
     pthread_mutex_unlock(&g->machine.lock);
@@ -215,7 +255,7 @@ void engine_guest_init(struct engine_guest *g, const char *engine, const char *m
     make_vcpu(g);
     pthread_mutex_init(&g->lock, NULL);
     pthread_cond_init(&g->changed, NULL);
-    if (pthread_create(&g->watchdog, NULL, watch, g))
+    if (pthread_create(&g->watchdog, NULL, watch, g) || (g->real_clock && pthread_create(&g->loop, NULL, run_loop, g)))
         exit(2);
 }
 
@@ -227,6 +267,10 @@ void engine_guest_destroy(struct engine_guest *g)
     pthread_mutex_unlock(&g->lock);
     pthread_join(g->watchdog, NULL);
     end_vcpu(g);
+    if (g->real_clock) {
+        loop_stop(g->machine.loop);
+        pthread_join(g->loop, NULL);
+    }
     machine_destroy(&g->machine);
 }
 

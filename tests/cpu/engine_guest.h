@@ -20,6 +20,7 @@
 #define GUEST_RAM_SIZE MIB(64)
 #define GUEST_FREE_GPA 0x100000u        /* physical memory below is the kernel's and of page tables */
 #define KERNEL_BASE 0xffff800000000000ull
+#define ENGINE_GUEST_CPUS 4             /* local APICs; vCPUs beyond the first are the test's to make */
 #define GUEST_PORT 0x10                 /* any write ends engine_guest_run() */
 
 enum { SEL_KERNEL_CODE = 0x10, SEL_KERNEL_DATA = 0x18, SEL_CODE32 = 0x23, SEL_DATA = 0x2b, SEL_CODE64 = 0x33, SEL_TSS = 0x40 };
@@ -35,11 +36,15 @@ struct engine_guest {
     struct machine machine;
     struct irqchip *chip;
     const struct engine *engine;
+    bool emulated;              /* it is a /dev/kvm that emulates the supervisor's code, with less than all instructions */
     const struct x86_cpu_model *model;
     struct vcpu vcpu;
     struct soft_group *group;
     uint8_t *ram;
     struct x86_state base;      /* 64-bit mode, paging, flat segments; CS, RIP and RSP are the test's */
+    const char *other_engine;   /* NULL, or one that has to be able to go on with the model */
+    bool real_clock;            /* time passes by itself, and a thread runs the machine's timers; else it stands still */
+    pthread_t loop;
     gpa_t next_table;
     uint64_t instructions;      /* of vCPUs before */
     /* The watchdog. */
@@ -50,9 +55,14 @@ struct engine_guest {
     uint64_t runs;
 };
 
-/* Ends the process with status 2 and a message when it cannot. g: zeroed. */
+/*
+ * Ends the process with status 2 and a message when it cannot, with 77 when this host lacks the engine. g: zeroed but for
+ * real_clock and other_engine.
+ */
 void engine_guest_init(struct engine_guest *g, const char *engine, const char *model);
 void engine_guest_destroy(struct engine_guest *g);
+/* Another engine goes on with the state. The model stays, which the other engine has to be able to run. g->engine runs nothing. */
+void engine_guest_switch(struct engine_guest *g, const char *engine);
 /* A fresh vCPU, without anything that the old one had decoded or prepared. */
 void engine_guest_renew(struct engine_guest *g);
 

@@ -142,6 +142,36 @@ static void the_end_of_the_space(void **state)
     assert_int_equal(bus_read(&bus, UINT64_MAX, 2), 0x2211);
 }
 
+/* ---- doorbells ---- */
+
+static bool two_doorbells(void *opaque, unsigned i, uint64_t *offset)
+{
+    *offset = 4 + 8 * i;
+    return i < 2;
+}
+
+static void note_doorbell(void *opaque, uint64_t address, bool there)
+{
+    snprintf(trace + strlen(trace), sizeof(trace) - strlen(trace), "%s%llx ", there ? "+" : "-", (unsigned long long)address);
+}
+
+static void doorbells_are_told(void **state)
+{
+    static const struct bus_ops with = {.read = NULL, .doorbell = two_doorbells};
+    static const struct bus_listener listener = {.doorbell = note_doorbell};
+    int early, late;
+    assert_int_equal(bus_add(&bus, 0x1000, 0x20, &with, &early, "early"), 0);
+    assert_string_equal(trace, "");
+    bus_listen(&bus, &listener);
+    assert_string_equal(trace, "+1004 +100c ");
+    assert_int_equal(bus_add(&bus, 0x2000, 0x20, &with, &late, "late"), 0);
+    bus_remove(&bus, 0x1000, &early);
+    assert_string_equal(trace, "+1004 +100c +2004 +200c -1004 -100c ");
+    bus_listen(&bus, NULL);
+    bus_remove(&bus, 0x2000, &late);
+    assert_string_equal(trace, "+1004 +100c +2004 +200c -1004 -100c ");
+}
+
 int main(void)
 {
     log_set_level(-1);
@@ -152,6 +182,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(unclaimed_reads_all_ones, setup, teardown),
         cmocka_unit_test_setup_teardown(crossing_accesses_are_split, setup, teardown),
         cmocka_unit_test_setup_teardown(the_end_of_the_space, setup, teardown),
+        cmocka_unit_test_setup_teardown(doorbells_are_told, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

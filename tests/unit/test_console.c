@@ -22,6 +22,7 @@
 #include <termios.h>
 
 #include "backend/console/console.h"
+#include "backend/console/history.h"
 #include "base/log.h"
 #include "base/util.h"
 #include "loop_helper.h"
@@ -144,6 +145,101 @@ static void none_takes_everything(void **state)
         console_write(g->c, "xxxx", 4);
     assert_true(console_can_write(g->c));
     console_kick(g->c);
+}
+
+static void count_up(void *opaque)
+{
+    ++*(unsigned *)opaque;
+}
+
+/* Everything written can be read by position, however late; a reader who is too slow loses the oldest. */
+static void history_keeps_the_last_bytes(void **state)
+{
+    struct history *h = history_create();
+    char buf[64];
+    unsigned told = 0;
+    uint64_t at = 0;
+    history_set_watcher(h, count_up, &told);
+    history_write(h, "one\ntwo\n", 8);
+    assert_int_equal(told, 1);
+    assert_int_equal(history_read(h, &at, buf, 4), 4);
+    assert_memory_equal(buf, "one\n", 4);
+    assert_int_equal(history_read(h, &at, buf, sizeof(buf)), 4);
+    assert_memory_equal(buf, "two\n", 4);
+    assert_int_equal(history_read(h, &at, buf, sizeof(buf)), 0);
+    assert_int_equal(at, 8);
+
+    assert_int_equal(history_lines(h, 0), 8);
+    assert_int_equal(history_lines(h, 1), 4);
+    assert_int_equal(history_lines(h, 2), 0);
+    assert_int_equal(history_lines(h, 3), 0);
+    history_write(h, "three", 5);
+    assert_int_equal(history_lines(h, 1), 8);
+    assert_int_equal(history_lines(h, 2), 4);
+
+    /* Numbered lines of 8 bytes, across the end of the ring and more than once round. */
+    const unsigned lines = 3 * HISTORY_SIZE / 8 + 5;
+    for (unsigned i = 0; i < lines; i++) {
+        snprintf(buf, sizeof(buf), "%07u\n", i % 10000000);
+        history_write(h, buf, 8);
+    }
+    assert_int_equal(history_end(h), 13 + 8ull * lines);
+    at = 0;
+    assert_int_equal(history_read(h, &at, buf, 11), 11);
+    assert_int_equal(at, history_end(h) - HISTORY_SIZE + 11);
+    at = history_lines(h, 2);
+    assert_int_equal(history_read(h, &at, buf, sizeof(buf)), 16);
+    char expected[24];
+    snprintf(expected, sizeof(expected), "%07u\n%07u\n", lines - 2, lines - 1);
+    assert_memory_equal(buf, expected, 16);
+    assert_int_equal(history_lines(h, UINT64_MAX), history_end(h) - HISTORY_SIZE);
+    at = UINT64_MAX;
+    assert_int_equal(history_read(h, &at, buf, sizeof(buf)), 0);
+    assert_int_equal(at, history_end(h));
+    history_set_watcher(h, NULL, NULL);
+    history_touch(h);
+    assert_int_equal(told, 2 + lines);
+    history_destroy(h);
+}
+
+/* Output is in the history whether or not the host's end takes it; input comes from there and from others. */
+static void others_read_and_type(void **state)
+{
+    struct guest *g = *state;
+    char spec[128], buf[16];
+    uint64_t at = 0;
+    open_console(g, "none");
+    assert_null(console_history(g->c));
+    assert_int_equal(console_feed(g->c, "x", 1), 0);
+    console_close(g->c);
+
+    snprintf(spec, sizeof(spec), "file:%s", g->path);
+    open_console(g, spec);
+    struct history *h = console_history(g->c);
+    unsigned told = 0;
+    console_write(g->c, "login: ", 7);
+    assert_int_equal(history_read(h, &at, buf, sizeof(buf)), 7);
+    assert_memory_equal(buf, "login: ", 7);
+
+    g->limit = g->count + 3; /* the guest takes three bytes, then none until it is kicked */
+    g->want = g->count + 3;
+    size_t begin = g->count, fed = 0, n;
+    history_set_watcher(h, count_up, &told);
+    while ((n = console_feed(g->c, "abcdefgh", 8)) == 8) {
+        fed += n;
+        run_until(g->loop, NULL, NULL, 0);
+        assert_in_range(fed, 0, 40000);
+    }
+    fed += n;
+    assert_int_equal(g->count, g->want);
+    assert_int_equal(told, 0);
+    g->limit = g->want = begin + fed;
+    console_kick(g->c);
+    assert_true(run_until(g->loop, got_enough, g, 10000));
+    assert_int_not_equal(told, 0);
+    for (size_t i = 0; i < fed; i++)
+        assert_int_equal(g->got[begin + i], "abcdefgh"[i % 8]);
+    history_set_watcher(h, NULL, NULL);
 }
 
 static void file_gets_all_output(void **state)
@@ -660,6 +756,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(bad_specs_are_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(none_takes_everything, setup, teardown),
+        cmocka_unit_test(history_keeps_the_last_bytes),
+        cmocka_unit_test_setup_teardown(others_read_and_type, setup, teardown),
         cmocka_unit_test_setup_teardown(file_gets_all_output, setup, teardown),
         cmocka_unit_test_setup_teardown(socket_serves_one_client_after_another, setup, teardown),
         cmocka_unit_test_setup_teardown(without_a_reader_the_oldest_is_dropped, setup, teardown),

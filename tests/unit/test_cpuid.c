@@ -285,6 +285,58 @@ static void instructions_by_model(void **state)
     assert_false(HAS("host", "\xf3\x0f\xae\xe8"));                 /* INCSSPD */
 }
 
+/* What an engine lacks is gone, with all that follows from it, and nothing else is. */
+static void restricted(void **state)
+{
+    const struct x86_cpu_model *v2 = x86_cpu_model_find("x86-64-v2"), *host = x86_cpu_model_find("host");
+    struct x86_cpuid_leaf offered[128];
+    struct x86_cpu_model *m;
+    const char *missing;
+    unsigned n = v2->leaf_count;
+
+    assert_true(n <= ARRAY_SIZE(offered));
+    memcpy(offered, v2->leaves, n * sizeof(offered[0]));
+    m = x86_cpu_model_restrict(v2, offered, n, &missing);
+    assert_non_null(m);
+    assert_null(x86_cpu_model_lacks(m, v2));
+    assert_int_equal(m->cr4_allowed, v2->cr4_allowed);
+    assert_int_equal(m->xcr0_allowed, v2->xcr0_allowed);
+    x86_cpu_model_free(m);
+
+    /* Without SMEP (leaf 7 EBX bit 7) and XSAVE (leaf 1 ECX bit 26). */
+    for (unsigned i = 0; i < n; i++) {
+        if (offered[i].leaf == 7 && offered[i].subleaf == 0)
+            offered[i].ebx &= ~(1u << 7);
+        if (offered[i].leaf == 1)
+            offered[i].ecx &= ~(1u << 26);
+    }
+    m = x86_cpu_model_restrict(v2, offered, n, &missing);
+    assert_non_null(m);
+    assert_non_null(x86_cpu_model_lacks(m, v2));
+    assert_null(x86_cpu_model_lacks(v2, m));
+    assert_int_equal(m->cr4_allowed, v2->cr4_allowed & ~(CR4_SMEP | CR4_OSXSAVE));
+    use(m);
+    assert_false(bit(7, 0, EBX, 7));
+    assert_false(bit(1, 0, ECX, 26));
+    assert_int_equal(reg(0xd, 0, EAX), 0);
+    assert_true(bit(1, 0, ECX, 20));    /* SSE4.2 is still there */
+    x86_cpu_model_free(m);
+
+    /* Without SSE4.2: that is more than the named model can go without, but not more than `host` can. */
+    for (unsigned i = 0; i < n; i++)
+        if (offered[i].leaf == 1)
+            offered[i].ecx &= ~(1u << 20);
+    assert_null(x86_cpu_model_restrict(v2, offered, n, &missing));
+    assert_string_equal(missing, "sse4.2");
+    m = x86_cpu_model_restrict(host, offered, n, &missing);
+    assert_non_null(m);
+    use(m);
+    assert_false(bit(1, 0, ECX, 20));
+    assert_false(bit(1, 0, ECX, 28));   /* nor AVX, whose registers need XSAVE */
+    assert_int_equal(m->xcr0_allowed, 3);
+    x86_cpu_model_free(m);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -299,6 +351,7 @@ int main(void)
         cmocka_unit_test(topology),
         cmocka_unit_test(kvm_leaves),
         cmocka_unit_test(instructions_by_model),
+        cmocka_unit_test(restricted),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);

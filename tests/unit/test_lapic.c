@@ -204,11 +204,147 @@ static void a_timer_that_moves_fires_not_too_early(void **state)
     machine_destroy(&m);
 }
 
+/* ---- LAPICs that are somebody else's ---- */
+
+static struct {
+    unsigned sent, pulses, routes;
+    uint64_t address;
+    uint32_t data;
+    bool level;
+} host_saw;
+
+static unsigned host_send(void *opaque, uint64_t address, uint32_t data)
+{
+    host_saw.sent++;
+    host_saw.address = address;
+    host_saw.data = data;
+    return 1;
+}
+
+static void host_pulse(void *opaque) { host_saw.pulses++; }
+
+static void host_route(void *opaque, unsigned input, uint64_t address, uint32_t data, bool level)
+{
+    host_saw.routes++;
+    if (input == LEVEL_GSI) {
+        host_saw.address = address;
+        host_saw.data = data;
+        host_saw.level = level;
+    }
+}
+
+static void ioapic_write(struct machine *m, unsigned index, uint32_t value)
+{
+    bus_write(&m->mmio, IOAPIC_BASE, index, 4);
+    bus_write(&m->mmio, IOAPIC_BASE + 0x10, value, 4);
+}
+
+static void a_host_gets_what_is_sent_while_it_has_the_state(void **state)
+{
+    static const struct lapic_host host = {.send = host_send, .pulse_lint1 = host_pulse, .route = host_route};
+    struct machine m;
+    struct irq_line line = {.router = &m.irq, .gsi = LEVEL_GSI};
+    assert_int_equal(machine_init(&m, true), 0);
+    struct irqchip *chip = irqchip_create(&m, 2, 1000000000);
+    struct lapic *l = irqchip_lapic(chip, 1);
+    lapic_mmio_write(l, 0xf0, 0x1ff, 4);
+
+    irqchip_set_host(chip, &host);
+    assert_int_equal(host_saw.routes, IOAPIC_INPUTS);
+    /* The state is here: so are the interrupts. */
+    irqchip_msi(chip, LAPIC_DEFAULT_BASE | 1 << 12, 0x55);
+    assert_int_equal(host_saw.sent, 0);
+    assert_int_equal(lapic_pending(l), 0x55);
+    assert_false(irqchip_move_begin(chip));
+    irqchip_move_end(chip, true);
+    irqchip_msi(chip, LAPIC_DEFAULT_BASE | 1 << 12, 0x56);
+    assert_int_equal(host_saw.sent, 1);
+    assert_int_equal(host_saw.address, LAPIC_DEFAULT_BASE | 1 << 12);
+    assert_int_equal(host_saw.data, 0x56);
+    assert_int_equal(lapic_pending(l), 0x55);
+    irqchip_pulse_lint1(chip);
+    assert_int_equal(host_saw.pulses, 1);
+
+    /* A level-triggered input: the route first, and nothing again before the end of the interrupt. */
+    ioapic_write(&m, 0x11 + 2 * LEVEL_GSI, 1u << 24);
+    ioapic_write(&m, 0x10 + 2 * LEVEL_GSI, 1u << 15 | LEVEL_VECTOR);
+    assert_true(host_saw.level);
+    assert_int_equal(host_saw.address, LAPIC_DEFAULT_BASE | 1 << 12);
+    assert_int_equal(host_saw.data, 3u << 14 | LEVEL_VECTOR);
+    unsigned routes = host_saw.routes;
+    ioapic_write(&m, 0x10 + 2 * LEVEL_GSI, 1u << 16 | 1u << 15 | LEVEL_VECTOR);
+    ioapic_write(&m, 0x10 + 2 * LEVEL_GSI, 1u << 15 | LEVEL_VECTOR);
+    assert_int_equal(host_saw.routes, routes);      /* a mask is no other route */
+    pthread_mutex_lock(&m.lock);
+    irq_set(&line, true);
+    assert_int_equal(host_saw.sent, 2);
+    irq_set(&line, false);
+    irq_set(&line, true);
+    assert_int_equal(host_saw.sent, 2);
+    irqchip_eoi(chip, LEVEL_VECTOR);
+    assert_int_equal(host_saw.sent, 3);
+    pthread_mutex_unlock(&m.lock);
+
+    irqchip_set_host(chip, NULL);
+    irqchip_msi(chip, LAPIC_DEFAULT_BASE | 1 << 12, 0x66);
+    assert_int_equal(host_saw.sent, 3);
+    assert_int_equal(lapic_pending(l), 0x66);
+    machine_destroy(&m);
+}
+
+/* Out of one LAPIC and into another: what is pending and the timer go on. */
+static void state_moves(void **state)
+{
+    for (unsigned mode = 0; mode < 3; mode++) {
+        struct machine m;
+        struct lapic_image image, again;
+        assert_int_equal(machine_init(&m, true), 0);
+        struct irqchip *chip = irqchip_create(&m, 1, 1000000000);
+        struct lapic *l = irqchip_lapic(chip, 0);
+        lapic_mmio_write(l, 0xf0, 0x1ff, 4);
+        lapic_mmio_write(l, 0x80, 0x20, 4);
+        lapic_mmio_write(l, 0x320, mode << 17 | 0x40, 4);
+        lapic_mmio_write(l, 0x3e0, 0xb, 4);
+        if (mode == 2)
+            lapic_set_tsc_deadline(l, 1000, 0);
+        else
+            lapic_mmio_write(l, 0x380, 1000, 4);
+        irqchip_msi(chip, LAPIC_DEFAULT_BASE, 0x55);
+        lapic_ack(l);
+        irqchip_msi(chip, LAPIC_DEFAULT_BASE, 0x70);
+        pthread_mutex_lock(&m.lock);
+        clock_advance(m.clock, 300);
+        lapic_take(l, &image);
+        clock_advance(m.clock, 5000);               /* nothing happens to what is not here */
+        lapic_reset(l, false);
+        lapic_put(l, &image, 300);
+        assert_int_equal(lapic_pending(l), 0x70);
+        lapic_take(l, &again);
+        assert_memory_equal(&image, &again, sizeof(image));
+        lapic_put(l, &again, 300);
+        lapic_ack(l);
+        lapic_mmio_write(l, 0xb0, 0, 4);
+        lapic_mmio_write(l, 0xb0, 0, 4);
+        assert_int_equal(lapic_pending(l), -1);
+        clock_advance(m.clock, 699);
+        assert_int_equal(lapic_pending(l), -1);
+        clock_advance(m.clock, 1);
+        assert_int_equal(lapic_ack(l), 0x40);
+        lapic_mmio_write(l, 0xb0, 0, 4);
+        clock_advance(m.clock, 60000);
+        assert_int_equal(lapic_pending(l), mode == 1 ? 0x40 : -1);
+        pthread_mutex_unlock(&m.lock);
+        machine_destroy(&m);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(no_interrupt_is_lost),
         cmocka_unit_test(a_timer_that_moves_fires_not_too_early),
+        cmocka_unit_test(a_host_gets_what_is_sent_while_it_has_the_state),
+        cmocka_unit_test(state_moves),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

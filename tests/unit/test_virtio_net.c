@@ -184,6 +184,54 @@ static void test_configuration(void **state)
     assert_int_equal(bus_read(&g.m.mmio, d.device + 10, 2), 9000);
 }
 
+/* After a migration: switches are told, and a guest that can is asked to tell the network itself. */
+static void test_announce(void **state)
+{
+    struct ring ctl;
+    uint32_t head, used;
+    struct device *dev = machine_find_device(&g.m, "virtio-net0");
+    gpa_t at = guest_alloc(&g, 4, 4);
+
+    assert_non_null(dev);
+    pthread_mutex_lock(&g.m.lock);
+    virtio_net_announce(dev);
+    pthread_mutex_unlock(&g.m.lock);
+    assert_int_equal(wire.sent, 1);
+    assert_int_equal(wire.len, HEADER + 60);
+    for (unsigned i = 0; i < 6; i++) {
+        assert_int_equal(wire.frame[HEADER + i], 0xff);
+        assert_int_equal(wire.frame[HEADER + 6 + i], mac[i]);
+    }
+    assert_int_equal(wire.frame[HEADER + 12] << 8 | wire.frame[HEADER + 13], 0x8035);
+    /* This driver did not ask for more. */
+    assert_int_equal(bus_read(&g.m.mmio, d.device + 6, 2), VIRTIO_NET_S_LINK_UP);
+
+    guest_destroy(&g);
+    make(0, true);
+    driver_negotiate(&d, BIT(VIRTIO_NET_F_STATUS) | BIT(VIRTIO_NET_F_CTRL_VQ) | BIT(VIRTIO_NET_F_GUEST_ANNOUNCE));
+    ring_setup(&ctl, &d, 2, 16);
+    driver_start(&d);
+    pthread_mutex_lock(&g.m.lock);
+    virtio_net_announce(machine_find_device(&g.m, "virtio-net0"));
+    pthread_mutex_unlock(&g.m.lock);
+    assert_int_equal(bus_read(&g.m.mmio, d.device + 6, 2), VIRTIO_NET_S_LINK_UP | VIRTIO_NET_S_ANNOUNCE);
+    /* An unknown command first, then the one that says that it is done. */
+    at = guest_alloc(&g, 4, 4);
+    for (unsigned i = 0; i < 2; i++) {
+        const uint8_t command[3] = {i ? VIRTIO_NET_CTRL_ANNOUNCE : 0x77, VIRTIO_NET_CTRL_ANNOUNCE_ACK, 0xee};
+        uint8_t ack;
+        guest_put(&g, at, command, 3);
+        ring_add(&ctl, (struct buffer[]){{at, 2, false}, {at + 2, 1, true}}, 2);
+        ring_notify(&ctl);
+        guest_run(&g);
+        assert_true(ring_used(&ctl, &head, &used));
+        assert_int_equal(used, 1);
+        guest_get(&g, at + 2, &ack, 1);
+        assert_int_equal(ack, i ? VIRTIO_NET_OK : VIRTIO_NET_ERR);
+        assert_int_equal(bus_read(&g.m.mmio, d.device + 6, 2), VIRTIO_NET_S_LINK_UP | (i ? 0 : VIRTIO_NET_S_ANNOUNCE));
+    }
+}
+
 static void test_features(void **state)
 {
     const uint64_t all = BIT(VIRTIO_NET_F_CSUM) | BIT(VIRTIO_NET_F_GUEST_CSUM) |
@@ -654,6 +702,7 @@ int main(void)
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
         TEST(test_configuration),
+        TEST(test_announce),
         TEST(test_features),
         TEST(test_transmit),
         TEST(test_late_interrupts),

@@ -32,6 +32,8 @@
 static void finish(struct block *b, struct block_io *io, int status)
 {
     struct block_request *req = io->req;
+    if (!status && b->overlay && (req->op == BLOCK_WRITE || req->op == BLOCK_WRITE_ZEROES))
+        overlay_mark(b->overlay, req->offset, io->total);
     if (status)
         log_guest_error("disk %s: %s at byte %llu failed: %s", b->path,
                         req->op == BLOCK_READ    ? "read"
@@ -75,9 +77,35 @@ static void copy_iov(const struct block_io *io, uint8_t *buf, uint64_t n, bool t
     }
 }
 
+/* Which file a part is done in. */
+static void place(struct block *b, struct block_io *io)
+{
+    io->fd = b->fd;
+    io->at = io->offset;
+    if (!b->overlay)
+        return;
+    io->at += overlay_data_offset(b->overlay);
+    if (io->part == PART_SYNC && overlay_dirty(b->overlay))
+        io->fd = -1;
+    if (io->part != PART_READ)
+        return;
+    uint64_t len = 0;
+    for (unsigned i = 0; i < io->iovcnt; i++)
+        len += io->iov[i].iov_len;
+    struct overlay_place p = overlay_find(b->overlay, io->offset, len);
+    /* Bases are read through the page cache, so what they have needs no alignment. */
+    if (p.len < len || io->offset + len > b->size) {
+        io->fd = -1;
+    } else if (p.fd >= 0) {
+        io->fd = p.fd;
+        io->at = p.offset;
+    }
+}
+
 static void start_part(struct block *b, struct block_io *io, enum block_part part)
 {
     io->part = part;
+    place(b, io);
     b->engine->start(b, io);
 }
 
@@ -87,14 +115,20 @@ struct window {
     uint64_t skip, bytes; /* the request's bytes within it */
 };
 
+static unsigned unit_of(const struct block *b, enum block_op op)
+{
+    return op == BLOCK_READ || op == BLOCK_FLUSH ? b->alignment : block_write_unit(b);
+}
+
 static struct window next_window(const struct block *b, const struct block_io *io)
 {
     struct window w;
     uint64_t at = io->req->offset + io->progress, end = io->req->offset + io->total;
-    w.begin = align_down(at, b->alignment);
+    unsigned unit = unit_of(b, io->req->op);
+    w.begin = align_down(at, unit);
     w.skip = at - w.begin;
     w.bytes = MIN(end - at, BLOCK_BOUNCE_SIZE - w.skip);
-    w.len = align_up(w.skip + w.bytes, b->alignment);
+    w.len = align_up(w.skip + w.bytes, unit);
     return w;
 }
 
@@ -143,7 +177,7 @@ static void bounce_done(struct block *b, struct block_io *io)
     struct window w = next_window(b, io);
     uint64_t done = (uint64_t)io->result;
     if (io->req->op == BLOCK_WRITE)
-        done = align_down(done, b->alignment);
+        done = align_down(done, block_write_unit(b));
     if (done <= w.skip || (io->merging && done < w.len)) {
         finish(b, io, -EIO);
         return;
@@ -219,17 +253,22 @@ static bool request_length(const struct block_request *req, uint64_t *total)
 
 static bool needs_bounce(const struct block *b, const struct block_request *req, uint64_t total)
 {
-    uint64_t bits = req->offset | total;
+    uint64_t bits = 0;
     for (unsigned i = 0; i < req->iovcnt; i++)
         bits |= (uintptr_t)req->iov[i].iov_base | req->iov[i].iov_len;
-    return bits & (b->alignment - 1);
+    return (bits & (b->alignment - 1)) || ((req->offset | total) & (unit_of(b, req->op) - 1));
 }
 
-/* Writes that read first, so nothing else may touch the disk in between. */
+/*
+ * Writes that read first, so nothing else may touch the disk in between; and the sync of an overlay whose bitmap has to follow
+ * its data.
+ */
 static bool must_run_alone(const struct block *b, const struct block_request *req, uint64_t total)
 {
+    if (req->op == BLOCK_FLUSH)
+        return b->overlay && overlay_dirty(b->overlay);
     return (req->op == BLOCK_WRITE || req->op == BLOCK_WRITE_ZEROES) &&
-           ((req->offset | total) & (b->alignment - 1));
+           ((req->offset | total) & (block_write_unit(b) - 1));
 }
 
 /* What can be answered without the host. 1: status is the answer. */
@@ -263,12 +302,12 @@ static void start_io(struct block *b, struct block_request *req, uint64_t total)
     switch (req->op) {
     case BLOCK_READ:
     case BLOCK_WRITE:
-        io->bounce = b->alignment > 1 && needs_bounce(b, req, total);
+        io->bounce = unit_of(b, req->op) > 1 && needs_bounce(b, req, total);
         if (!io->bounce) {
             start_direct(b, io);
             return;
         }
-        if (posix_memalign((void **)&io->buffer, MAX(b->alignment, 4096), BLOCK_BOUNCE_SIZE)) {
+        if (posix_memalign((void **)&io->buffer, MAX(b->alignment, 4096u), BLOCK_BOUNCE_SIZE)) {
             io->buffer = NULL;
             finish(b, io, -ENOMEM);
             return;
@@ -299,6 +338,9 @@ static void start_requests(struct block *b)
         bool alone = !answered && must_run_alone(b, req, total);
         if (!answered && (!b->idle || (alone && b->running)))
             break; /* what finishes next starts it */
+        if (!answered && b->save && req->op != BLOCK_READ && req->op != BLOCK_FLUSH &&
+            !block_save_may_write(b, req->offset, total))
+            break; /* what it writes over is copied first, and that starts it */
         b->queue = req->next;
         if (!b->queue)
             b->queue_tail = &b->queue;
@@ -334,7 +376,14 @@ void block_drain(struct block *b)
         start_requests(b);
         if (b->running)
             b->engine->wait(b);
+        else if (b->queue && b->save)
+            block_save_wait_write(b);
     }
+}
+
+bool block_is_overlay(const struct block *b)
+{
+    return b->overlay;
 }
 
 uint64_t block_size(const struct block *b)
@@ -410,15 +459,33 @@ static int find_size(struct block *b)
     return 0;
 }
 
+static int open_overlay(struct block *b)
+{
+    char name[64];
+    snprintf(name, sizeof(name), "/proc/self/fd/%d", b->fd);
+    b->buffered_fd = open(name, (b->readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC);
+    if (b->buffered_fd < 0) {
+        log_error("disk %s: cannot open: %s", b->path, strerror(errno));
+        return -errno;
+    }
+    int ret = overlay_open(b->buffered_fd, b->path, &b->overlay);
+    if (!ret)
+        b->size = overlay_size(b->overlay);
+    return ret;
+}
+
 /* Other image formats would look like an empty or broken disk to the guest, and be damaged by it.
  */
-static int refuse_formats(struct block *b)
+static int look_at_format(struct block *b)
 {
     uint8_t *head = NULL;
     if (posix_memalign((void **)&head, BLOCK_MAX_ALIGNMENT, BLOCK_MAX_ALIGNMENT))
         return -ENOMEM;
     int ret = 0;
-    if (pread(b->fd, head, BLOCK_MAX_ALIGNMENT, 0) >= 8) {
+    ssize_t got = pread(b->fd, head, BLOCK_MAX_ALIGNMENT, 0);
+    if (got > 0 && overlay_is(head, (size_t)got)) {
+        ret = open_overlay(b);
+    } else if (got >= 8) {
         const char *format = memcmp(head, "QFI\xfb", 4) == 0    ? "qcow2"
                              : memcmp(head, "KDMV", 4) == 0     ? "VMDK"
                              : memcmp(head, "vhdxfile", 8) == 0 ? "VHDX"
@@ -519,9 +586,10 @@ int block_open_with(struct loop *loop, const struct block_options *opt,
         return -ENOMEM;
     }
     b->loop = loop;
-    b->fd = -1;
+    b->fd = b->buffered_fd = -1;
     b->cache = opt->cache;
     b->readonly = opt->readonly;
+    b->unlocked = opt->unlocked;
     b->queue_tail = &b->queue;
     b->start_call = (struct loop_call){.fn = start_called, .opaque = b};
     for (unsigned i = 0; i < BLOCK_DEPTH; i++) {
@@ -535,12 +603,12 @@ int block_open_with(struct loop *loop, const struct block_options *opt,
     int ret = open_file(b, opt);
     if (!ret)
         ret = find_size(b);
-    if (!ret)
+    if (!ret && !opt->unlocked)
         ret = lock_file(b);
     if (!ret)
         ret = find_alignment(b);
     if (!ret)
-        ret = refuse_formats(b);
+        ret = look_at_format(b);
     if (ret)
         goto out;
     b->can_discard = !b->readonly && (!b->device || device_can_discard(b->fd));
@@ -559,6 +627,9 @@ int block_open_with(struct loop *loop, const struct block_options *opt,
     return 0;
 
 out:
+    overlay_close(b->overlay);
+    if (b->buffered_fd >= 0)
+        close(b->buffered_fd);
     if (b->fd >= 0)
         close(b->fd);
     free(b->path);
@@ -571,6 +642,48 @@ int block_open(struct loop *loop, const struct block_options *opt, struct block 
     return block_open_with(loop, opt, NULL, out);
 }
 
+static void sync_all(struct block *b)
+{
+    int ret = 0;
+    if (!b->readonly && b->overlay)
+        ret = block_overlay_sync(b);
+    else if (!b->readonly && b->cache != BLOCK_CACHE_UNSAFE && fdatasync(b->fd) < 0)
+        ret = -errno;
+    if (ret)
+        log_error("disk %s: the last writes may not have reached the disk: %s", b->path,
+                  strerror(-ret));
+}
+
+int block_lock(struct block *b)
+{
+    int ret = lock_file(b);
+    if (ret || !b->unlocked)
+        return ret;
+    /* Who had it until now has put more into an overlay than was there when it was opened. */
+    if (b->overlay) {
+        overlay_close(b->overlay);
+        close(b->buffered_fd);
+        b->overlay = NULL;
+        b->buffered_fd = -1;
+        ret = open_overlay(b);
+        if (ret) {
+            block_unlock(b);
+            return ret;
+        }
+    }
+    b->unlocked = false;
+    return 0;
+}
+
+void block_unlock(struct block *b)
+{
+    struct flock fl = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
+    if (!b->unlocked)
+        sync_all(b);
+    b->unlocked = true;
+    fcntl(b->fd, F_OFD_SETLK, &fl);
+}
+
 void block_close(struct block *b)
 {
     if (!b)
@@ -579,9 +692,12 @@ void block_close(struct block *b)
     loop_cancel(b->loop, &b->start_call);
     b->engine->close(b);
     block_workers_stop(b);
-    if (!b->readonly && b->cache != BLOCK_CACHE_UNSAFE && fdatasync(b->fd) < 0)
-        log_error("disk %s: the last writes may not have reached the disk: %s", b->path,
-                  strerror(errno));
+    /* What another machine has by now is not to be touched. */
+    if (!b->unlocked)
+        sync_all(b);
+    overlay_close(b->overlay);
+    if (b->buffered_fd >= 0)
+        close(b->buffered_fd);
     close(b->fd);
     free(b->path);
     free(b);

@@ -21,9 +21,10 @@ struct block;
 enum block_cache { BLOCK_CACHE_WRITEBACK, BLOCK_CACHE_NONE, BLOCK_CACHE_UNSAFE };
 
 struct block_options {
-    const char *path;           /* raw image file or block device */
+    const char *path;           /* raw image file, block device, or overlay */
     bool readonly;
     enum block_cache cache;
+    bool unlocked;              /* open without locking: another machine has it until block_lock() */
 };
 
 enum block_op { BLOCK_READ, BLOCK_WRITE, BLOCK_FLUSH, BLOCK_DISCARD, BLOCK_WRITE_ZEROES };
@@ -53,6 +54,39 @@ struct block_request {
 int block_open(struct loop *loop, const struct block_options *opt, struct block **out);
 /* Waits for what is in flight (its done() runs before), syncs unless cache=unsafe or read-only, closes. */
 void block_close(struct block *b);
+/*
+ * Makes an overlay (overlay.h has the format): a disk of size bytes that holds what is written to it, on top of base, which
+ * from then on must not change: a path, relative to the overlay's folder or absolute. 0 or a negative errno (silent).
+ */
+int block_overlay_create(int dirfd, const char *name, const char *base, uint64_t size);
+
+/* The size of the disk that the raw image or overlay name holds. 0 or a negative errno (silent). */
+int block_image_size(int dirfd, const char *name, uint64_t *size);
+
+/*
+ * Copies the disk as it is at one moment into a new file, while it is used: what has not been copied yet is copied
+ * before it is written over. One copy at a time.
+ *
+ * block_save_begin() is the moment: nothing is in flight (block_drain()). It takes fd over. Where the file system can share
+ * blocks, the copy is complete at once. Once *cancel is true it ends soon, with -ECANCELED. 0 or a negative errno (logged). Machine lock held.
+ * block_save_wait() waits for the copy, without the lock; *bytes: how many were copied (a hole is not). 0, or the errno (logged)
+ * of the first error; the disk itself is unharmed.
+ * block_save_end() follows, with the machine lock held. Syncing fd is block_save_wait()'s.
+ */
+int block_save_begin(struct block *b, int fd, const _Atomic bool *cancel);
+int block_save_wait(struct block *b, uint64_t *bytes);
+void block_save_end(struct block *b);
+/* Whether the disk is an overlay: a copy of it needs the files below it. */
+bool block_is_overlay(const struct block *b);
+/* Hands what was written to the host's disk, so that a copy does not have to. Any thread; errors are the flushes' to tell. */
+void block_presync(struct block *b);
+/*
+ * A disk changes hands between two machines, as in a migration: block_unlock() hands what was written to the host's disk and gives the
+ * lock up; nothing may be in flight or be submitted until block_lock() has succeeded. 0, or -EBUSY: another machine has
+ * the lock (logged). Machine lock held.
+ */
+void block_unlock(struct block *b);
+int block_lock(struct block *b);
 uint64_t block_size(const struct block *b);             /* bytes */
 bool block_readonly(const struct block *b);
 bool block_can_discard(const struct block *b);

@@ -10,6 +10,7 @@
 #define RINGFORT_BACKEND_BLOCK_IMPL_H
 
 #include "backend/block/block.h"
+#include "backend/block/overlay.h"
 #include "base/loop.h"
 
 #define BLOCK_DEPTH         128u
@@ -29,7 +30,9 @@ struct block_io {
     enum block_part part;
     const struct iovec *iov;
     unsigned iovcnt;
-    uint64_t offset, len; /* len: of discard and zero */
+    uint64_t offset, len; /* on the disk; len: of discard and zero */
+    int fd;               /* -1: through the layers of an overlay, by block_do_part() */
+    uint64_t at;          /* offset in fd */
     int64_t result;       /* the engine's answer: bytes or a negative errno */
 
     /* How far the request is: */
@@ -63,8 +66,12 @@ struct block {
     int fd;
     uint64_t size;
     unsigned alignment; /* of offsets, lengths and buffers; 1 without O_DIRECT */
+    struct overlay *overlay; /* NULL: path is the disk itself */
+    int buffered_fd;         /* the same file without O_DIRECT, for an overlay's bitmap; else -1 */
+    struct block_save *save; /* a copy is being made; save.c's */
     enum block_cache cache;
     bool readonly, device, can_discard;
+    bool unlocked; /* another machine has it */
 
     const struct block_engine *engine;
     void *engine_data;
@@ -83,6 +90,16 @@ struct block {
 int block_open_with(struct loop *loop, const struct block_options *opt,
                     const struct block_engine *engine, struct block **out);
 
+/* What a write begins and ends at a multiple of. */
+static inline unsigned block_write_unit(const struct block *b)
+{
+    return b->overlay && b->alignment < OVERLAY_GRANULE ? OVERLAY_GRANULE : b->alignment;
+}
+
+/* save.c: whether a write may start; if not, start_call is scheduled when that has changed. And waiting for that. */
+bool block_save_may_write(struct block *b, uint64_t offset, uint64_t len);
+void block_save_wait_write(struct block *b);
+
 /* For engines. A part is done: io->result says how. Machine lock held. */
 void block_part_done(struct block *b, struct block_io *io);
 
@@ -98,6 +115,7 @@ unsigned block_workers_busy(const struct block *b);
 void block_workers_reap(struct block *b, bool wait);
 
 /* One part as blocking system calls, in any thread. Bytes or a negative errno. */
+int block_overlay_sync(struct block *b);
 int64_t block_do_part(struct block *b, const struct block_io *io);
 
 #endif

@@ -42,7 +42,7 @@ static void uring_submit(struct block *b)
 static void uring_start(struct block *b, struct block_io *io)
 {
     struct uring *u = b->engine_data;
-    if (io->part == PART_DISCARD || io->part == PART_ZERO) {
+    if (io->part == PART_DISCARD || io->part == PART_ZERO || io->fd < 0) {
         block_workers_add(b, io);
         return;
     }
@@ -50,13 +50,13 @@ static void uring_start(struct block *b, struct block_io *io)
     struct io_uring_sqe *sqe = io_uring_get_sqe(&u->ring);
     switch (io->part) {
     case PART_READ:
-        io_uring_prep_readv(sqe, b->fd, io->iov, io->iovcnt, io->offset);
+        io_uring_prep_readv(sqe, io->fd, io->iov, io->iovcnt, io->at);
         break;
     case PART_WRITE:
-        io_uring_prep_writev(sqe, b->fd, io->iov, io->iovcnt, io->offset);
+        io_uring_prep_writev(sqe, io->fd, io->iov, io->iovcnt, io->at);
         break;
     default:
-        io_uring_prep_fsync(sqe, b->fd, IORING_FSYNC_DATASYNC);
+        io_uring_prep_fsync(sqe, io->fd, IORING_FSYNC_DATASYNC);
         break;
     }
     io_uring_sqe_set_data(sqe, io);

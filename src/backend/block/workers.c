@@ -45,20 +45,29 @@ struct block_workers {
 
 static const uint8_t zeroes[BLOCK_MAX_ALIGNMENT] __attribute__((aligned(BLOCK_MAX_ALIGNMENT)));
 
-/* Zeroes len bytes that lie within one host block of alignment bytes. */
+static uint64_t data_offset(const struct block *b)
+{
+    return b->overlay ? overlay_data_offset(b->overlay) : 0;
+}
+
+/* Zeroes len bytes that lie within one unit of writing. */
 static int zero_part_of_block(struct block *b, uint64_t offset, uint64_t len)
 {
-    uint64_t begin = align_down(offset, b->alignment);
-    uint8_t *buf;
-    if (posix_memalign((void **)&buf, b->alignment, b->alignment))
+    unsigned unit = block_write_unit(b);
+    uint64_t begin = align_down(offset, unit);
+    struct iovec iov = {.iov_len = unit};
+    if (posix_memalign(&iov.iov_base, unit, unit))
         return -ENOMEM;
+    uint8_t *buf = iov.iov_base;
     int ret = 0;
-    if (pread(b->fd, buf, b->alignment, (off_t)begin) != (ssize_t)b->alignment) {
-        ret = errno ? -errno : -EIO;
+    int64_t got = b->overlay ? overlay_read(b->overlay, b->buffered_fd, &iov, 1, begin)
+                             : pread(b->fd, buf, unit, (off_t)begin);
+    if (got != (int64_t)unit) {
+        ret = got < 0 && b->overlay ? (int)got : got < 0 ? -errno : -EIO;
     } else {
         memset(buf + (offset - begin), 0, len);
-        ssize_t r = pwrite(b->fd, buf, b->alignment, (off_t)begin);
-        ret = r < 0 ? -errno : r == (ssize_t)b->alignment ? 0 : -EIO;
+        ssize_t r = pwrite(b->fd, buf, unit, (off_t)(begin + data_offset(b)));
+        ret = r < 0 ? -errno : r == (ssize_t)unit ? 0 : -EIO;
     }
     free(buf);
     return ret;
@@ -67,10 +76,11 @@ static int zero_part_of_block(struct block *b, uint64_t offset, uint64_t len)
 static int write_zeroes(struct block *b, uint64_t offset, uint64_t len)
 {
     struct iovec iov[16];
+    unsigned unit = block_write_unit(b);
     while (len) {
-        uint64_t in_block = offset & (b->alignment - 1);
-        if (in_block || len < b->alignment) {
-            uint64_t n = MIN(len, b->alignment - in_block);
+        uint64_t in_block = offset & (unit - 1);
+        if (in_block || len < unit) {
+            uint64_t n = MIN(len, unit - in_block);
             errno = 0;
             int ret = zero_part_of_block(b, offset, n);
             if (ret)
@@ -79,14 +89,14 @@ static int write_zeroes(struct block *b, uint64_t offset, uint64_t len)
             len -= n;
             continue;
         }
-        uint64_t whole = len & ~(uint64_t)(b->alignment - 1);
+        uint64_t whole = len & ~(uint64_t)(unit - 1);
         unsigned count = 0;
         for (uint64_t left = whole; left && count < ARRAY_SIZE(iov); count++) {
             uint64_t n = MIN(left, sizeof(zeroes));
             iov[count] = (struct iovec){.iov_base = (void *)zeroes, .iov_len = n};
             left -= n;
         }
-        ssize_t r = pwritev(b->fd, iov, (int)count, (off_t)offset);
+        ssize_t r = pwritev(b->fd, iov, (int)count, (off_t)(offset + data_offset(b)));
         if (r < 0 && errno == EINTR)
             continue;
         if (r <= 0)
@@ -124,6 +134,37 @@ static int discard(struct block *b, const struct block_io *io)
     return not_supported(-ret) ? 0 : ret;
 }
 
+/* What lies below an overlay is hidden by what is zeroed here; discarding gives back only what lies here. */
+static int zero_overlay(struct block *b, const struct block_io *io)
+{
+    uint64_t first = align_up(io->offset, OVERLAY_GRANULE);
+    uint64_t end = align_down(io->offset + io->len, OVERLAY_GRANULE);
+    int ret = 0;
+    if (first < end && fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(data_offset(b) + first),
+                                 (off_t)(end - first)) < 0)
+        ret = -errno;
+    if (io->part == PART_DISCARD)
+        return not_supported(-ret) ? 0 : ret;
+    if (first >= end || not_supported(-ret))
+        return write_zeroes(b, io->offset, io->len);
+    if (!ret && io->offset < first)
+        ret = write_zeroes(b, io->offset, first - io->offset);
+    if (!ret && end < io->offset + io->len)
+        ret = write_zeroes(b, end, io->offset + io->len - end);
+    return ret;
+}
+
+/* The bits of granules reach the disk after what they stand for. */
+int block_overlay_sync(struct block *b)
+{
+    int ret = fdatasync(b->fd) < 0 ? -errno : 0;
+    if (!ret)
+        ret = overlay_write_bitmap(b->overlay, b->buffered_fd);
+    if (!ret && fdatasync(b->buffered_fd) < 0)
+        ret = -errno;
+    return ret;
+}
+
 static int zero(struct block *b, const struct block_io *io)
 {
     if (io->req->may_unmap) {
@@ -142,18 +183,22 @@ int64_t block_do_part(struct block *b, const struct block_io *io)
     ssize_t r = 0;
     switch (io->part) {
     case PART_READ:
-        r = preadv(b->fd, io->iov, (int)io->iovcnt, (off_t)io->offset);
+        if (io->fd < 0)
+            return overlay_read(b->overlay, b->buffered_fd, io->iov, io->iovcnt, io->offset);
+        r = preadv(io->fd, io->iov, (int)io->iovcnt, (off_t)io->at);
         break;
     case PART_WRITE:
-        r = pwritev(b->fd, io->iov, (int)io->iovcnt, (off_t)io->offset);
+        r = pwritev(io->fd, io->iov, (int)io->iovcnt, (off_t)io->at);
         break;
     case PART_SYNC:
-        r = fdatasync(b->fd);
+        if (io->fd < 0)
+            return block_overlay_sync(b);
+        r = fdatasync(io->fd);
         break;
     case PART_DISCARD:
-        return discard(b, io);
+        return b->overlay ? zero_overlay(b, io) : discard(b, io);
     case PART_ZERO:
-        return zero(b, io);
+        return b->overlay ? zero_overlay(b, io) : zero(b, io);
     }
     return r < 0 ? -errno : r;
 }
@@ -326,6 +371,8 @@ void block_workers_reap(struct block *b, bool wait)
         w->busy--;
         block_part_done(b, io);
     }
+    if (b->engine->submit)
+        b->engine->submit(b); /* next parts of requests */
 }
 
 /* The engine for hosts without io_uring. */

@@ -163,7 +163,10 @@ static void flush_called(void *opaque)
 
 void console_write(struct console *c, const void *data, size_t len)
 {
-    if (!c->out.data || c->out_broken)
+    if (!c->out.data)
+        return;
+    history_write(c->history, data, len);
+    if (c->out_broken)
         return;
     const uint8_t *p = data;
     while (len) {
@@ -207,10 +210,28 @@ static void watch_input(struct console *c)
     }
 }
 
+/* Moves what others have typed into the queue; true: they wait for room and there is some. */
+static bool take_fed(struct console *c)
+{
+    pthread_mutex_lock(&c->feed_lock);
+    while (queue_used(&c->fed) && queue_room(&c->in)) {
+        const uint8_t *p;
+        unsigned n = queue_peek(&c->fed, &p);
+        n = MIN(n, queue_room(&c->in));
+        queue_put(&c->in, p, n);
+        c->fed.head += n;
+    }
+    bool room = c->feed_refused && queue_room(&c->fed);
+    c->feed_refused &= !room;
+    pthread_mutex_unlock(&c->feed_lock);
+    return room;
+}
+
 static void deliver(struct console *c)
 {
     if (c->delivering || !c->ops)
         return;
+    bool tell = c->history && take_fed(c);
     c->delivering = true;
     while (queue_used(&c->in)) {
         const uint8_t *p;
@@ -219,9 +240,35 @@ static void deliver(struct console *c)
         c->in.head += (unsigned)MIN(taken, n);
         if (taken < n)
             break;
+        tell |= c->history && take_fed(c);
     }
     c->delivering = false;
     watch_input(c);
+    if (tell)
+        history_touch(c->history);
+}
+
+static void feed_called(void *opaque)
+{
+    deliver(opaque);
+}
+
+struct history *console_history(struct console *c)
+{
+    return c->history;
+}
+
+size_t console_feed(struct console *c, const void *data, size_t len)
+{
+    if (!c->history)
+        return 0;
+    pthread_mutex_lock(&c->feed_lock);
+    unsigned n = (unsigned)MIN(len, queue_room(&c->fed));
+    queue_put(&c->fed, data, n);
+    c->feed_refused |= n < len;
+    pthread_mutex_unlock(&c->feed_lock);
+    loop_schedule(c->loop, &c->feed_call);
+    return n;
 }
 
 static void escape_pressed(struct console *c)
@@ -287,7 +334,13 @@ static void kick_called(void *opaque)
 void console_kick(struct console *c)
 {
     /* Not from here: the device may be in the middle of something. */
-    if (queue_used(&c->in) && !c->delivering)
+    bool waits = queue_used(&c->in);
+    if (c->history && !waits) {
+        pthread_mutex_lock(&c->feed_lock);
+        waits = queue_used(&c->fed);
+        pthread_mutex_unlock(&c->feed_lock);
+    }
+    if (waits && !c->delivering)
         loop_schedule(c->loop, &c->kick_call);
 }
 
@@ -378,6 +431,8 @@ int console_open(struct loop *loop, const char *spec, struct console **out)
     c->in_fd = c->out_fd = c->listen_fd = c->timer_fd = c->resize_fd = -1;
     c->flush_call = (struct loop_call){.fn = flush_called, .opaque = c};
     c->kick_call = (struct loop_call){.fn = kick_called, .opaque = c};
+    c->feed_call = (struct loop_call){.fn = feed_called, .opaque = c};
+    pthread_mutex_init(&c->feed_lock, NULL);
 
     int ret;
     const char *path = strchr(spec, ':');
@@ -386,7 +441,9 @@ int console_open(struct loop *loop, const char *spec, struct console **out)
         *out = c;
         return 0;
     }
-    if (!alloc_queue(&c->in, CONSOLE_IN_SIZE) || !alloc_queue(&c->out, CONSOLE_OUT_SIZE)) {
+    c->history = history_create();
+    if (!c->history || !alloc_queue(&c->in, CONSOLE_IN_SIZE) ||
+        !alloc_queue(&c->out, CONSOLE_OUT_SIZE) || !alloc_queue(&c->fed, CONSOLE_FEED_SIZE)) {
         log_error("out of memory");
         ret = -ENOMEM;
         goto out;
@@ -455,6 +512,10 @@ void console_close(struct console *c)
         close(c->timer_fd);
     loop_cancel(c->loop, &c->flush_call);
     loop_cancel(c->loop, &c->kick_call);
+    loop_cancel(c->loop, &c->feed_call);
+    pthread_mutex_destroy(&c->feed_lock);
+    history_destroy(c->history);
+    free(c->fed.data);
     free(c->path);
     free(c->in.data);
     free(c->out.data);

@@ -13,6 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct history;
 struct loop;
 struct console;
 
@@ -44,6 +45,13 @@ void console_set_escape(struct console *c, void (*escape)(void *opaque), void *o
  */
 bool console_size(const struct console *c, unsigned *columns, unsigned *rows);
 void console_set_resized(struct console *c, void (*resized)(void *opaque), void *opaque);
+/*
+ * Everybody else who looks at the console and types into it, besides the host's end that the spec names. The
+ * history lives as long as the console; NULL for "none". console_feed(): any thread; how many bytes were taken as
+ * input; after fewer than len the history's watcher runs when there is room.
+ */
+struct history *console_history(struct console *c);
+size_t console_feed(struct console *c, const void *data, size_t len);
 /* The device has room again: deliver kept input. Callbacks must not close the console. */
 void console_kick(struct console *c);
 

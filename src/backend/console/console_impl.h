@@ -5,11 +5,16 @@
 #ifndef RINGFORT_BACKEND_CONSOLE_IMPL_H
 #define RINGFORT_BACKEND_CONSOLE_IMPL_H
 
+#include <pthread.h>
+
 #include "backend/console/console.h"
+#include "backend/console/history.h"
 #include "base/loop.h"
 
 #define CONSOLE_OUT_SIZE 65536u /* output that waits for the host; a power of two */
 #define CONSOLE_IN_SIZE  16384u /* input that waits for the guest; a power of two */
+
+#define CONSOLE_FEED_SIZE 4096u /* input of console_feed() that waits for that; a power of two */
 
 /* A byte queue of fixed size. head and tail count bytes for ever. */
 struct byte_queue {
@@ -46,6 +51,12 @@ struct console {
     struct loop_fd *in_watch, *out_watch; /* out_watch: only while the host takes no more */
     struct byte_queue in, out;
     struct loop_call flush_call, kick_call;
+    struct history *history; /* NULL: "none" */
+    /* Input by console_feed() on its way into in. feed_lock is a leaf. */
+    pthread_mutex_t feed_lock;
+    struct byte_queue fed;
+    bool feed_refused; /* somebody waits for room */
+    struct loop_call feed_call;
     bool was_full; /* can_write() said false; writable() is owed */
     bool delivering;
 

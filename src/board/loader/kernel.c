@@ -63,18 +63,8 @@ static unsigned long long mib_up(uint64_t bytes)
 
 void guest_memory_clear(struct memory *mem, uint64_t gpa, uint64_t len)
 {
-    uint8_t *host = memory_map(mem, gpa, len);
-    if (!host || !len)
-        return;
     resident_note();
-    uint64_t first = align_up(gpa, GUEST_PAGE_SIZE), last = align_down(gpa + len, GUEST_PAGE_SIZE);
-    if (first >= last || madvise(host + (first - gpa), last - first, MADV_REMOVE) < 0) {
-        memset(host, 0, len);
-    } else {
-        memset(host, 0, first - gpa);
-        memset(host + (last - gpa), 0, gpa + len - last);
-    }
-    memory_mark_written(mem, gpa, len);
+    memory_clear(mem, gpa, len);
 }
 
 /* Is [start, end) where kernels may be? */

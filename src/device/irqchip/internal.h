@@ -1,7 +1,7 @@
 /*
  * What the parts of the irqchip share: LAPICs, the IOAPIC and the routing between them.
  *
- * Locks: IOAPIC lock before LAPIC lock; no LAPIC lock is held while another is taken.
+ * Locks: IOAPIC lock, then irqchip.move, then LAPIC lock; no LAPIC lock is held while another is taken.
  */
 #ifndef RINGFORT_DEVICE_IRQCHIP_INTERNAL_H
 #define RINGFORT_DEVICE_IRQCHIP_INTERNAL_H
@@ -71,6 +71,7 @@ struct lapic {
 struct ioapic {
     struct irqchip *chip;
     pthread_mutex_t lock;
+    uint64_t told[IOAPIC_INPUTS];       /* what the host knows of each entry */
     uint8_t select;
     uint32_t id;                /* register 0: bits 27:24 */
     uint64_t rte[IOAPIC_INPUTS];
@@ -83,6 +84,9 @@ struct irqchip {
     uint64_t tsc_hz;
     struct ioapic ioapic;
     _Atomic unsigned next_lowest;       /* where the search for the lowest priority begins */
+    _Atomic(const struct lapic_host *) host;    /* NULL: the LAPICs here work */
+    pthread_rwlock_t move;              /* with a host: read to deliver, written to move the state of the LAPICs */
+    bool in_host;                       /* guarded by move */
     unsigned cpus;
     struct lapic lapic[];
 };
@@ -105,6 +109,8 @@ bool lapic_matches(struct lapic *l, const struct apic_message *m);
 int lapic_priority(struct lapic *l);
 bool lapic_deliver(struct lapic *l, const struct apic_message *m);
 void lapic_pulse_lint(struct lapic *l, unsigned pin);
+/* The message in the form of an MSI. */
+void apic_message_encode(const struct apic_message *m, uint64_t *address, uint32_t *data);
 void lapic_save(struct lapic *l, struct state_writer *w);
 int lapic_load(struct lapic *l, const struct state_reader *r);
 
@@ -120,6 +126,8 @@ void lapic_timer_set_lvt(struct lapic *l, uint32_t value);
 void lapic_timer_set_count(struct lapic *l, uint32_t value);
 void lapic_timer_set_divider(struct lapic *l, uint32_t value);
 uint32_t lapic_timer_count(const struct lapic *l);
+/* Goes on from what an image has in TIMER_COUNT or as deadline; mode, initial count and divider are set already. */
+void lapic_timer_continue(struct lapic *l, uint32_t count, uint64_t tsc_deadline, uint64_t guest_tsc_now);
 void lapic_timer_save(struct lapic *l, struct state_writer *w);
 int lapic_timer_load(struct lapic *l, const struct state_reader *r);
 
@@ -128,6 +136,8 @@ int lapic_timer_load(struct lapic *l, const struct state_reader *r);
 void ioapic_init(struct ioapic *io, struct irqchip *chip);
 void ioapic_destroy(struct ioapic *io);
 void ioapic_reset(struct ioapic *io);
+/* Tells the irqchip's host all routes. */
+void ioapic_tell_routes(struct ioapic *io);
 extern const struct bus_ops ioapic_bus_ops;     /* opaque: struct ioapic */
 void ioapic_set(struct ioapic *io, unsigned gsi, bool level);
 bool ioapic_level(struct ioapic *io, unsigned gsi);

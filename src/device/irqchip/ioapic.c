@@ -36,6 +36,45 @@ void ioapic_destroy(struct ioapic *io)
     pthread_mutex_destroy(&io->lock);
 }
 
+static void message(uint64_t rte, struct apic_message *m)
+{
+    *m = (struct apic_message){
+        .dest = (uint32_t)(rte >> 56) | ((uint32_t)(rte >> 49) & 0x7f) << 8,
+        .logical = rte & RTE_LOGICAL,
+        .level = rte & RTE_LEVEL,
+        .mode = rte >> 8 & 7,
+        .vector = (uint8_t)rte,
+    };
+    m->broadcast = m->dest == 0xff;
+}
+
+/* Lock held, before the entry is used. A mask is of no account, so that guests can mask for an instant at no cost. */
+static void tell_route(struct ioapic *io, unsigned n)
+{
+    const struct lapic_host *host = atomic_load_explicit(&io->chip->host, memory_order_acquire);
+    uint64_t route = io->rte[n] & ~(RTE_MASKED | RTE_REMOTE_IRR);
+    struct apic_message m;
+    uint64_t address;
+    uint32_t data;
+
+    if (!host || route == io->told[n])
+        return;
+    io->told[n] = route;
+    message(route, &m);
+    apic_message_encode(&m, &address, &data);
+    host->route(host->opaque, n, address, data, m.level && m.mode <= APIC_LOWEST && m.vector >= 16);
+}
+
+void ioapic_tell_routes(struct ioapic *io)
+{
+    pthread_mutex_lock(&io->lock);
+    for (unsigned i = 0; i < IOAPIC_INPUTS; i++) {
+        io->told[i] = UINT64_MAX;
+        tell_route(io, i);
+    }
+    pthread_mutex_unlock(&io->lock);
+}
+
 /* The wires keep their levels: those belong to the devices that hold them. */
 void ioapic_reset(struct ioapic *io)
 {
@@ -44,6 +83,8 @@ void ioapic_reset(struct ioapic *io)
     io->id = IOAPIC_ID << 24;
     for (unsigned i = 0; i < IOAPIC_INPUTS; i++)
         io->rte[i] = RTE_MASKED;
+    for (unsigned i = 0; i < IOAPIC_INPUTS; i++)
+        tell_route(io, i);
     pthread_mutex_unlock(&io->lock);
 }
 
@@ -51,14 +92,8 @@ void ioapic_reset(struct ioapic *io)
 static unsigned send(struct ioapic *io, unsigned n)
 {
     uint64_t rte = io->rte[n];
-    struct apic_message m = {
-        .dest = (uint32_t)(rte >> 56) | ((uint32_t)(rte >> 49) & 0x7f) << 8,
-        .logical = rte & RTE_LOGICAL,
-        .level = rte & RTE_LEVEL,
-        .mode = rte >> 8 & 7,
-        .vector = (uint8_t)rte,
-    };
-    m.broadcast = m.dest == 0xff;
+    struct apic_message m;
+    message(rte, &m);
     /* SIPI is not among an IOAPIC's delivery modes (reserved). */
     if (m.mode == APIC_SIPI || m.mode == 3) {
         log_guest_error("IOAPIC input %u has the reserved delivery mode %u", n, m.mode);
@@ -147,6 +182,7 @@ static void write_entry(struct ioapic *io, unsigned n, uint64_t value)
     /* Guests of version 0x11 parts end an interrupt by a spell of edge mode; it works here as well. */
     if (!(io->rte[n] & RTE_LEVEL))
         io->rte[n] &= ~RTE_REMOTE_IRR;
+    tell_route(io, n);
     service_level(io, n);
 }
 
@@ -225,6 +261,7 @@ int ioapic_load(struct ioapic *io, const struct state_reader *r)
     for (unsigned i = 0; i < IOAPIC_INPUTS; i++) {
         io->rte[i] = rte[i] & (RTE_WRITABLE | RTE_REMOTE_IRR);
         io->asserted[i] = asserted[i];
+        tell_route(io, i);
     }
     pthread_mutex_unlock(&io->lock);
     return 0;

@@ -33,7 +33,8 @@ static struct lapic *find_lowest(struct irqchip *chip, const struct apic_message
     return best;
 }
 
-unsigned irqchip_deliver(struct irqchip *chip, const struct apic_message *m, const struct lapic *except)
+/* By the LAPICs here. */
+static unsigned deliver(struct irqchip *chip, const struct apic_message *m, const struct lapic *except)
 {
     if (m->mode == APIC_LOWEST) {
         struct lapic *l = find_lowest(chip, m, except);
@@ -52,6 +53,62 @@ unsigned irqchip_deliver(struct irqchip *chip, const struct apic_message *m, con
             accepted += lapic_deliver(l, m);
     }
     return accepted;
+}
+
+void apic_message_encode(const struct apic_message *m, uint64_t *address, uint32_t *data)
+{
+    uint32_t dest = m->broadcast ? 0xff : m->dest;
+
+    *address = LAPIC_DEFAULT_BASE | (uint64_t)(dest & 0xff) << 12 | (uint64_t)(dest >> 8 & 0x7f) << 5 |
+               (uint64_t)m->logical << 2;
+    *data = m->vector | (uint32_t)m->mode << 8 | (m->level ? 1u << 15 | 1u << 14 : 0);
+}
+
+unsigned irqchip_deliver(struct irqchip *chip, const struct apic_message *m, const struct lapic *except)
+{
+    const struct lapic_host *host = atomic_load_explicit(&chip->host, memory_order_acquire);
+    unsigned accepted;
+
+    if (likely(!host))
+        return deliver(chip, m, except);
+    pthread_rwlock_rdlock(&chip->move);
+    if (chip->in_host) {
+        uint64_t address;
+        uint32_t data;
+        apic_message_encode(m, &address, &data);
+        accepted = host->send(host->opaque, address, data);
+    } else {
+        accepted = deliver(chip, m, except);
+    }
+    pthread_rwlock_unlock(&chip->move);
+    return accepted;
+}
+
+void irqchip_set_host(struct irqchip *chip, const struct lapic_host *host)
+{
+    pthread_rwlock_wrlock(&chip->move);
+    chip->in_host = false;
+    atomic_store_explicit(&chip->host, host, memory_order_release);
+    pthread_rwlock_unlock(&chip->move);
+    if (host)
+        ioapic_tell_routes(&chip->ioapic);
+}
+
+bool irqchip_move_begin(struct irqchip *chip)
+{
+    pthread_rwlock_wrlock(&chip->move);
+    return chip->in_host;
+}
+
+void irqchip_move_end(struct irqchip *chip, bool in_host)
+{
+    chip->in_host = in_host;
+    pthread_rwlock_unlock(&chip->move);
+}
+
+void irqchip_eoi(struct irqchip *chip, uint8_t vector)
+{
+    ioapic_eoi(&chip->ioapic, vector);
 }
 
 void irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data)
@@ -80,6 +137,16 @@ void irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data)
 
 void irqchip_pulse_lint1(struct irqchip *chip)
 {
+    const struct lapic_host *host = atomic_load_explicit(&chip->host, memory_order_acquire);
+    if (host) {
+        pthread_rwlock_rdlock(&chip->move);
+        bool in_host = chip->in_host;
+        if (in_host)
+            host->pulse_lint1(host->opaque);
+        pthread_rwlock_unlock(&chip->move);
+        if (in_host)
+            return;
+    }
     for (unsigned i = 0; i < chip->cpus; i++)
         lapic_pulse_lint(&chip->lapic[i], 1);
 }
@@ -166,6 +233,7 @@ static void irqchip_destroy(struct device *dev)
     for (unsigned i = 0; i < chip->cpus; i++)
         lapic_destroy(&chip->lapic[i]);
     ioapic_destroy(&chip->ioapic);
+    pthread_rwlock_destroy(&chip->move);
     free(chip);
 }
 
@@ -193,6 +261,7 @@ struct irqchip *irqchip_create(struct machine *m, unsigned cpus, uint64_t tsc_hz
     chip->machine = m;
     chip->tsc_hz = tsc_hz;
     chip->cpus = cpus;
+    pthread_rwlock_init(&chip->move, NULL);
     ioapic_init(&chip->ioapic, chip);
     for (unsigned i = 0; i < cpus; i++)
         lapic_init(&chip->lapic[i], chip, i);

@@ -84,6 +84,48 @@ int lapic_ack(struct lapic *l);
 /* Reset as by INIT (keeps APIC id) or power-on. */
 void lapic_reset(struct lapic *l, bool init);
 
+/*
+ * ---- LAPICs that an engine has itself (KVM's, in the kernel) ----
+ *
+ * While the machine's vCPUs run, the engine's LAPICs work and the ones here stand still; what is sent to LAPICs from here
+ * (MSI, IOAPIC) goes to the engine, and ends of level-triggered interrupts come back by irqchip_eoi(). While they do not run,
+ * the state is here, where it is saved, loaded and reset like any device's, and what arrives waits here. The
+ * engine moves it: lapic_take() or lapic_put() for each vCPU, between irqchip_move_begin() and irqchip_move_end().
+ */
+struct lapic_host {
+    /* A message for the engine's LAPICs, in the form of an MSI (as irqchip_msi() gets it). Returns how many accepted it. Any thread. */
+    unsigned (*send)(void *opaque, uint64_t address, uint32_t data);
+    /* Pulses LINT1 of all. Any thread. */
+    void (*pulse_lint1)(void *opaque);
+    /*
+     * What IOAPIC input sends from now on, before it is sent; level: it needs to be told the end of it. Only calls with another
+     * content than the last one. Any thread.
+     */
+    void (*route)(void *opaque, unsigned input, uint64_t address, uint32_t data, bool level);
+    void *opaque;
+};
+/* NULL: the LAPICs here work (the state is to be here then). No vCPU runs. host is borrowed. */
+void irqchip_set_host(struct irqchip *chip, const struct lapic_host *host);
+/* Nothing is delivered to any LAPIC between these two. begin returns where the state is: true: in the host. Any thread. */
+bool irqchip_move_begin(struct irqchip *chip);
+void irqchip_move_end(struct irqchip *chip, bool in_host);
+/* The end of a level-triggered interrupt. Any thread. */
+void irqchip_eoi(struct irqchip *chip, uint8_t vector);
+
+/* The registers as in the register page, one in each 16 bytes, and what is not among them. */
+struct lapic_image {
+    uint32_t page[256];
+    uint64_t base;              /* IA32_APIC_BASE */
+    uint64_t tsc_deadline;      /* IA32_TSC_DEADLINE; 0: not armed */
+};
+/* Takes the state out; the timer stops. A count-down timer that does not run has an initial count of 0. */
+void lapic_take(struct lapic *l, struct lapic_image *image);
+/*
+ * Puts a state in; one that no LAPIC can have becomes a legal one. The timer goes on. A one-shot timer with an initial but no current
+ * count expires at once: it may have done so before, but one interrupt too many is better than one too few.
+ */
+void lapic_put(struct lapic *l, const struct lapic_image *image, uint64_t guest_tsc_now);
+
 /* Sets a request of the board's (IPI from another bus agent, MSI): SDM 11.11.1 address and data. Any thread. */
 void irqchip_msi(struct irqchip *chip, uint64_t address, uint32_t data);
 

@@ -622,6 +622,28 @@ void lapic_save(struct lapic *l, struct state_writer *w)
     pthread_mutex_unlock(&l->lock);
 }
 
+/* The registers of a page, as far as a LAPIC can have them. The timer is stopped. Lock held. */
+static void set_registers(struct lapic *l, uint64_t base, const uint32_t page[LAPIC_REGS * 4])
+{
+    l->base = base;
+    reset_registers(l);
+    for (unsigned i = 0; i < LAPIC_REGS; i++)
+        if (writable_bits(i))
+            l->reg[i] = page[4 * i] & writable_bits(i);
+    for (unsigned i = LAPIC_ISR; i < LAPIC_ESR; i++)
+        l->reg[i] = page[4 * i];
+    for (unsigned i = 0; i < 3; i++) /* vectors 0…15 do not exist */
+        l->reg[LAPIC_ISR + 8 * i] &= 0xffff0000;
+    l->reg[LAPIC_ESR] = page[4 * LAPIC_ESR] & 0xff;
+    l->reg[LAPIC_ICR] = page[4 * LAPIC_ICR] & ICR_BITS;
+    l->reg[LAPIC_ICR2] = page[4 * LAPIC_ICR2];
+    if (!x2apic(base)) {
+        l->reg[LAPIC_ICR2] &= 0xff000000;
+        l->reg[LAPIC_LDR] = page[4 * LAPIC_LDR] & 0xff000000;
+        l->reg[LAPIC_DFR] = page[4 * LAPIC_DFR] | 0x0fffffff;
+    }
+}
+
 int lapic_load(struct lapic *l, const struct state_reader *r)
 {
     uint32_t page[LAPIC_REGS * 4];
@@ -636,26 +658,38 @@ int lapic_load(struct lapic *l, const struct state_reader *r)
         return -EINVAL;
     }
     pthread_mutex_lock(&l->lock);
-    l->base = base;
-    reset_registers(l);
-    for (unsigned i = 0; i < LAPIC_REGS; i++)
-        if (writable_bits(i))
-            l->reg[i] = page[4 * i] & writable_bits(i);
-    for (unsigned i = LAPIC_ISR; i < LAPIC_ESR; i++)
-        l->reg[i] = page[4 * i];
-    for (unsigned i = 0; i < 3; i++) /* vectors 0…15 do not exist */
-        l->reg[LAPIC_ISR + 8 * i] &= 0xffff0000;
-    l->reg[LAPIC_ESR] = page[4 * LAPIC_ESR] & 0xff;
+    set_registers(l, base, page);
     l->errors = (uint32_t)errors & 0xff;
-    l->reg[LAPIC_ICR] = page[4 * LAPIC_ICR] & ICR_BITS;
-    l->reg[LAPIC_ICR2] = page[4 * LAPIC_ICR2];
-    if (!x2apic(base)) {
-        l->reg[LAPIC_ICR2] &= 0xff000000;
-        l->reg[LAPIC_LDR] = page[4 * LAPIC_LDR] & 0xff000000;
-        l->reg[LAPIC_DFR] = page[4 * LAPIC_DFR] | 0x0fffffff;
-    }
     int ret = lapic_timer_load(l, r);
     update(l);
     pthread_mutex_unlock(&l->lock);
     return ret;
+}
+
+void lapic_take(struct lapic *l, struct lapic_image *image)
+{
+    *image = (struct lapic_image){0};
+    pthread_mutex_lock(&l->lock);
+    for (unsigned i = 0; i < LAPIC_REGS; i++)
+        image->page[4 * i] = l->reg[i];
+    image->page[4 * LAPIC_TIMER_COUNT] = lapic_timer_count(l);
+    if (l->timer_deadline == UINT64_MAX)
+        image->page[4 * LAPIC_TIMER_INIT] = 0;
+    image->base = base_of(l);
+    image->tsc_deadline = l->tsc_deadline;
+    lapic_timer_stop(l);
+    pthread_mutex_unlock(&l->lock);
+}
+
+void lapic_put(struct lapic *l, const struct lapic_image *image, uint64_t guest_tsc_now)
+{
+    uint64_t base = image->base & (BASE_ADDRESS | BASE_MODE | BASE_BSP);
+    if ((base & BASE_MODE) == BASE_X2APIC)
+        base &= ~BASE_MODE;
+    pthread_mutex_lock(&l->lock);
+    set_registers(l, base, image->page);
+    lapic_timer_continue(l, image->page[4 * LAPIC_TIMER_COUNT], image->tsc_deadline, guest_tsc_now);
+    bool changed = update(l);
+    pthread_mutex_unlock(&l->lock);
+    lapic_tell(l, changed);
 }

@@ -143,6 +143,28 @@ uint64_t lapic_tsc_deadline(struct lapic *l)
     return deadline;
 }
 
+/* deadline lies ahead. */
+static void arm_tsc_deadline(struct lapic *l, uint64_t deadline, uint64_t guest_tsc_now)
+{
+    unsigned __int128 ns = (unsigned __int128)(deadline - guest_tsc_now) * 1000000000u;
+    ns = (ns + l->chip->tsc_hz - 1) / l->chip->tsc_hz;
+    l->tsc_deadline = deadline;
+    /* Centuries away is as good as never, but it still counts as armed. */
+    arm(l, ns > INT64_MAX / 2 ? INT64_MAX : clock_now(l->chip->machine->clock) + (uint64_t)ns);
+}
+
+void lapic_timer_continue(struct lapic *l, uint32_t count, uint64_t tsc_deadline, uint64_t guest_tsc_now)
+{
+    enum timer_mode mode = mode_of(l->reg[LAPIC_LVT_TIMER]);
+    if (mode == MODE_DEADLINE && tsc_deadline) {
+        arm_tsc_deadline(l, tsc_deadline, MIN(guest_tsc_now, tsc_deadline));
+    } else if (mode <= MODE_PERIODIC && l->reg[LAPIC_TIMER_INIT]) {
+        if (mode == MODE_PERIODIC)
+            l->timer_period = (uint64_t)l->reg[LAPIC_TIMER_INIT] << divide_shift(l);
+        arm(l, clock_now(l->chip->machine->clock) + ((uint64_t)count << divide_shift(l)));
+    }
+}
+
 void lapic_set_tsc_deadline(struct lapic *l, uint64_t deadline, uint64_t guest_tsc_now)
 {
     bool changed = false;
@@ -154,12 +176,7 @@ void lapic_set_tsc_deadline(struct lapic *l, uint64_t deadline, uint64_t guest_t
             lapic_timer_stop(l);
             changed = lapic_local(l, LAPIC_LVT_TIMER);
         } else {
-            uint64_t now = clock_now(l->chip->machine->clock);
-            unsigned __int128 ns = (unsigned __int128)(deadline - guest_tsc_now) * 1000000000u;
-            ns = (ns + l->chip->tsc_hz - 1) / l->chip->tsc_hz;
-            l->tsc_deadline = deadline;
-            /* Centuries away is as good as never, but it still counts as armed. */
-            arm(l, ns > INT64_MAX / 2 ? INT64_MAX : now + (uint64_t)ns);
+            arm_tsc_deadline(l, deadline, guest_tsc_now);
         }
     }
     pthread_mutex_unlock(&l->lock);

@@ -111,6 +111,22 @@ static void complete(struct request *r, uint8_t status)
     }
 }
 
+enum figure { READS, READ_BYTES, WRITES, WRITE_BYTES, FLUSHES, ERRORS };
+static const char *const figure_names[] = {
+    "reads", "read_bytes", "writes", "write_bytes", "flushes", "errors", NULL};
+_Static_assert(ARRAY_SIZE(figure_names) - 1 <= VIRTIO_MAX_FIGURES, "there is room for each");
+
+static void count(struct blk *b, const struct block_request *io)
+{
+    if (io->op == BLOCK_FLUSH) {
+        b->v.figure[FLUSHES]++;
+        return;
+    }
+    enum figure first = io->op == BLOCK_READ ? READS : WRITES;
+    b->v.figure[first]++;
+    b->v.figure[first + 1] += io->len;
+}
+
 static void done(void *opaque, int error);
 
 static void submit(struct request *r, enum block_op op, uint64_t offset, uint64_t len)
@@ -143,6 +159,10 @@ static void done(void *opaque, int error)
     struct request *r = opaque;
     struct blk *b = r->blk;
     enum block_op op = r->io.op;
+    if (error)
+        b->v.figure[ERRORS]++;
+    else
+        count(b, &r->io);
     if (error) {
         complete(r, error == -EOPNOTSUPP ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR);
         return;
@@ -363,6 +383,7 @@ static const struct virtio_ops ops = {
     .save = save,
     .load = load,
     .destroy = destroy,
+    .figures = figure_names,
 };
 
 struct virtio_device *virtio_blk_create(struct machine *m, struct pci_host *host,

@@ -4,8 +4,8 @@
  * Frames pass between the guest's buffers and the backend without a copy of our own, except where
  * an offload that the backend lacks is done here (net_offload.c). Chains are never kept: a frame
  * that the backend cannot take now goes back to the ring until writable(); one that the guest has
- * no room for stays with the backend until it has. Queue 2 is kept free for the control queue. Loop
- * thread.
+ * no room for stays with the backend until it has. The control queue knows one command: that the
+ * guest has announced itself, which it is asked to do after a migration (§5.1.6.5.4). Loop thread.
  */
 #include "device/virtio/virtio.h"
 
@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include <linux/if_ether.h>
+#include <linux/virtio_config.h>
 #include <linux/virtio_net.h>
 
 #include "backend/net/net.h"
@@ -24,7 +25,7 @@
 
 #define QUEUE_SIZE 256
 
-enum { RECEIVE, TRANSMIT, QUEUES };
+enum { RECEIVE, TRANSMIT, CONTROL, QUEUES };
 
 _Static_assert(sizeof(struct net_header) == sizeof(struct virtio_net_hdr_v1), "§5.1.6");
 
@@ -45,6 +46,7 @@ struct nic {
     uint64_t backend_features;
     uint8_t mac[ETH_ALEN];
     bool receiving;           /* what the backend was told last */
+    bool announce;            /* the guest is asked to announce itself, and has not said that it did */
     struct virtq_chain chain; /* the chain in hand */
     struct virtq_chain first; /* the one that begins the frame under way, for its num_buffers */
     struct iovec iov[VIRTQ_MAX_SEGMENTS + 1];
@@ -126,6 +128,18 @@ static int send_in_software(struct nic *n, struct net_header *h, const struct io
     return n->backend->ops->send(n->backend, iov, 2);
 }
 
+enum figure { SENT_FRAMES, SENT_BYTES, RECEIVED_FRAMES, RECEIVED_BYTES };
+static const char *const figure_names[] = {
+    "sent_frames", "sent_bytes", "received_frames", "received_bytes", NULL};
+_Static_assert(ARRAY_SIZE(figure_names) - 1 <= VIRTIO_MAX_FIGURES, "there is room for each");
+
+/* len: with the header in front. */
+static void count(struct nic *n, enum figure frames, size_t len)
+{
+    n->v.figure[frames]++;
+    n->v.figure[frames + 1] += len > sizeof(struct net_header) ? len - sizeof(struct net_header) : 0;
+}
+
 /* Sends the frame in n->chain. 0: done with it, sent or lost; -EAGAIN: later. */
 static int send_frame(struct nic *n)
 {
@@ -169,6 +183,7 @@ static void transmit(struct nic *n, struct virtq *q)
                 ret = -EAGAIN;
                 break;
             }
+            count(n, SENT_FRAMES, n->chain.out_len);
             virtio_push(&n->v, q, &n->chain, 0);
         }
     } while (ret == 0 && virtq_notify_on(q));
@@ -261,12 +276,14 @@ static bool receive(void *opaque, const struct iovec *iov, unsigned iovcnt)
 
     /* The header is ours, the rest the backend's. */
     struct iovec *rest = n->iov + 1;
-    unsigned count = iovcnt;
-    memcpy(rest, iov, count * sizeof(*iov));
-    iov_drop_front(&rest, &count, sizeof(h));
+    unsigned pieces = iovcnt;
+    memcpy(rest, iov, pieces * sizeof(*iov));
+    iov_drop_front(&rest, &pieces, sizeof(h));
     *--rest = (struct iovec){&h, sizeof(h)};
-    if (deliver(n, rest, count + 1, len))
+    if (deliver(n, rest, pieces + 1, len)) {
+        count(n, RECEIVED_FRAMES, len);
         return true;
+    }
     n->receiving = false;
     return false;
 }
@@ -279,6 +296,50 @@ static void set_receiving(struct nic *n, bool on)
     n->backend->ops->set_receive(n->backend, on);
 }
 
+/* RFC 903. The address is what switches look at; nobody answers. */
+void virtio_net_announce(struct device *dev)
+{
+    struct nic *n = from_virtio(container_of(dev, struct virtio_device, dev));
+    struct net_header header = {0};
+    uint8_t frame[ETH_ZLEN] = {0};
+    static const uint8_t request[] = {0x80, 0x35, 0, 1, 0x08, 0, ETH_ALEN, 4, 0, 3};
+    const struct iovec iov[] = {{&header, sizeof(header)}, {frame, sizeof(frame)}};
+
+    if (virtio_has(&n->v, VIRTIO_NET_F_GUEST_ANNOUNCE) && n->v.status & VIRTIO_CONFIG_S_DRIVER_OK) {
+        n->announce = true;
+        virtio_config_changed(&n->v);
+    }
+    if (!n->backend)
+        return;
+    memset(frame, 0xff, ETH_ALEN);
+    memcpy(frame + 6, n->mac, ETH_ALEN);
+    memcpy(frame + 12, request, sizeof(request));
+    memcpy(frame + 22, n->mac, ETH_ALEN);
+    memcpy(frame + 32, n->mac, ETH_ALEN);
+    n->backend->ops->send(n->backend, iov, 2);
+}
+
+/* §5.1.6.5 */
+static void control(struct nic *n, struct virtq *q)
+{
+    int ret;
+    do {
+        virtq_notify_off(q);
+        while ((ret = virtio_pop(&n->v, q, &n->chain)) > 0) {
+            struct virtq_chain *c = &n->chain;
+            struct virtio_net_ctrl_hdr h;
+            uint8_t ack = VIRTIO_NET_ERR;
+            if (iov_read(virtq_out(c), c->out_count, 0, &h, sizeof(h)) == sizeof(h) &&
+                h.class == VIRTIO_NET_CTRL_ANNOUNCE && h.cmd == VIRTIO_NET_CTRL_ANNOUNCE_ACK) {
+                n->announce = false;
+                ack = VIRTIO_NET_OK;
+            }
+            virtio_push(&n->v, q, c, iov_write(virtq_in(c), c->in_count, 0, &ack, sizeof(ack)));
+        }
+    } while (ret == 0 && virtq_notify_on(q));
+    virtio_signal(&n->v, q);
+}
+
 /* ---- The device. ---- */
 
 static void process(struct virtio_device *v, struct virtq *q)
@@ -286,6 +347,8 @@ static void process(struct virtio_device *v, struct virtq *q)
     struct nic *n = from_virtio(v);
     if (q->index == TRANSMIT) {
         transmit(n, q);
+    } else if (q->index == CONTROL) {
+        control(n, q);
     } else {
         virtq_notify_off(q);
         set_receiving(n, true);
@@ -311,6 +374,7 @@ static bool features_ok(struct virtio_device *v, uint64_t features)
         {VIRTIO_BIT(VIRTIO_NET_F_GUEST_TSO4) | VIRTIO_BIT(VIRTIO_NET_F_GUEST_TSO6) |
              VIRTIO_BIT(VIRTIO_NET_F_GUEST_UFO),
          VIRTIO_BIT(VIRTIO_NET_F_GUEST_CSUM)},
+        {VIRTIO_BIT(VIRTIO_NET_F_GUEST_ANNOUNCE), VIRTIO_BIT(VIRTIO_NET_F_CTRL_VQ)},
         {VIRTIO_BIT(VIRTIO_NET_F_HOST_ECN),
          VIRTIO_BIT(VIRTIO_NET_F_HOST_TSO4) | VIRTIO_BIT(VIRTIO_NET_F_HOST_TSO6)},
         {VIRTIO_BIT(VIRTIO_NET_F_GUEST_ECN),
@@ -318,7 +382,7 @@ static bool features_ok(struct virtio_device *v, uint64_t features)
     };
     for (size_t i = 0; i < ARRAY_SIZE(needs); i++)
         if (features & needs[i].bits && !(features & needs[i].any_of)) {
-            log_guest_error("%s: the guest accepted an offload without what it needs", v->dev.id);
+            log_guest_error("%s: the guest accepted a feature without what it needs", v->dev.id);
             return false;
         }
     return true;
@@ -335,7 +399,7 @@ static void config_read(struct virtio_device *v, unsigned offset, void *buf, uns
 {
     const struct nic *n = from_virtio(v);
     struct virtio_net_config config = {
-        .status = n->backend ? VIRTIO_NET_S_LINK_UP : 0,
+        .status = (n->backend ? VIRTIO_NET_S_LINK_UP : 0) | (n->announce ? VIRTIO_NET_S_ANNOUNCE : 0),
         .max_virtqueue_pairs = 1,
     };
     memcpy(config.mac, n->mac, sizeof(config.mac));
@@ -346,10 +410,21 @@ static void config_read(struct virtio_device *v, unsigned offset, void *buf, uns
 static void save(struct virtio_device *v, struct state_writer *w)
 {
     state_put_bytes(w, "mac", from_virtio(v)->mac, ETH_ALEN);
+    state_put_u64(w, "announce", from_virtio(v)->announce);
+}
+
+static void reset(struct virtio_device *v)
+{
+    from_virtio(v)->announce = false;
 }
 
 static int load(struct virtio_device *v, const struct state_reader *r)
 {
+    uint64_t announce = 0;
+    int err = state_get_u64(r, "announce", &announce);
+    if (err && err != -ENOENT)
+        return err;
+    from_virtio(v)->announce = announce != 0;
     if (state_get_bytes(r, "mac", from_virtio(v)->mac, ETH_ALEN) == 0)
         return 0;
     log_error("%s: saved state: bad or missing mac", v->dev.id);
@@ -371,10 +446,12 @@ static const struct virtio_ops ops = {
     .set_features = set_features,
     .process = process,
     .running = running,
+    .reset = reset,
     .config_read = config_read,
     .save = save,
     .load = load,
     .destroy = destroy,
+    .figures = figure_names,
 };
 
 struct virtio_device *virtio_net_create(struct machine *m, struct pci_host *host,
@@ -393,6 +470,7 @@ struct virtio_device *virtio_net_create(struct machine *m, struct pci_host *host
     n->v.config_size = offsetof(struct virtio_net_config, speed);
     n->v.offered = VIRTIO_BIT(VIRTIO_NET_F_MAC) | VIRTIO_BIT(VIRTIO_NET_F_STATUS) |
                    VIRTIO_BIT(VIRTIO_NET_F_MRG_RXBUF) | VIRTIO_BIT(VIRTIO_NET_F_GUEST_CSUM) |
+                   VIRTIO_BIT(VIRTIO_NET_F_CTRL_VQ) | VIRTIO_BIT(VIRTIO_NET_F_GUEST_ANNOUNCE) |
                    SOFTWARE_HOST | (n->backend_features & BACKEND_ONLY);
     if (backend && backend->mtu)
         n->v.offered |= VIRTIO_BIT(VIRTIO_NET_F_MTU);

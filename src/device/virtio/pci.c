@@ -310,7 +310,22 @@ static void bar_write(void *opaque, uint64_t offset, uint64_t value, unsigned si
     }
 }
 
-static const struct bus_ops bar_ops = {.read = bar_read, .write = bar_write};
+/* Of the queues that are processed in the event loop anyway. */
+static bool bar_doorbell(void *opaque, unsigned i, uint64_t *offset)
+{
+    const struct virtio_device *v = opaque;
+    for (unsigned q = 0; q < v->queue_count; q++) {
+        if (v->ops->at_once >> q & 1)
+            continue;
+        if (i-- == 0) {
+            *offset = NOTIFY_OFFSET + q * NOTIFY_MULTIPLIER;
+            return true;
+        }
+    }
+    return false;
+}
+
+static const struct bus_ops bar_ops = {.read = bar_read, .write = bar_write, .doorbell = bar_doorbell};
 
 /*
  * ---- Configuration space: the PCI configuration access capability, §4.1.4.9, and the command

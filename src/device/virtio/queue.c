@@ -81,8 +81,10 @@ static const uint8_t *map_avail(const struct virtq *q)
     return memory_map(q->memory, q->avail, avail_bytes(q));
 }
 
+/* For writing. */
 static uint8_t *map_used(const struct virtq *q)
 {
+    memory_prepare_write(q->memory, q->used, used_bytes(q));
     return memory_map(q->memory, q->used, used_bytes(q));
 }
 
@@ -142,6 +144,8 @@ static int add_buffer(struct virtq *q, struct virtq_chain *c, gpa_t gpa, uint32_
         void *host = memory_map(q->memory, gpa, part);
         if (!host)
             return guest_error(q, "a buffer outside of RAM");
+        if (in)
+            memory_prepare_write(q->memory, gpa, part);
         c->iov[n] = (struct iovec){host, part};
         c->range[n] = (struct virtq_range){gpa, part};
         (*(in ? &c->in_count : &c->out_count))++;

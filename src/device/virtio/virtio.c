@@ -402,3 +402,12 @@ void virtio_device_destroy(struct device *dev)
     virtio_pci_detach(v);
     v->ops->destroy(v);
 }
+
+void virtio_device_figures(struct device *dev,
+                           void (*put)(void *opaque, const char *name, uint64_t value),
+                           void *opaque)
+{
+    struct virtio_device *v = from_device(dev);
+    for (unsigned i = 0; v->ops->figures && v->ops->figures[i]; i++)
+        put(opaque, v->ops->figures[i], v->figure[i]);
+}

@@ -40,6 +40,11 @@ struct virtio_device *virtio_blk_create(struct machine *m, struct pci_host *host
 /* backend: as above; NULL: a network card without link. */
 struct virtio_device *virtio_net_create(struct machine *m, struct pci_host *host,
                                         struct net *backend, const uint8_t mac[6]);
+/*
+ * Tells switches that the card of this address is here now, as its guest would by sending: a RARP request, to all. For a machine that came from
+ * another host. dev: of virtio_net_create().
+ */
+void virtio_net_announce(struct device *dev);
 /* console is borrowed and outlives the device (the serial port or the VM may own it). */
 struct virtio_device *virtio_console_create(struct machine *m, struct pci_host *host,
                                             struct console *console);
@@ -49,6 +54,8 @@ struct virtio_device *virtio_rng_create(struct machine *m, struct pci_host *host
 
 #define VIRTIO_MAX_QUEUES 16
 #define VIRTIO_BIT(n)     (UINT64_C(1) << (n))
+
+#define VIRTIO_MAX_FIGURES 6
 
 struct virtio_ops {
     /* For the machine's list; fill it in with VIRTIO_DEVICE_OPS. */
@@ -85,6 +92,8 @@ struct virtio_ops {
     int (*load)(struct virtio_device *, const struct state_reader *);
     /* Frees the device and its backend. */
     void (*destroy)(struct virtio_device *);
+    /* Names of the device's figures, in their order, ending with NULL. NULL: it counts nothing. */
+    const char *const *figures;
 };
 
 /* How interrupts leave a device; q NULL: the configuration changed. */
@@ -110,6 +119,7 @@ struct virtio_device {
     struct loop_call call; /* processes them */
     uint32_t signal_later; /* queues with an interrupt to consider when the timer fires */
     struct timer signal_timer;
+    uint64_t figure[VIRTIO_MAX_FIGURES]; /* what ops->figures names */
 
     /* The PCI transport: pci.c only. */
     struct virtio_pci {
@@ -189,12 +199,15 @@ int virtio_device_resume(struct device *dev);
 void virtio_device_save(struct device *dev, struct state_writer *w);
 int virtio_device_load(struct device *dev, const struct state_reader *r);
 void virtio_device_destroy(struct device *dev);
+void virtio_device_figures(struct device *dev,
+                           void (*put)(void *opaque, const char *name, uint64_t value),
+                           void *opaque);
 
 #define VIRTIO_DEVICE_OPS(type)                                                                   \
     {                                                                                             \
         .name = (type), .version = 1, .reset = virtio_device_reset, .pause = virtio_device_pause, \
         .resume = virtio_device_resume, .save = virtio_device_save, .load = virtio_device_load,   \
-        .destroy = virtio_device_destroy                                                          \
+        .destroy = virtio_device_destroy, .figures = virtio_device_figures                        \
     }
 
 #endif

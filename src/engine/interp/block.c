@@ -213,7 +213,7 @@ static bool covers(const struct block *b, gpa_t page, gpa_t gpa, unsigned len)
     if (page == (b->gpa & GUEST_PAGE_MASK) &&
         ((gpa < b->gpa + first && b->gpa < gpa + len) || (gpa < page + b->seen_to && page + b->seen_from < gpa + len)))
         return true;
-    return b->host2 && page == b->gpa2 && gpa < b->gpa2 + (b->bytes - first) && b->gpa2 < gpa + len;
+    return b->host2 && page == b->gpa2 && gpa < b->gpa2 + b->second && b->gpa2 < gpa + len;
 }
 
 static bool invalidate_in_page(struct interp *it, gpa_t page_gpa, gpa_t gpa, unsigned len)
@@ -317,7 +317,7 @@ static struct op end_op(uint64_t rip, unsigned insns)
 static const struct op *finish(struct interp *it, uint64_t rip, const uint8_t *host, const uint8_t *host2,
                                const struct op *ops, unsigned count, unsigned bytes)
 {
-    unsigned prologue = it->block_hooks && !host2;
+    unsigned prologue = it->block_hooks ? 1 : 0;
     struct block *b = block_alloc(it, sizeof(*b) + (count + prologue) * sizeof(struct op));
     struct block **head = &it->hash[block_hash(host)];
     _Atomic uint8_t *flags;
@@ -337,11 +337,39 @@ static const struct op *finish(struct interp *it, uint64_t rip, const uint8_t *h
     code_page_add(code_page_get(it, b->gpa & GUEST_PAGE_MASK, page_start(host), flags), b, b->gpa, MIN(bytes, first));
     if (host2) {
         b->gpa2 = host_to_gpa(it->cpu.mem, host2, &flags);
+        b->second = (uint16_t)(bytes - first);
         if (b->gpa2 != (b->gpa & GUEST_PAGE_MASK))
             code_page_add(code_page_get(it, b->gpa2, host2, flags), b, b->gpa2, bytes - first);
     }
     it->blocks_decoded++;
     return b->op;
+}
+
+bool block_extends(struct interp *it, struct block *b, const struct block *crossing)
+{
+    _Atomic uint8_t *flags;
+
+    if (b->host2 == crossing->host2)
+        return true;
+    if (b->host2 || crossing->gpa2 == (b->gpa & GUEST_PAGE_MASK))
+        return false;
+    host_to_gpa(it->cpu.mem, crossing->host2, &flags);
+    b->host2 = crossing->host2;
+    b->gpa2 = crossing->gpa2;
+    b->second = crossing->second;
+    code_page_add(code_page_get(it, b->gpa2, b->host2, flags), b, b->gpa2, b->second);
+    return true;
+}
+
+unsigned block_fetch(const struct block *b, unsigned offset, uint8_t bytes[X86_MAX_INSN])
+{
+    const uint8_t *page = (const uint8_t *)((uintptr_t)b->host & GUEST_PAGE_MASK);
+    unsigned first = MIN(GUEST_PAGE_SIZE - offset, X86_MAX_INSN);
+    unsigned second = b->host2 ? MIN((unsigned)b->second, X86_MAX_INSN - first) : 0;
+
+    memcpy(bytes, page + offset, first);
+    memcpy(bytes + first, b->host2, second);
+    return first + second;
 }
 
 /* One instruction in the scratch block, not entered anywhere: for single steps and for code outside RAM. */

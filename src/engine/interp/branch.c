@@ -131,6 +131,7 @@ MEM_HANDLER(call64)
     ST(64, cpu->s.gpr[RSP] - 8, op_rip(cpu, op) + op->len);
     cpu->s.gpr[RSP] -= 8;
     cpu->insns += op->n + 1u;
+    note_call(cpu, op_rip(cpu, op) + op->len);
     FOLLOW(1, op->imm);
 }
 const struct op *op_call(struct x86_cpu *cpu, const struct op *op) { return call64(cpu, op); }
@@ -142,6 +143,7 @@ MEM_HANDLER(ret64)
     if (unlikely(!canonical(target)))
         return bad_target(cpu, op);
     cpu->s.gpr[RSP] += 8 + op->imm;
+    note_return(cpu, target);
     BRANCH_TO(target);
 }
 const struct op *op_ret(struct x86_cpu *cpu, const struct op *op) { return ret64(cpu, op); }
@@ -172,6 +174,7 @@ MEM_HANDLER(call_r)
         return bad_call(cpu, op);
     ST(64, cpu->s.gpr[RSP] - 8, op_rip(cpu, op) + op->len);
     cpu->s.gpr[RSP] -= 8;
+    note_call(cpu, op_rip(cpu, op) + op->len);
     BRANCH_TO(target);
 }
 #define DEFINE_CALL(ea, EA) \
@@ -182,6 +185,7 @@ MEM_HANDLER(call_r)
             return bad_call(cpu, op); \
         ST(64, cpu->s.gpr[RSP] - 8, op_rip(cpu, op) + op->len); \
         cpu->s.gpr[RSP] -= 8; \
+        note_call(cpu, op_rip(cpu, op) + op->len); \
         BRANCH_TO(target); \
     }
 DEFINE_CALL(b, B)

@@ -49,9 +49,10 @@ struct slow_insn {
 struct block {
     uint64_t origin;            /* block_origin() */
     const uint8_t *host;        /* host address of the first byte */
-    const uint8_t *host2;       /* the second page, when the last instruction crosses into it; else NULL */
+    const uint8_t *host2;       /* the second page, when the last instruction, or that of its translation, crosses into it; else NULL */
     gpa_t gpa, gpa2;            /* of the first byte; of the second page's start */
     uint16_t bytes;             /* guest bytes covered */
+    uint16_t second;            /* …and bytes in the second page that it depends on */
     uint16_t ops;
     uint8_t mode;               /* interp_mode() it is for */
     bool dead;
@@ -97,11 +98,22 @@ struct block_hooks {
     void (*flushed)(struct interp *it);
 };
 
+/*
+ * Where the translator predicts returns (translate.h): pairs of host and guest address, growing down. The interpreter keeps it
+ * in step with the calls and returns that it executes.
+ */
+struct interp_returns {
+    uint64_t *top;              /* NULL: there is none */
+    uint64_t *bottom, *limit;
+    uint64_t stub;              /* host address for calls of the interpreter's */
+};
+
 struct interp {
     struct x86_cpu cpu;         /* first: handlers get a struct x86_cpu* */
     struct jump_entry jump[1 << JUMP_CACHE_BITS];
     struct soft_vcpu soft;
     const struct block_hooks *block_hooks;      /* NULL: none */
+    struct interp_returns returns;
     /* Block cache. */
     struct block **hash;
     struct code_page **page_hash;
@@ -287,6 +299,13 @@ bool block_linkable(const struct op *op);
 struct block *block_lookup(struct x86_cpu *cpu, const uint8_t *host);
 /* The block depends on bytes [from, to) of its first page from now on: when they change it is dropped. */
 void block_depends(struct interp *it, struct block *b, unsigned from, unsigned to);
+/*
+ * The translation of b ends with the instruction that crossing consists of, which reaches into the next page. False: that cannot be
+ * (both pages are the same).
+ */
+bool block_extends(struct interp *it, struct block *b, const struct block *crossing);
+/* At most 15 bytes of the block's code, or of what its translation goes on to, from this offset in its first page on. */
+unsigned block_fetch(const struct block *b, unsigned offset, uint8_t bytes[X86_MAX_INSN]);
 /* Arena for lowering; NULL never: block_find makes room before it starts. */
 void *block_alloc(struct interp *it, size_t size);
 
@@ -295,6 +314,27 @@ static inline unsigned jump_index(const uint8_t *host)
     uintptr_t h = (uintptr_t)host;
 
     return (h ^ (h >> JUMP_CACHE_BITS)) & ((1u << JUMP_CACHE_BITS) - 1);
+}
+
+static inline void note_call(struct x86_cpu *cpu, uint64_t return_rip)
+{
+    struct interp_returns *r = &interp_of(cpu)->returns;
+
+    if (!r->top)
+        return;
+    if (unlikely(r->top - 2 < r->limit))
+        r->top = r->bottom;
+    r->top -= 2;
+    r->top[0] = r->stub;
+    r->top[1] = return_rip;
+}
+
+static inline void note_return(struct x86_cpu *cpu, uint64_t rip)
+{
+    struct interp_returns *r = &interp_of(cpu)->returns;
+
+    if (r->top < r->bottom && r->top[1] == rip)
+        r->top += 2;
 }
 
 /* What of the guest address belongs to a block's key, with cpu->code_page set. */
@@ -335,6 +375,7 @@ void interp_kick(struct vcpu *vcpu);
 void interp_signal(struct vcpu *vcpu, enum lapic_signal signal, unsigned value);
 void interp_export(struct vcpu *vcpu, struct x86_state *s);
 void interp_import(struct vcpu *vcpu, const struct x86_state *s);
+void interp_shift_tsc(struct vcpu *vcpu, uint64_t ticks);
 void interp_code_written(struct vcpu *vcpu, gpa_t page);
 void interp_counters(const struct vcpu *vcpu, struct engine_counters *c);
 

@@ -221,10 +221,16 @@ void interp_signal(struct vcpu *vcpu, enum lapic_signal signal, unsigned value)
 
 void interp_export(struct vcpu *vcpu, struct x86_state *s)
 {
-    struct x86_cpu *cpu = &((struct interp *)vcpu->data)->cpu;
+    struct interp *it = vcpu->data;
+    struct x86_cpu *cpu = &it->cpu;
+    uint32_t request = atomic_load(&cpu->request);
 
     x86_cpu_export(cpu, s);
-    s->nmi_pending |= (atomic_load(&cpu->request) & REQUEST_NMI) != 0;
+    s->nmi_pending |= (request & REQUEST_NMI) != 0;
+    s->init_pending = (request & REQUEST_INIT) != 0;
+    s->sipi_pending = (request & (REQUEST_SIPI | REQUEST_START)) != 0;
+    if (request & REQUEST_START)
+        s->sipi_vector = atomic_load(&it->sipi_vector);
 }
 
 void interp_import(struct vcpu *vcpu, const struct x86_state *s)
@@ -234,6 +240,12 @@ void interp_import(struct vcpu *vcpu, const struct x86_state *s)
     /* What was on its way to the former state is not for the new one. */
     atomic_fetch_and(&cpu->request, ~(REQUEST_NMI | REQUEST_INIT | REQUEST_SIPI | REQUEST_START));
     x86_cpu_import(cpu, s);
+    x86_request(cpu, (s->init_pending ? REQUEST_INIT : 0) | (s->sipi_pending ? REQUEST_SIPI : 0));
+}
+
+void interp_shift_tsc(struct vcpu *vcpu, uint64_t ticks)
+{
+    ((struct interp *)vcpu->data)->cpu.s.tsc_offset += ticks;
 }
 
 void interp_code_written(struct vcpu *vcpu, gpa_t page)
@@ -272,6 +284,7 @@ static void interp_probe(struct engine_report *r)
 const struct engine interp_engine = {
     .name = "interp",
     .summary = "interpreter with a cache of decoded blocks",
+    .checks_pages = true,
     .probe = interp_probe,
     .vcpu_create = interp_create,
     .vcpu_destroy = interp_destroy,
@@ -280,6 +293,7 @@ const struct engine interp_engine = {
     .signal = interp_signal,
     .export_state = interp_export,
     .import_state = interp_import,
+    .shift_tsc = interp_shift_tsc,
     .code_written = interp_code_written,
     .counters = interp_counters,
 };

@@ -109,10 +109,11 @@ static void select_space(struct translator *t)
 
     t->jumps_now = table_of(t, mode ? cpu->space : NULL);
     if (mode != t->return_mode) {
-        t->returns[t->return_mode].saved = (uint64_t *)t->return_rsp;
+        t->returns[t->return_mode].saved = t->it.returns.top;
         t->return_mode = (uint8_t)mode;
-        t->return_rsp = (uint64_t)t->returns[mode].saved;
-        t->return_bottom = t->returns[mode].bottom;
+        t->it.returns.top = t->returns[mode].saved;
+        t->it.returns.bottom = t->returns[mode].bottom;
+        t->it.returns.limit = (uint64_t *)(t->returns[mode].memory + GUEST_PAGE_SIZE);
     }
     if (mode && t->return_space != cpu->space) {
         t->return_space = cpu->space;
@@ -354,6 +355,7 @@ static void translate_counters(const struct vcpu *vcpu, struct engine_counters *
 const struct engine translate_engine = {
     .name = "translate",
     .summary = "binary translator on top of the interpreter",
+    .checks_pages = true,
     .probe = translate_probe,
     .vcpu_create = translate_create,
     .vcpu_destroy = translate_destroy,
@@ -362,6 +364,7 @@ const struct engine translate_engine = {
     .signal = interp_signal,
     .export_state = interp_export,
     .import_state = interp_import,
+    .shift_tsc = interp_shift_tsc,
     .code_written = interp_code_written,
     .counters = translate_counters,
 };

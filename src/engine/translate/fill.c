@@ -32,7 +32,7 @@ static const struct op *op_finished(struct x86_cpu *cpu, const struct op *op)
 static const struct op *op_of(struct translator *t, struct translate_site *site)
 {
     const struct block *b = site->block;
-    unsigned start = (uintptr_t)b->host & (GUEST_PAGE_SIZE - 1);
+    uint8_t bytes[X86_MAX_INSN];
     struct x86_insn insn;
     struct op *pair;
     bool gp;
@@ -43,8 +43,7 @@ static const struct op *op_of(struct translator *t, struct translate_site *site)
         t->it.flush_wanted = true;
         return NULL;
     }
-    if (x86_decode(&insn, b->host + (site->offset - start), GUEST_PAGE_SIZE - site->offset, 8, &gp) ||
-        insn.length != site->length)
+    if (x86_decode(&insn, bytes, block_fetch(b, site->offset, bytes), 8, &gp) || insn.length != site->length)
         return NULL;
     pair = block_alloc(&t->it, 2 * sizeof(*pair));
     pair[0] = (struct op){ .rip = site->offset, .len = insn.length };

@@ -6,7 +6,7 @@
 #define DEFAULTS \
     { \
         /* Translating a block costs as much as interpreting it some hundred times. */ \
-        .tier = 2, .threshold = 40, .cache = MIB(48), .chain = true, .share = true, .liveness = true, .returns = true, \
+        .tier = 2, .threshold = 120, .cache = MIB(48), .chain = true, .share = true, .liveness = true, .returns = true, \
         .indirect = true, .vectors = true, .extend = true, .count = false, .lockstep = false, .perf = TRANSLATE_PERF_OFF, \
     }
 struct translate_options translate_options = DEFAULTS;

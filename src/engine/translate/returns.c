@@ -40,7 +40,7 @@ static void on_fault(int number, siginfo_t *info, void *context)
         t->stack_overflows++;
         /* Which half of a pair it was stays the same: one half is compared with what the guest has, the other is jumped to. */
         c->uc_mcontext.gregs[REG_RSP] =
-            (greg_t)((uint64_t)t->return_bottom - (((uint64_t)t->return_bottom - (uint64_t)c->uc_mcontext.gregs[REG_RSP]) & 8));
+            (greg_t)((uint64_t)t->it.returns.bottom - (((uint64_t)t->it.returns.bottom - (uint64_t)c->uc_mcontext.gregs[REG_RSP]) & 8));
         return;
     }
     /* Not ours: it happens again, with whoever was here before. */
@@ -58,7 +58,7 @@ void translate_forget_returns(struct translator *t, unsigned mode)
 {
     t->returns[mode].saved = t->returns[mode].bottom;
     if (t->return_mode == mode)
-        t->return_rsp = (uint64_t)t->returns[mode].bottom;
+        t->it.returns.top = t->returns[mode].bottom;
 }
 
 int translate_returns_create(struct translator *t)
@@ -80,8 +80,9 @@ int translate_returns_create(struct translator *t)
         r->saved = r->bottom;
     }
     t->return_mode = 0;
-    t->return_bottom = t->returns[0].bottom;
-    t->return_rsp = (uint64_t)t->return_bottom;
+    t->it.returns = (struct interp_returns){ .top = t->returns[0].bottom, .bottom = t->returns[0].bottom,
+                                             .limit = (uint64_t *)(t->returns[0].memory + GUEST_PAGE_SIZE),
+                                             .stub = (uint64_t)t->return_interpreted };
     t->signal_stack = malloc(SIGNAL_STACK);
     return t->signal_stack ? 0 : -ENOMEM;
 }

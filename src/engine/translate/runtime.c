@@ -52,7 +52,7 @@ static void reload_flags(struct assembler *a)
 
 static void to_host_stack(struct assembler *a)
 {
-    asm_store_gs(a, H_RSP, T_GS(return_rsp));
+    asm_store_gs(a, H_RSP, T_GS(it.returns.top));
     asm_load_gs(a, H_RSP, T_GS(host_rsp));
 }
 
@@ -65,7 +65,7 @@ static void spill_all(struct assembler *a)
 
 static void reload_all(struct assembler *a)
 {
-    asm_load_gs(a, H_RSP, T_GS(return_rsp));
+    asm_load_gs(a, H_RSP, T_GS(it.returns.top));
     reload_flags(a);
     reload_registers(a, ARRAY_SIZE(mapped));
 }
@@ -266,6 +266,26 @@ static void emit_return_lookup(struct translator *t, struct assembler *a)
     asm_jmp_to(a, t->exit_op);
 }
 
+/* RSP is at what a CALL of the interpreter had pushed. */
+static void emit_return_interpreted(struct translator *t, struct assembler *a)
+{
+    uint8_t *hit;
+
+    t->return_interpreted = code_exec(&t->code, a->at);
+    asm_store_gs(a, H_RCX, T_GS(rcx));
+    asm_mem(a, true, 0x8b, H_RCX, H_RSP, H_NONE, 0, 0);
+    asm_byte(a, 0x48), asm_byte(a, 0xf7), asm_byte(a, 0xd1);            /* not %rcx */
+    asm_lea(a, H_RCX, H_RCX, H_R10, 0, 1);
+    hit = asm_jrcxz(a);
+    asm_load_gs(a, H_RCX, T_GS(rcx));
+    asm_jmp_to(a, t->return_missed);
+    asm_set_short(hit, a->at);
+    asm_load_gs(a, H_RCX, T_GS(rcx));
+    asm_lea(a, H_RSP, H_RSP, H_NONE, 0, 8);
+    asm_store_gs(a, H_R11, T_GS(saved_code));
+    emit_return_lookup(t, a);
+}
+
 /*
  * A RET came to a place that it was not meant for: RSP is at what that place's CALL had pushed, T is the guest address, R11
  * says which RET it was (emit_ret()). Returns that were left out, by longjmp or because the interpreter made them, are
@@ -277,7 +297,7 @@ static void emit_return_missed(struct translator *t, struct assembler *a)
 
     /* At the bottom of a stack: RSP has left it. */
     t->return_stub = code_exec(&t->code, a->at);
-    asm_load_gs(a, H_RSP, T_GS(return_bottom));
+    asm_load_gs(a, H_RSP, T_GS(it.returns.bottom));
     asm_store_gs(a, H_R11, T_GS(saved_code));
     emit_return_lookup(t, a);
 
@@ -293,7 +313,7 @@ static void emit_return_missed(struct translator *t, struct assembler *a)
     asm_mov(a, H_R11, H_RSP);
     loop = a->at;
     asm_lea(a, H_R11, H_R11, H_NONE, 0, 16);
-    asm_gs(a, true, 0x3b, H_R11, T_GS(return_bottom));
+    asm_gs(a, true, 0x3b, H_R11, T_GS(it.returns.bottom));
     bottom = asm_jcc(a, 3);
     asm_mem(a, true, 0x3b, H_R10, H_R11, H_NONE, 0, 0);
     found = asm_jcc(a, 4);
@@ -321,6 +341,7 @@ void translate_emit_runtime(struct translator *t)
     emit_enter(t, &a);
     emit_exits(t, &a);
     emit_return_missed(t, &a);
+    emit_return_interpreted(t, &a);
 
     /* Called: registers and flags stay. */
     t->vectors_load = a.at;
@@ -358,7 +379,7 @@ void translate_emit_runtime(struct translator *t)
         call_c(&a, translate_fill);
         full = if_null(&a);
         asm_mov(&a, H_R11, H_RAX);
-        asm_load_gs(&a, H_RSP, T_GS(return_rsp));
+        asm_load_gs(&a, H_RSP, T_GS(it.returns.top));
         reload_flags(&a);
         reload_registers(&a, CHANGED_BY_C);
         asm_jmp_reg(&a, H_R11);

@@ -93,8 +93,6 @@ struct translator {
     struct jump_table *jumps;   /* [0] kernel, [1 + i] user's space i */
     struct jump_table *jumps_now;       /* the one in force while translated code runs */
     struct return_stack returns[2];     /* kernel, user */
-    uint64_t *return_bottom;    /* of the one in use */
-    uint64_t return_rsp;        /* RSP of the return stack while C runs */
     uint8_t return_mode;        /* which one is in use */
     const struct x86_tlb_space *return_space;   /* whose returns are on the user's */
     uint64_t tlb_mask;          /* PEXT masks */
@@ -121,7 +119,8 @@ struct translator {
     const uint8_t *exit_null, *exit_op, *run_op, *run_and_go, *fill, *vectors_load, *return_missed;  /* writable view */
     const uint8_t *lookup_missed;       /* writable view */
     struct jump_entry_host nowhere;     /* leads to lookup_missed */
-    const void *return_stub;    /* executable view: what lies at the bottom of a return stack */
+    /* Executable view: what lies at the bottom of a return stack, and on it for a call of the interpreter's. */
+    const void *return_stub, *return_interpreted;
     /* Settings and figures. */
     struct translate_options options;
     struct lockstep *lockstep;  /* NULL: not in lock-step mode */

@@ -83,7 +83,8 @@ void x86_write_cr3(struct x86_cpu *cpu, uint64_t value)
 
 uint64_t x86_cr4_allowed(const struct x86_cpu *cpu)
 {
-    /* What has no feature bit among the models' differences is there in all of them (cpuid_features.def). */
+    if (cpu->model)
+        return cpu->model->cr4_allowed;
     return CR4_TSD | CR4_DE | CR4_PSE | CR4_PAE | CR4_MCE | CR4_PGE | CR4_PCE | CR4_OSFXSR | CR4_OSXMMEXCPT |
            CR4_UMIP | CR4_FSGSBASE | CR4_PCIDE | CR4_OSXSAVE | CR4_SMEP | CR4_SMAP;
 }

@@ -35,6 +35,14 @@ static void read_model(struct x86_cpu *cpu)
     }
 }
 
+/* Where the local APIC's registers are in memory: loading a saved machine moves them too. */
+static void find_apic(struct x86_cpu *cpu)
+{
+    uint64_t base = cpu->lapic ? lapic_base(cpu->lapic) : 0;
+
+    cpu->apic_base = (base & 0xc00) == 0x800 ? base & GUEST_PAGE_MASK : ~0ull;
+}
+
 int x86_cpu_init(struct x86_cpu *cpu, struct machine *m, struct lapic *lapic,
                  const struct x86_cpu_model *model, unsigned index)
 {
@@ -45,12 +53,7 @@ int x86_cpu_init(struct x86_cpu *cpu, struct machine *m, struct lapic *lapic,
     cpu->model = model;
     cpu->index = index;
     cpu->tsc_hz = tsc_frequency_hz();
-    cpu->apic_base = ~0ull;
-    if (lapic) {
-        uint64_t base = lapic_base(lapic);
-        if ((base & 0xc00) == 0x800)
-            cpu->apic_base = base & GUEST_PAGE_MASK;
-    }
+    find_apic(cpu);
     x86_state_reset(&cpu->s, index == 0);
     read_model(cpu);
     x86_set_arith(cpu, cpu->s.rflags);
@@ -68,6 +71,7 @@ void x86_cpu_import(struct x86_cpu *cpu, const struct x86_state *s)
         cpu->s = *s;
     x86_set_arith(cpu, cpu->s.rflags);
     cpu->next_rip = cpu->s.rip;
+    find_apic(cpu);
     x86_tlb_flush_all(cpu);
     x86_request(cpu, REQUEST_INTR | (cpu->s.nmi_pending ? REQUEST_NMI : 0));
 }

@@ -225,6 +225,8 @@ void x86_tlb_load_cr3(struct x86_cpu *cpu, uint64_t old_cr3, bool no_flush);
 bool x86_tlb_try_fill(struct x86_cpu *cpu, struct tlb_set *set, gva_t va, enum x86_access access);
 /* Another vCPU decodes this RAM page: drop write tags for it in all sets. */
 void x86_tlb_drop_writes_to(struct x86_cpu *cpu, const void *host_page);
+/* Dirty logging starts, or wants to hear of writes again: drop all write tags. */
+void x86_tlb_drop_writes(struct x86_cpu *cpu);
 
 /*
  * Accesses by linear address in the given TLB set (cpu->tlb for ordinary data). They raise #PF, #GP, #SS, #AC; MMIO is performed.

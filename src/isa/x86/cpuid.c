@@ -2,7 +2,7 @@
  * Processor models: CPUID leaves made from the feature table (cpuid_features.def), and what instructions exist.
  *
  * The models are built once, at the first question, from the tables and the host's CPUID; then they are only read,
- * by any thread. All have the vendor of the host, because instructions that are run natively behave like its
+ * by any thread. An engine that cannot show all of a model makes a smaller one of it. All have the vendor of the host, because instructions that are run natively behave like its
  * processors. A named model shows the same on every host of that vendor that can run it.
  */
 #include "isa/x86/cpuid.h"
@@ -10,6 +10,7 @@
 #include <cpuid.h>
 #include <errno.h>
 #include <pthread.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/util.h"
@@ -215,6 +216,54 @@ static void set_brand(struct model *m)
     }
 }
 
+/* What follows from the features: XCR0 and CR4 bits, XSAVE's sizes, instruction sets. */
+static void derive(struct model *m)
+{
+    static const struct {
+        enum feature_id id;
+        uint64_t bits;
+    } cr4[] = {
+        { F_TSC, CR4_TSD }, { F_DE, CR4_DE }, { F_PSE, CR4_PSE }, { F_PAE, CR4_PAE }, { F_MCE, CR4_MCE }, { F_PGE, CR4_PGE },
+        { F_FXSR, CR4_OSFXSR }, { F_SSE, CR4_OSXMMEXCPT }, { F_UMIP, CR4_UMIP }, { F_FSGSBASE, CR4_FSGSBASE },
+        { F_PCID, CR4_PCIDE }, { F_XSAVE, CR4_OSXSAVE }, { F_SMEP, CR4_SMEP }, { F_SMAP, CR4_SMAP },
+    };
+    struct x86_cpuid_leaf *l;
+
+    m->public.cr4_allowed = CR4_PCE;
+    for (unsigned i = 0; i < ARRAY_SIZE(cr4); i++)
+        if (m->has[cr4[i].id])
+            m->public.cr4_allowed |= cr4[i].bits;
+    m->public.xcr0_allowed = 1u << XSTATE_X87 | 1u << XSTATE_SSE;
+    if (m->has[F_AVX])
+        m->public.xcr0_allowed |= 1u << XSTATE_AVX;
+    if (m->has[F_AVX512F])
+        m->public.xcr0_allowed |= 7u << XSTATE_OPMASK;
+    if (m->has[F_XSAVE]) {
+        l = get_leaf(m, 0xd, 0);
+        l->eax = (uint32_t)m->public.xcr0_allowed;
+        l->ecx = x86_xsave_standard_bytes(m->public.xcr0_allowed);
+    }
+    for (unsigned i = XSTATE_AVX; i < XSTATE_COUNT; i++) {
+        if (!(m->public.xcr0_allowed >> i & 1))
+            continue;
+        l = get_leaf(m, 0xd, i);
+        l->eax = x86_xsave_size(i);
+        l->ebx = x86_xsave_offset(i);
+        l->ecx = (uint32_t)x86_xsave_aligned(i) << 1;
+    }
+    for (unsigned i = 0; i < m->public.leaf_count; i++)
+        if (m->leaf[i].leaf == 7 && m->leaf[i].subleaf > 0)
+            get_leaf(m, 7, 0)->eax = MAX(get_leaf(m, 7, 0)->eax, m->leaf[i].subleaf);
+
+    for (unsigned i = 0; i <= ZYDIS_ISA_SET_MAX_VALUE; i++) {
+        const uint8_t *needs = isa_needs[i].needs;
+
+        m->isa[i] = isa_needs[i].present && (needs[0] == F_NONE || m->has[needs[0]]) &&
+                    (needs[1] == F_NONE || m->has[needs[1]]);
+    }
+    m->public.leaves = m->leaf;
+}
+
 /* Family 6 model 0x6a and family 0x19 model 1: server processors of 2021 that operating systems all know. */
 #define SIGNATURE_INTEL 0x000606a6u
 #define SIGNATURE_AMD 0x00a00f11u
@@ -273,33 +322,7 @@ static void build(struct model *m)
         set_feature(m, id);
     }
 
-    m->public.xcr0_allowed = 1u << XSTATE_X87 | 1u << XSTATE_SSE;
-    if (m->has[F_AVX])
-        m->public.xcr0_allowed |= 1u << XSTATE_AVX;
-    if (m->has[F_AVX512F])
-        m->public.xcr0_allowed |= 7u << XSTATE_OPMASK;
-    l = get_leaf(m, 0xd, 0);
-    l->eax = (uint32_t)m->public.xcr0_allowed;
-    l->ecx = x86_xsave_standard_bytes(m->public.xcr0_allowed);
-    for (unsigned i = XSTATE_AVX; i < XSTATE_COUNT; i++) {
-        if (!(m->public.xcr0_allowed >> i & 1))
-            continue;
-        l = get_leaf(m, 0xd, i);
-        l->eax = x86_xsave_size(i);
-        l->ebx = x86_xsave_offset(i);
-        l->ecx = (uint32_t)x86_xsave_aligned(i) << 1;
-    }
-    for (unsigned i = 0; i < m->public.leaf_count; i++)
-        if (m->leaf[i].leaf == 7 && m->leaf[i].subleaf > 0)
-            get_leaf(m, 7, 0)->eax = MAX(get_leaf(m, 7, 0)->eax, m->leaf[i].subleaf);
-
-    for (unsigned i = 0; i <= ZYDIS_ISA_SET_MAX_VALUE; i++) {
-        const uint8_t *needs = isa_needs[i].needs;
-
-        m->isa[i] = isa_needs[i].present && (needs[0] == F_NONE || m->has[needs[0]]) &&
-                    (needs[1] == F_NONE || m->has[needs[1]]);
-    }
-    m->public.leaves = m->leaf;
+    derive(m);
 }
 
 static void build_all(void)
@@ -344,6 +367,75 @@ int x86_cpu_model_usable(const struct x86_cpu_model *m, const char **missing)
         }
     }
     return 0;
+}
+
+static bool offers(const struct x86_cpuid_leaf *offered, unsigned count, const struct feature *f)
+{
+    for (unsigned i = 0; i < count; i++) {
+        const struct x86_cpuid_leaf *l = &offered[i];
+
+        if (l->leaf == f->leaf && l->subleaf == f->subleaf)
+            return (f->reg == EAX ? l->eax : f->reg == EBX ? l->ebx : f->reg == ECX ? l->ecx : l->edx) >> f->bit & 1;
+    }
+    return false;
+}
+
+static void clear_feature(struct model *m, enum feature_id id)
+{
+    const struct feature *f = &features[id];
+    struct x86_cpuid_leaf *l = get_leaf(m, f->leaf, f->subleaf);
+    uint32_t *reg = f->reg == EAX ? &l->eax : f->reg == EBX ? &l->ebx : f->reg == ECX ? &l->ecx : &l->edx;
+
+    m->has[id] = false;
+    *reg &= ~(1u << f->bit);
+    if (host_vendor == AMD && f->leaf == 1 && f->reg == EDX && (0x0183f3ffu >> f->bit & 1))
+        get_leaf(m, 0x80000001, 0)->edx &= ~(1u << f->bit);
+}
+
+struct x86_cpu_model *x86_cpu_model_restrict(const struct x86_cpu_model *from, const struct x86_cpuid_leaf *offered,
+                                             unsigned count, const char **missing)
+{
+    struct model *m = malloc(sizeof(*m));
+    unsigned kept = 0;
+
+    *missing = NULL;
+    if (!m)
+        return NULL;
+    *m = *model_of(from);
+    for (enum feature_id id = F_NONE + 1; id < FEATURES; id++) {
+        if (!m->has[id] || offers(offered, count, &features[id]))
+            continue;
+        if (features[id].kind == NATIVE && m->level < 9) {
+            *missing = features[id].name;
+            free(m);
+            return NULL;
+        }
+        clear_feature(m, id);
+    }
+    /* Features whose registers need XSAVE go with it; its own leaf is made anew. */
+    for (enum feature_id id = F_NONE + 1; id < FEATURES; id++)
+        if (m->has[id] && components_of(id) && !m->has[F_XSAVE])
+            clear_feature(m, id);
+    for (unsigned i = 0; i < m->public.leaf_count; i++)
+        if (m->leaf[i].leaf != 0xd || (m->leaf[i].subleaf == 1 && m->has[F_XSAVE]))
+            m->leaf[kept++] = m->leaf[i];
+    m->public.leaf_count = kept;
+    derive(m);
+    return &m->public;
+}
+
+void x86_cpu_model_free(struct x86_cpu_model *m)
+{
+    if (m)
+        free(container_of(m, struct model, public));
+}
+
+const char *x86_cpu_model_lacks(const struct x86_cpu_model *other, const struct x86_cpu_model *m)
+{
+    for (enum feature_id id = F_NONE + 1; id < FEATURES; id++)
+        if (model_of(m)->has[id] && !model_of(other)->has[id])
+            return features[id].name;
+    return NULL;
 }
 
 void x86_cpu_model_select(const struct x86_cpu_model *m)

@@ -22,6 +22,7 @@
 #define TSC_STABLE 1u
 /* How far clock_now() may have strayed from the anchor before a pause must have been the cause. */
 #define STRAY_NS 5000000ull
+#define SAME_RATE 5000          /* 200 ppm */
 #define STRAY_PER_ELAPSED 10000ull      /* plus 100 ppm of the time since */
 
 /* Guest memory layout: struct pvclock_vcpu_time_info and struct pvclock_wall_clock. */
@@ -40,12 +41,26 @@ struct wall_clock {
     uint32_t version, sec, nsec;
 };
 
-/* The counter that guest TSCs are offsets to: the host's, or for a manual clock one that stands still with it. */
+uint64_t x86_tsc_ticks(uint64_t ns, uint64_t hz)
+{
+    return (uint64_t)((unsigned __int128)ns * hz / NS_PER_S);
+}
+
+uint64_t x86_tsc_base(const struct machine *m, uint64_t hz)
+{
+    uint64_t host_hz, apart;
+
+    if (m != NULL && clock_is_manual(m->clock))
+        return x86_tsc_ticks(clock_now(m->clock), hz);
+    host_hz = tsc_frequency_hz();
+    /* The rate that the guest knows may be another host's; but two measurements of one counter differ a little, too. */
+    apart = hz > host_hz ? hz - host_hz : host_hz - hz;
+    return apart <= host_hz / SAME_RATE ? tsc_read() : (uint64_t)((unsigned __int128)tsc_read() * hz / host_hz);
+}
+
 static uint64_t base_tsc(const struct x86_cpu *cpu)
 {
-    if (cpu->machine != NULL && clock_is_manual(cpu->machine->clock))
-        return (uint64_t)((unsigned __int128)clock_now(cpu->machine->clock) * cpu->tsc_hz / NS_PER_S);
-    return tsc_read();
+    return x86_tsc_base(cpu->machine, cpu->tsc_hz);
 }
 
 uint64_t x86_guest_tsc(const struct x86_cpu *cpu)
@@ -82,6 +97,26 @@ static void get_anchor(const struct x86_cpu *cpu, uint64_t *tsc, uint64_t *ns)
     }
     *tsc = anchor.tsc;
     *ns = anchor.ns;
+    pthread_mutex_unlock(&anchor.lock);
+}
+
+uint64_t x86_kvmclock_at(const struct machine *m, uint64_t base_tsc, uint64_t hz)
+{
+    uint64_t ns = clock_now(m->clock);
+
+    pthread_mutex_lock(&anchor.lock);
+    if (anchor.machine == m && base_tsc >= anchor.tsc)
+        ns = anchor.ns + ticks_to_ns(base_tsc - anchor.tsc, hz);
+    pthread_mutex_unlock(&anchor.lock);
+    return ns;
+}
+
+void x86_kvmclock_set(const struct machine *m, uint64_t base_tsc, uint64_t ns)
+{
+    pthread_mutex_lock(&anchor.lock);
+    anchor.machine = m;
+    anchor.tsc = base_tsc;
+    anchor.ns = ns;
     pthread_mutex_unlock(&anchor.lock);
 }
 

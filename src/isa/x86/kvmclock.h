@@ -9,6 +9,21 @@
 
 struct x86_cpu;
 
+struct machine;
+
+/*
+ * The counter that guest TSCs are offsets to, at a rate of hz: the host's, scaled if its rate is another; for a manual clock
+ * one that stands still with it. Any thread.
+ */
+uint64_t x86_tsc_base(const struct machine *m, uint64_t hz);
+uint64_t x86_tsc_ticks(uint64_t ns, uint64_t hz);
+/*
+ * What the guest's clock says at this value of the counter; and making it say ns there (for all vCPUs, whose pages
+ * x86_kvmclock_update() then has to write anew). Any thread.
+ */
+uint64_t x86_kvmclock_at(const struct machine *m, uint64_t base_tsc, uint64_t hz);
+void x86_kvmclock_set(const struct machine *m, uint64_t base_tsc, uint64_t ns);
+
 /* WRMSR of the two registers, in the vCPU's thread: 0, or -EINVAL (#GP): not in RAM, reserved bits. */
 int x86_kvmclock_set_wall_clock(struct x86_cpu *cpu, uint64_t value);
 int x86_kvmclock_set_system_time(struct x86_cpu *cpu, uint64_t value);

@@ -61,6 +61,8 @@ static bool set_bits(struct x86_cpu *cpu, const struct slot *s, uint64_t bits, u
 {
     if ((s->value & bits) == bits)
         return true;
+    if (atomic_load_explicit(s->flags, memory_order_relaxed) & PAGE_SAVE)
+        memory_before_write(cpu->mem, s->gpa);
     bool same;
     if (size == 8) {
         uint64_t old = s->value;

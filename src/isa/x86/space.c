@@ -293,6 +293,17 @@ void x86_tlb_drop_writes_to(struct x86_cpu *cpu, const void *host_page)
             tlb_drop_writes_to(&cpu->tlbs->space[i].data.set, host_page);
 }
 
+void x86_tlb_drop_writes(struct x86_cpu *cpu)
+{
+    if (cpu->tlbs->kernel.dirty)
+        tlb_drop_writes(&cpu->tlbs->kernel.set);
+    if (cpu->tlbs->kernel_ac.dirty)
+        tlb_drop_writes(&cpu->tlbs->kernel_ac.set);
+    for (unsigned i = 0; i < X86_TLB_SPACES; i++)
+        if (cpu->tlbs->space[i].data.dirty)
+            tlb_drop_writes(&cpu->tlbs->space[i].data.set);
+}
+
 /* ---- translation and fill ---- */
 
 /*
@@ -315,7 +326,7 @@ static bool may_write_unseen(struct x86_cpu *cpu, _Atomic uint8_t *flags)
 /* Whether a read may fill the write tag along: only where that changes nothing for anybody else. */
 static bool already_written_unseen(struct x86_cpu *cpu, _Atomic uint8_t *flags)
 {
-    return (atomic_load(flags) & (PAGE_CODE | PAGE_WRITABLE)) == PAGE_WRITABLE &&
+    return (atomic_load(flags) & (PAGE_CODE | PAGE_WRITABLE | PAGE_SAVE)) == PAGE_WRITABLE &&
            !atomic_load_explicit(&cpu->mem->dirty_logging, memory_order_relaxed);
 }
 
@@ -333,6 +344,8 @@ static bool fill(struct x86_cpu *cpu, struct x86_tlb *t, gva_t va, enum x86_acce
     if (!page)
         return false;
     place->host = page + (va & ~GUEST_PAGE_MASK);
+    if (access == ACCESS_WRITE && (atomic_load_explicit(flags, memory_order_relaxed) & PAGE_SAVE))
+        memory_before_write(cpu->mem, w->gpa);
 
     t->dirty = true;
     if (w->page_size != GUEST_PAGE_SIZE)

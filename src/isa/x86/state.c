@@ -12,7 +12,9 @@
 #include "base/util.h"
 #include "isa/x86/xsave.h"
 
-#define STATE_VERSION 1
+/* 2: init_pending, sipi_pending (absent: none). */
+#define STATE_VERSION 2
+#define SEGMENT_VERSION 1
 
 #define CR0_RESET (CR0_ET | CR0_NW | CR0_CD)
 #define DR6_RESET 0xffff0ff0u
@@ -48,6 +50,7 @@ static void reset_common(struct x86_state *s, bool boot_cpu)
     s->dr7 = DR7_RESET;
     s->interrupt_shadow = 0;
     s->nmi_blocked = s->nmi_pending = false;
+    s->init_pending = s->sipi_pending = false;
     s->activity = boot_cpu ? X86_RUNNING : X86_WAIT_FOR_SIPI;
     s->sipi_vector = 0;
 }
@@ -110,10 +113,12 @@ void x86_state_save(const struct x86_state *s, struct state_writer *w)
         state_put_bytes(w, fields[i].name, (const char *)s + fields[i].offset, fields[i].size);
     state_put_u64(w, "nmi_blocked", s->nmi_blocked);
     state_put_u64(w, "nmi_pending", s->nmi_pending);
+    state_put_u64(w, "init_pending", s->init_pending);
+    state_put_u64(w, "sipi_pending", s->sipi_pending);
     for (unsigned i = 0; i < ARRAY_SIZE(segments); i++) {
         const struct x86_seg *seg = (const void *)((const char *)s + segments[i].offset);
 
-        state_begin(w, segments[i].name, STATE_VERSION);
+        state_begin(w, segments[i].name, SEGMENT_VERSION);
         state_put_u64(w, "selector", seg->selector);
         state_put_u64(w, "base", seg->base);
         state_put_u64(w, "limit", seg->limit);
@@ -198,6 +203,16 @@ static int get_number(const struct state_reader *r, const char *name, uint64_t m
     return err < 0 ? -EINVAL : 0;
 }
 
+/* One that older writers did not have. */
+static int get_flag_since(const struct state_reader *r, uint32_t since, const char *name, bool *flag)
+{
+    uint64_t v = 0;
+    int err = r->version < since ? 0 : get_number(r, name, 1, &v);
+
+    *flag = v;
+    return err;
+}
+
 static int load_segment(const struct state_reader *r, const char *name, struct x86_seg *seg)
 {
     struct state_reader section;
@@ -228,7 +243,8 @@ int x86_state_load(struct x86_state *out, const struct state_reader *r)
         return -EINVAL;
     }
     if (section.version > STATE_VERSION) {
-        log_error("saved processor state: version %u is newer than this program", section.version);
+        log_error("saved processor state: version %u, this ringfort knows up to %u: use a newer one", section.version,
+                  STATE_VERSION);
         return -EINVAL;
     }
     for (unsigned i = 0; i < ARRAY_SIZE(fields); i++) {
@@ -248,7 +264,9 @@ int x86_state_load(struct x86_state *out, const struct state_reader *r)
         get_number(&section, "idt_base", ~0ull, &idt_base) < 0 ||
         get_number(&section, "idt_limit", 0xffff, &idt_limit) < 0 ||
         get_number(&section, "nmi_blocked", 1, &nmi_blocked) < 0 ||
-        get_number(&section, "nmi_pending", 1, &nmi_pending) < 0)
+        get_number(&section, "nmi_pending", 1, &nmi_pending) < 0 ||
+        get_flag_since(&section, 2, "init_pending", &s.init_pending) < 0 ||
+        get_flag_since(&section, 2, "sipi_pending", &s.sipi_pending) < 0)
         return -EINVAL;
     s.gdt = (struct x86_table){ .base = gdt_base, .limit = (uint16_t)gdt_limit };
     s.idt = (struct x86_table){ .base = idt_base, .limit = (uint16_t)idt_limit };

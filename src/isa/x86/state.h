@@ -124,7 +124,11 @@ struct x86_state {
     uint64_t sysenter_cs, sysenter_esp, sysenter_eip;
     uint64_t pat, tsc_aux, misc_enable, spec_ctrl, mtrr_def_type;
     uint64_t mtrr_fixed[11], mtrr_base[8], mtrr_mask[8];
-    uint64_t tsc_offset;        /* guest TSC minus host TSC */
+    /*
+     * Guest TSC minus host TSC, while an engine has the state or it stands paused. Saved, it is relative to
+     * guest time instead (x86_tsc_ticks() of the machine's clock), as a host's counter means nothing elsewhere.
+     */
+    uint64_t tsc_offset;
     uint64_t tsc_adjust;
     uint64_t kvm_wall_clock, kvm_system_time, kvm_steal_time, kvm_poll_control;
     /* What holds an event back or is on its way. */
@@ -132,6 +136,8 @@ struct x86_state {
     bool nmi_blocked;           /* from NMI delivery to IRET */
     bool nmi_pending;
     uint8_t activity;           /* enum x86_activity */
+    /* On their way and not taken yet; sipi_vector is the pending SIPI's, or else the last one's. */
+    bool init_pending, sipi_pending;
     uint8_t sipi_vector;
     struct x86_fpu fpu;
 };

@@ -190,11 +190,15 @@ static unsigned vector_registers(const struct x86_cpu *cpu)
     return cpu->code_size == 8 ? 16 : 8;
 }
 
-/* The first 24 and the register bytes of the legacy region: x87. rex_w: 64-bit pointers. */
-static void put_x87(const struct x86_cpu *cpu, uint8_t *image, bool rex_w)
+/* Whether instructions store x87's error pointers. */
+static bool pointers_shown(const struct x86_cpu *cpu)
 {
-    const struct x86_fpu *f = &cpu->s.fpu;
-    bool pointers = !cpu->amd || (f->fsw & FSW_ES), selectors = cpu->amd && pointers;
+    return !cpu->amd || (cpu->s.fpu.fsw & FSW_ES);
+}
+
+/* The first 24 and the register bytes of the legacy region: x87. rex_w: 64-bit pointers. */
+static void put_x87(const struct x86_fpu *f, bool pointers, bool selectors, uint8_t *image, bool rex_w)
+{
     uint64_t fip = pointers ? f->fip : 0, fdp = pointers ? f->fdp : 0;
 
     store_le16(image, f->fcw);
@@ -220,10 +224,8 @@ static uint64_t sign_extend_48(uint64_t v)
     return (uint64_t)((int64_t)(v << 16) >> 16);
 }
 
-static void get_x87(struct x86_cpu *cpu, const uint8_t *image, bool rex_w)
+static void get_x87(struct x86_fpu *f, const uint8_t *image, bool rex_w)
 {
-    struct x86_fpu *f = &cpu->s.fpu;
-
     f->fcw = (load_le16(image) & ~0xe080) | 0x40;
     f->fsw = load_le16(image + 2);
     /* ES and B are what the exception flags and masks make them. */
@@ -248,12 +250,9 @@ static void get_x87(struct x86_cpu *cpu, const uint8_t *image, bool rex_w)
     }
 }
 
-/* Component i (not x87) to or from its place in an image. */
-static void put_component(const struct x86_cpu *cpu, unsigned i, uint8_t *p)
+/* Component i (not x87) of n registers to or from its place in an image. */
+static void put_component(const struct x86_fpu *f, unsigned n, unsigned i, uint8_t *p)
 {
-    const struct x86_fpu *f = &cpu->s.fpu;
-    unsigned n = vector_registers(cpu);
-
     if (i == XSTATE_OPMASK) {
         memcpy(p, f->k, sizeof(f->k));
         return;
@@ -270,11 +269,8 @@ static void put_component(const struct x86_cpu *cpu, unsigned i, uint8_t *p)
     }
 }
 
-static void get_component(struct x86_cpu *cpu, unsigned i, const uint8_t *p)
+static void get_component(struct x86_fpu *f, unsigned n, unsigned i, const uint8_t *p)
 {
-    struct x86_fpu *f = &cpu->s.fpu;
-    unsigned n = vector_registers(cpu);
-
     if (i == XSTATE_OPMASK) {
         memcpy(f->k, p, sizeof(f->k));
         return;
@@ -313,6 +309,39 @@ static uint32_t component_offset(unsigned i, uint64_t layout)
     if (i == XSTATE_SSE)
         return 160;
     return layout & COMPACTED ? compact_offset(layout & ~COMPACTED, i) : x86_xsave_offset(i);
+}
+
+void x86_fpu_to_image(const struct x86_fpu *f, uint64_t components, uint8_t image[XSAVE_MAX_SIZE])
+{
+    uint64_t in_use = x86_xinuse(f) & components;
+
+    memset(image, 0, XSAVE_MAX_SIZE);
+    /* Who reads an image leaves MXCSR alone that stands without SSE or AVX. */
+    if (f->mxcsr != MXCSR_DEFAULT)
+        in_use |= BIT(XSTATE_SSE);
+    put_x87(f, true, false, image, true);
+    store_le32(image + 24, f->mxcsr);
+    store_le32(image + 28, MXCSR_MASK);
+    put_component(f, 16, XSTATE_SSE, image + component_offset(XSTATE_SSE, 0));
+    for (unsigned i = XSTATE_AVX; i < XSTATE_COUNT; i++)
+        if (in_use & BIT(i) && x86_xsave_size(i))
+            put_component(f, 16, i, image + x86_xsave_offset(i));
+    store_le64(image + XSAVE_LEGACY_SIZE, in_use);
+}
+
+void x86_fpu_from_image(struct x86_fpu *f, const uint8_t image[XSAVE_MAX_SIZE])
+{
+    uint64_t in_use = load_le64(image + XSAVE_LEGACY_SIZE);
+
+    x86_fpu_init_components(f, ~0ull, 16);
+    if (in_use & BIT(XSTATE_X87))
+        get_x87(f, image, true);
+    f->mxcsr = in_use & (BIT(XSTATE_SSE) | BIT(XSTATE_AVX)) ? load_le32(image + 24) & MXCSR_MASK : MXCSR_DEFAULT;
+    if (in_use & BIT(XSTATE_SSE))
+        get_component(f, 16, XSTATE_SSE, image + component_offset(XSTATE_SSE, 0));
+    for (unsigned i = XSTATE_AVX; i < XSTATE_COUNT; i++)
+        if (in_use & BIT(i) && x86_xsave_size(i))
+            get_component(f, 16, i, image + x86_xsave_offset(i));
 }
 
 /* ---- FXSAVE, FXRSTOR ---- */
@@ -373,10 +402,10 @@ void x86_insn_fxsave(struct x86_cpu *cpu, const struct x86_insn *insn)
     if (cpu->s.cr0 & (CR0_EM | CR0_TS))
         x86_raise(cpu, X86_NM);
     va = fx_address(cpu, insn, true);
-    put_x87(cpu, image, rex_w(insn));
+    put_x87(&cpu->s.fpu, pointers_shown(cpu), cpu->amd && pointers_shown(cpu), image, rex_w(insn));
     store_le32(image + 24, cpu->s.fpu.mxcsr);
     store_le32(image + 28, MXCSR_MASK);
-    put_component(cpu, XSTATE_SSE, image + 160);
+    put_component(&cpu->s.fpu, vector_registers(cpu), XSTATE_SSE, image + 160);
     /* What follows the last register is not written. */
     x86_write_bytes(cpu, va, image, 160 + component_bytes(cpu, XSTATE_SSE));
 }
@@ -392,9 +421,9 @@ void x86_insn_fxrstor(struct x86_cpu *cpu, const struct x86_insn *insn)
     x86_read_bytes(cpu, va, image, sizeof(image));
     if (load_le32(image + 24) & ~MXCSR_MASK)
         x86_raise_error(cpu, X86_GP, 0);
-    get_x87(cpu, image, rex_w(insn));
+    get_x87(&cpu->s.fpu, image, rex_w(insn));
     cpu->s.fpu.mxcsr = load_le32(image + 24);
-    get_component(cpu, XSTATE_SSE, image + 160);
+    get_component(&cpu->s.fpu, vector_registers(cpu), XSTATE_SSE, image + 160);
 }
 
 /* ---- XSAVE ---- */
@@ -453,7 +482,7 @@ static void xsave(struct x86_cpu *cpu, const struct x86_insn *insn, enum save_ki
     write = kind == SAVE ? rfbm : in_use;
 
     if (write & BIT(XSTATE_X87)) {
-        put_x87(cpu, image, rex_w(insn));
+        put_x87(&cpu->s.fpu, pointers_shown(cpu), cpu->amd && pointers_shown(cpu), image, rex_w(insn));
         write_run(cpu, va, image, 0, 24);
         write_run(cpu, va, image, 32, 160);
     }
@@ -468,7 +497,7 @@ static void xsave(struct x86_cpu *cpu, const struct x86_insn *insn, enum save_ki
         if (!(write & BIT(i)))
             continue;
         offset = component_offset(i, layout);
-        put_component(cpu, i, image + offset);
+        put_component(&cpu->s.fpu, vector_registers(cpu), i, image + offset);
         write_run(cpu, va, image, offset, offset + component_bytes(cpu, i));
     }
 
@@ -569,10 +598,10 @@ static void xrstor(struct x86_cpu *cpu, const struct x86_insn *insn, bool superv
     if (compact && (init & BIT(XSTATE_SSE)))
         cpu->s.fpu.mxcsr = MXCSR_DEFAULT;
     if (load & BIT(XSTATE_X87))
-        get_x87(cpu, image, rex_w(insn));
+        get_x87(&cpu->s.fpu, image, rex_w(insn));
     for (unsigned i = XSTATE_SSE; i < XSTATE_COUNT; i++)
         if (load & BIT(i))
-            get_component(cpu, i, image + component_offset(i, layout));
+            get_component(&cpu->s.fpu, vector_registers(cpu), i, image + component_offset(i, layout));
     if (mxcsr)
         cpu->s.fpu.mxcsr = load_le32(image + 24);
 }

@@ -42,4 +42,11 @@ uint64_t x86_xinuse(const struct x86_fpu *f);
  */
 void x86_fpu_init_components(struct x86_fpu *f, uint64_t components, unsigned vectors);
 
+/*
+ * All of it, in the standard format, as KVM takes and gives it; from and to which components that are not in the initial
+ * configuration, and not beyond components. The error pointers are 64 bits wide.
+ */
+void x86_fpu_to_image(const struct x86_fpu *f, uint64_t components, uint8_t image[XSAVE_MAX_SIZE]);
+void x86_fpu_from_image(struct x86_fpu *f, const uint8_t image[XSAVE_MAX_SIZE]);
+
 #endif

@@ -174,7 +174,7 @@ static uint16_t live_behind(struct unit *x, const struct unit_insn *i, uint16_t 
 
 static void find_liveness(struct unit *x)
 {
-    uint16_t live = x->end_live = unit_live_at(x, x->end);
+    uint16_t live = x->end_live = x->end < GUEST_PAGE_SIZE ? unit_live_at(x, x->end) : FLAGS_ALL;
 
     for (unsigned k = x->insns; k-- > 0;) {
         struct unit_insn *i = &x->insn[k];
@@ -456,6 +456,19 @@ static bool is_unit(struct unit *x, unsigned offset)
     return b && b->code;
 }
 
+/* The instruction at this offset, which reaches into the next page, as the interpreter found it there. */
+static bool decode_crossing(struct unit *x, struct unit_insn *i, unsigned offset)
+{
+    const uint8_t *page = (const uint8_t *)((uintptr_t)x->b->host & GUEST_PAGE_MASK);
+    const struct block *crossing = block_lookup(&x->t->it.cpu, page + offset);
+    uint8_t bytes[X86_MAX_INSN];
+    bool gp;
+
+    return crossing && crossing->host2 && block_extends(&x->t->it, x->b, crossing) &&
+           !x86_decode(&i->insn, bytes, block_fetch(x->b, offset, bytes), 8, &gp) &&
+           offset + i->insn.length > GUEST_PAGE_SIZE;
+}
+
 bool unit_analyse(struct unit *x)
 {
     struct block *b = x->b;
@@ -474,8 +487,12 @@ bool unit_analyse(struct unit *x)
         struct unit_insn *i = &x->insn[x->insns];
         bool gp;
 
-        if (x86_decode(&i->insn, b->host + (offset - start), GUEST_PAGE_SIZE - offset, 8, &gp))
-            break;
+        i->crosses = false;
+        if (x86_decode(&i->insn, b->host + (offset - start), GUEST_PAGE_SIZE - offset, 8, &gp)) {
+            if (!decode_crossing(x, i, offset))
+                break;
+            i->crosses = ends = true;
+        }
         i->offset = (uint16_t)offset;
         i->native = NULL;
         i->accesses = 0;
@@ -485,12 +502,12 @@ bool unit_analyse(struct unit *x)
         follow_values(x, i, v);
         offset += i->insn.length;
         x->insns++;
-        ends = i->form >= FORM_JMP || (i->form >= FORM_JCC && !b->insns && offset < GUEST_PAGE_SIZE && is_unit(x, offset)) ||
+        ends = ends || i->form >= FORM_JMP || (i->form >= FORM_JCC && !b->insns && offset < GUEST_PAGE_SIZE && is_unit(x, offset)) ||
                (!x->t->options.returns && (i->form == FORM_CALL || i->form == FORM_CALL_INDIRECT)) ||
                (!x->t->options.extend && (i->form == FORM_JCC || i->form == FORM_CALL || i->form == FORM_CALL_INDIRECT));
     }
-    x->end = (uint16_t)offset;
-    depends_on(x, start, offset);
+    x->end = offset;
+    depends_on(x, start, MIN(offset, GUEST_PAGE_SIZE));
     /* What begins with something for the interpreter is the interpreter's. */
     if (!x->insns || x->insn[0].form == FORM_END)
         return false;

@@ -149,6 +149,8 @@ static void emit_insns(struct unit *x)
             x->vectors_ready = false;
         if (x->t->options.count && form >= FORM_JCC)
             emit_count(x, k + 1);
+        if (x->insn[k].crosses)
+            unit_cross(x, k);
         unit_checks(x, k);
         if (form >= FORM_JCC)
             unit_branch(x, k);
@@ -191,7 +193,7 @@ bool translate_block(struct translator *t, struct block *b)
     unsigned start = (uintptr_t)b->host & (GUEST_PAGE_SIZE - 1);
     uint8_t *indirect, *entry;
 
-    if (!has_room(t) || b->mode != interp_mode(&t->it.cpu) || t->it.cpu.code_size != 8 || b->host2)
+    if (!has_room(t) || b->mode != interp_mode(&t->it.cpu) || t->it.cpu.code_size != 8)
         return false;
     begin(x, t, b, true);
     x->entered_anywhere = false;

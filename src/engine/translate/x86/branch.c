@@ -136,6 +136,42 @@ void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward)
     through_entry(x, 4);
 }
 
+/* Leaves to the interpreter unless RCX is 0; flags stay. RCX is in its slot. */
+static void unless_zero(struct unit *x, uint64_t target)
+{
+    uint8_t *zero = asm_jrcxz(&x->a);
+    struct stub *s = unit_stub(x, STUB_INTERPRET, asm_jmp(&x->a));
+
+    if (s) {
+        s->restore_rcx = true;
+        s->target = target;
+    }
+    asm_set_short(zero, x->a.at);
+}
+
+void unit_cross(struct unit *x, unsigned k)
+{
+    struct assembler *a = &x->a;
+    uint64_t offset = x->insn[k].offset;
+
+    unit_take_a(x, k);
+    unit_target(x, GUEST_PAGE_SIZE);
+    unit_save_rcx(x);
+    asm_pext_gs(a, A, T, T_GS(tlb_mask));
+    asm_load_gs(a, H_RCX, CPU_GS(tlb_fetch));
+    asm_lea(a, A, H_NONE, A, 2, 0);
+    asm_lea(a, A, H_RCX, A, 3, 0);
+    asm_mem(a, true, 0x8b, H_RCX, A, H_NONE, 0, (int32_t)(offsetof(struct tlb_entry, tag) + TLB_EXEC * 8));
+    asm_lea(a, H_RCX, H_RCX, T, 0, 0);
+    unless_zero(x, offset);
+    asm_mem(a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct tlb_entry, addend));
+    asm_lea(a, A, A, T, 0, 0);
+    asm_mov_imm(a, H_RCX, -(uint64_t)(uintptr_t)x->b->host2);
+    asm_lea(a, H_RCX, H_RCX, A, 0, 0);
+    unless_zero(x, offset);
+    unit_restore_rcx(x);
+}
+
 static void emit_jcc(struct unit *x, unsigned k)
 {
     const struct unit_insn *i = &x->insn[k];

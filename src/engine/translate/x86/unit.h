@@ -72,6 +72,7 @@ struct unit_insn {
     uint8_t form;               /* enum unit_form */
     uint8_t cc;                 /* FORM_JCC */
     uint16_t live;              /* flags that may be read, by this instruction or later, before they are written */
+    bool crosses;               /* reaches into the next page; the unit's last */
     bool serial;                /* FORM_OP: address space or permissions may be others afterwards */
     uint8_t accesses;
     struct access access[2];    /* in the order in which they can fault */
@@ -136,7 +137,7 @@ struct unit {
     bool vectors_noted;         /* XINUSE says already that vector state changes */
     int held;                   /* the group whose addend A holds, or -1 */
     unsigned insns, stubs, groups;
-    uint16_t end;               /* offset in the page behind the last instruction */
+    unsigned end;               /* offset from the page's start behind the last instruction */
     uint16_t seen_from, seen_to;        /* bytes of the page that the translation depends on */
     uint16_t end_live;
     uint32_t values;            /* value numbers given out */
@@ -190,6 +191,8 @@ void unit_insn(struct unit *x, unsigned k);
 
 /* ---- branch.c ---- */
 void unit_branch(struct unit *x, unsigned k);
+/* In front of an instruction that reaches into the next page: leaves when that is not the page it was decoded from. */
+void unit_cross(struct unit *x, unsigned k);
 /* To a fixed target, all else being done. live: flags that may be read there. backward: looks for requests. */
 void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward);
 /* s.rip := offset from the page's start; A is lost. */

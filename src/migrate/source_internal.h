@@ -1,0 +1,85 @@
+/*
+ * The source's parts among each other: source.c (the stages), source_streams.c (the connections that carry pages).
+ */
+#ifndef RINGFORT_MIGRATE_SOURCE_INTERNAL_H
+#define RINGFORT_MIGRATE_SOURCE_INTERNAL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "migrate/limit.h"
+#include "migrate/migrate.h"
+#include "migrate/pages.h"
+#include "migrate/protocol.h"
+
+struct migrate_source;
+
+struct source_stream {
+    struct migrate_source *source;
+    unsigned index;
+    pthread_t thread;
+    bool started;
+    struct channel *channel;
+    struct page_encoder *encoder;
+};
+
+struct migrate_source {
+    const struct migrate_source_options *opt;
+    const struct migrate_source_ops *ops;
+    void *opaque;
+    struct memory *memory;
+    struct channel_options channel_options;
+    struct hello hello;
+    struct page_hashes hashes;
+    uint64_t *todo[MEMORY_MAX_REGIONS];         /* this round's pages; streams clear them by atomic operations */
+    struct limit limit;
+
+    /* Guarded by lock. */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    struct channel *control;                    /* NULL: none, for cancelling */
+    struct source_stream stream[MIGRATE_MAX_STREAMS];
+    unsigned streams;
+    uint64_t round;                             /* number of the round to send; streams wait for it to change */
+    unsigned working;                           /* streams that have not finished it */
+    bool streams_end;
+    bool broken;                                /* a stream failed */
+    char reason[CHANNEL_ERROR_MAX];             /* why */
+
+    /* Post-copy: the connection for pages that the guest waits for. */
+    struct channel *urgent;
+    pthread_t urgent_thread;
+    bool urgent_started;
+    _Atomic uint64_t requested;
+
+    _Atomic bool cancelled;                     /* by a person */
+    _Atomic bool stop;                          /* streams give up */
+    _Atomic uint64_t handled;                   /* pages of this round that are done */
+    uint64_t closed_bytes;                      /* of connections that are closed */
+
+    struct migrate_progress progress;
+    struct migrate_result *result;
+    uint64_t began_ms, stopped_ms;              /* of the migration; of the guest's standing still */
+    uint64_t said_ms;                           /* when progress was sent last */
+    bool logging;                               /* dirty logging is ours to stop */
+};
+
+/* Connects with a hello of this kind. 0 or a negative errno with reason. */
+int source_connect(struct migrate_source *s, unsigned kind, unsigned index, struct channel **out, char reason[CHANNEL_ERROR_MAX]);
+
+/* Opens opt->streams connections and starts their threads. 0 or a negative errno with s->reason. */
+int source_streams_open(struct migrate_source *s);
+/* Has them send what is in s->todo, with hashes or not, and return at once. */
+void source_streams_begin(struct migrate_source *s);
+/* Waits at most ms: 1: all of it has arrived; 0: not yet; negative: a stream failed (s->reason). */
+int source_streams_wait(struct migrate_source *s, unsigned ms);
+/* From now on pages are sent whether the target has them or not. Between rounds. -ENOMEM. */
+int source_streams_forget(struct migrate_source *s);
+/* Ends threads and connections, also the urgent one; whatever they are doing. */
+void source_streams_close(struct migrate_source *s);
+/* Post-copy: opens the urgent connection and serves its requests in a thread. */
+int source_urgent_open(struct migrate_source *s);
+/* All bytes so far. */
+uint64_t source_bytes(struct migrate_source *s);
+
+#endif

@@ -1,0 +1,840 @@
+/*
+ * The target of a migration: see migrate.h and docs/migration.md.
+ *
+ * Threads: the caller of migrate_target_run() reads the control connection and goes through the stages; an acceptor takes
+ * connections, checks whose they are, and answers questions about the owner; each stream has a thread that puts pages into memory.
+ * The owner is decided under the lock, once: by COMMIT in one thread or by a question in the other.
+ */
+#include "migrate/migrate.h"
+
+#include <errno.h>
+#include <jansson.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "migrate/pages.h"
+#include "migrate/postcopy.h"
+#include "migrate/protocol.h"
+
+#define DEFAULT_TIMEOUT_MS 10000u
+#define DEFAULT_SETTLE_MS 60000u
+#define URGENT MIGRATE_MAX_STREAMS      /* index of the urgent connection */
+#define STREAMS (MIGRATE_MAX_STREAMS + 1)
+
+/* Whose the machine is, as far as this side knows. */
+enum ownership {
+    NOTHING,            /* no source yet */
+    RECEIVING,          /* the source's */
+    PREPARED,           /* the source's; complete here */
+    ORPHAN,             /* complete here, and the source is gone */
+    TAKEN,              /* the target's */
+    GIVEN_UP,           /* the source's for ever */
+};
+
+struct target_stream {
+    struct migrate_target *target;
+    pthread_t thread;
+    bool started;
+    struct channel *channel;
+};
+
+struct migrate_target {
+    const struct migrate_target_options *opt;
+    const struct migrate_target_ops *ops;
+    void *opaque;
+    struct channel_listener *listener;
+    struct channel_options channel_options;
+    pthread_t acceptor;
+    bool acceptor_started;
+    _Atomic bool cancelled;
+
+    struct memory *memory;
+    struct postcopy *_Atomic postcopy;
+    uint64_t *missing[MEMORY_MAX_REGIONS];
+
+    /* Guarded by lock. */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    enum ownership owner;
+    struct hello hello;         /* the source's */
+    struct channel *control;
+    struct channel *next;       /* one that the acceptor has for run() */
+    struct target_stream stream[STREAMS];
+    unsigned streams;           /* that the source announced */
+    bool broken;
+    char reason[CHANNEL_ERROR_MAX];
+
+    uint64_t closed_bytes;
+    struct migrate_progress progress;
+    uint64_t began_ms;
+};
+
+/* ---- small things ---- */
+
+static void refuse(struct channel *c, const char *reason)
+{
+    frame_send(c, FRAME_REFUSE, 0, reason, (uint32_t)strlen(reason));
+}
+
+static void report(struct migrate_target *t)
+{
+    t->progress.elapsed_ms = migrate_now_ms() - t->began_ms;
+    if (t->ops->progress)
+        t->ops->progress(t->opaque, &t->progress);
+}
+
+static void set_stage(struct migrate_target *t, enum migrate_stage stage)
+{
+    t->progress.stage = stage;
+    log_info("migration: %s", migrate_stage_name(stage));
+    report(t);
+}
+
+/* Lock held: a stream or run() cannot go on. A machine that does not run yet never will, so its loading need not wait for memory. */
+static void set_broken(struct migrate_target *t, const char *reason)
+{
+    if (!t->broken)
+        snprintf(t->reason, sizeof(t->reason), "%s", reason);
+    t->broken = true;
+    if (t->owner != TAKEN && t->postcopy) {
+        t->owner = GIVEN_UP;
+        postcopy_give_up(t->postcopy);
+    }
+    pthread_cond_broadcast(&t->changed);
+}
+
+/* ---- pages ---- */
+
+static int store_page(void *opaque, unsigned region, uint64_t page, const uint8_t *contents)
+{
+    struct migrate_target *t = opaque;
+    uint8_t *to = t->memory->region[region].host + (page << GUEST_PAGE_SHIFT);
+
+    if (t->postcopy)
+        return postcopy_place(t->postcopy, region, page, contents);
+    if (contents)
+        memcpy(to, contents, GUEST_PAGE_SIZE);
+    else
+        memset(to, 0, GUEST_PAGE_SIZE);
+    return 0;
+}
+
+static int stream_frame(struct migrate_target *t, struct target_stream *s, struct page_decoder *d, const struct frame *f,
+                        char error[CHANNEL_ERROR_MAX])
+{
+    int err;
+
+    if (f->type == FRAME_PAGES)
+        return page_decoder_take(d, f, store_page, t, error);
+    if (f->type == FRAME_FENCE && f->length == 8) {
+        err = frame_send(s->channel, FRAME_FENCE, 0, f->data, 8);
+        if (err)
+            snprintf(error, CHANNEL_ERROR_MAX, "%s", channel_error(s->channel));
+        return err;
+    }
+    snprintf(error, CHANNEL_ERROR_MAX, "the stream is damaged: '%s' where pages should be", frame_name(f->type));
+    return -EPROTO;
+}
+
+static void *stream_main(void *opaque)
+{
+    struct target_stream *s = opaque;
+    struct migrate_target *t = s->target;
+    struct page_decoder *d = page_decoder_create(t->memory);
+    char error[CHANNEL_ERROR_MAX] = "out of memory";
+    struct frame f = { 0 };
+    int err = d ? 0 : -ENOMEM;
+
+    while (!err) {
+        /* Between rounds there is silence; whether the source lives the control connection tells. */
+        err = channel_wait(s->channel, -1);
+        if (err < 0)
+            snprintf(error, sizeof(error), "%s", channel_error(s->channel));
+        else
+            err = frame_recv(s->channel, &f, error);
+        if (!err)
+            err = stream_frame(t, s, d, &f, error);
+    }
+    frame_free(&f);
+    page_decoder_free(d);
+    pthread_mutex_lock(&t->lock);
+    /* Once all is here the connections may go. */
+    if (t->owner != TAKEN || (t->postcopy && postcopy_missing(t->postcopy))) {
+        set_broken(t, error);
+        if (t->control && err != -ECANCELED) {
+            /* Whoever reads the control connection is to look. What it was goes to the source first. */
+            if (err == -EPROTO || err == -ENOMEM)
+                refuse(t->control, error);
+            channel_abort(t->control);
+        }
+    }
+    pthread_mutex_unlock(&t->lock);
+    return NULL;
+}
+
+/* ---- the acceptor ---- */
+
+static int answer_hello(struct channel *c, const struct hello *h)
+{
+    struct hello answer = *h;
+    uint8_t payload[HELLO_SIZE];
+
+    answer.oldest = answer.newest = MIGRATE_VERSION;
+    hello_put(&answer, payload);
+    return frame_send(c, FRAME_HELLO, 0, payload, sizeof(payload));
+}
+
+/* Lock held. The connection is taken over on 0. */
+static int take_stream(struct migrate_target *t, struct channel *c, const struct hello *h)
+{
+    unsigned index = h->kind == HELLO_URGENT ? URGENT : h->index;
+    struct target_stream *s;
+
+    if (!t->memory || index >= STREAMS || (h->kind == HELLO_STREAM && index >= t->streams) || t->stream[index].channel)
+        return -EINVAL;
+    s = &t->stream[index];
+    if (answer_hello(c, h))
+        return -EIO;
+    s->target = t;
+    s->channel = c;
+    if (pthread_create(&s->thread, NULL, stream_main, s)) {
+        s->channel = NULL;
+        return -EAGAIN;
+    }
+    s->started = true;
+    if (h->kind == HELLO_URGENT && t->postcopy)
+        postcopy_connect(t->postcopy, c);
+    pthread_cond_broadcast(&t->changed);
+    return 0;
+}
+
+/* The source asks whose the machine is. What is not the target's yet never will be. */
+static void answer_query(struct migrate_target *t, struct channel *c, const struct hello *h)
+{
+    uint8_t payload[4];
+
+    if (t->owner != TAKEN) {
+        t->owner = GIVEN_UP;
+        set_broken(t, "the source goes on with the machine");
+        if (t->control)
+            channel_abort(t->control);
+    }
+    store_le32(payload, t->owner == TAKEN ? OWNER_TARGET : OWNER_SOURCE);
+    if (answer_hello(c, h) == 0)
+        frame_send(c, FRAME_STATUS, 0, payload, 4);
+}
+
+/* Lock held. True: the connection is somebody's now. */
+static bool dispatch(struct migrate_target *t, struct channel *c, const struct hello *h)
+{
+    bool ours = t->owner != NOTHING && memcmp(h->session, t->hello.session, SESSION_SIZE) == 0;
+
+    switch (h->kind) {
+    case HELLO_CONTROL:
+        if (t->owner != NOTHING) {
+            refuse(c, "another migration is under way here");
+            return false;
+        }
+        if (answer_hello(c, h))
+            return false;
+        t->hello = *h;
+        t->owner = RECEIVING;
+        t->next = c;
+        pthread_cond_broadcast(&t->changed);
+        return true;
+    case HELLO_STREAM:
+    case HELLO_URGENT:
+        if (ours && take_stream(t, c, h) == 0)
+            return true;
+        refuse(c, "this connection belongs to no migration that is under way here");
+        return false;
+    case HELLO_QUERY:
+        if (ours)
+            answer_query(t, c, h);
+        else
+            refuse(c, "the machine is not known here");
+        return false;
+    default: /* HELLO_RECOVER */
+        if (!ours || t->owner != TAKEN || !t->postcopy || t->next) {
+            refuse(c, "the machine does not wait for memory here");
+            return false;
+        }
+        if (answer_hello(c, h))
+            return false;
+        t->next = c;
+        set_broken(t, "the source connected anew");
+        if (t->control)
+            channel_abort(t->control);
+        return true;
+    }
+}
+
+static void greet(struct migrate_target *t, struct channel *c)
+{
+    char error[CHANNEL_ERROR_MAX];
+    struct frame f = { 0 };
+    struct hello h;
+    bool kept = false;
+    int err;
+
+    /* One after the other: a slow stranger must not keep the source waiting for long. */
+    channel_set_deadline(c, t->channel_options.connect_ms);
+    err = channel_handshake(c);
+    if (err)
+        snprintf(error, sizeof(error), "%s", channel_error(c));
+    else
+        err = frame_recv(c, &f, error);
+    if (!err) {
+        err = hello_get(&f, &h, error);
+        if (err)
+            refuse(c, error);
+    }
+    channel_set_deadline(c, 0);
+    frame_free(&f);
+    if (err) {
+        log_warn("a connection for a migration was turned away: %s", error);
+    } else {
+        pthread_mutex_lock(&t->lock);
+        kept = dispatch(t, c, &h);
+        pthread_mutex_unlock(&t->lock);
+    }
+    if (!kept)
+        channel_close(c);
+}
+
+static void *acceptor_main(void *opaque)
+{
+    struct migrate_target *t = opaque;
+    char error[CHANNEL_ERROR_MAX];
+    struct channel *c;
+    int err;
+
+    for (;;) {
+        err = channel_accept(t->listener, &t->channel_options, -1, &c, error);
+        if (err == -ECANCELED)
+            return NULL;
+        if (err) {
+            log_warn("migration: %s", error);
+            nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
+            continue;
+        }
+        greet(t, c);
+    }
+}
+
+/* ---- making and ending ---- */
+
+struct migrate_target *migrate_target_create(const struct migrate_target_options *opt, const struct migrate_target_ops *ops,
+                                             void *opaque)
+{
+    struct migrate_target *t = calloc(1, sizeof(*t));
+    unsigned timeout = opt->timeout_ms ? opt->timeout_ms : DEFAULT_TIMEOUT_MS;
+    char error[CHANNEL_ERROR_MAX] = "out of memory";
+
+    if (!t)
+        goto out;
+    t->opt = opt;
+    t->ops = ops;
+    t->opaque = opaque;
+    pthread_mutex_init(&t->lock, NULL);
+    pthread_cond_init(&t->changed, NULL);
+    t->channel_options = (struct channel_options){ .connect_ms = MIN(timeout, 3000u), .idle_ms = timeout };
+    if (opt->tls_dir) {
+        t->channel_options.tls = channel_tls_load(opt->tls_dir, error);
+        if (!t->channel_options.tls)
+            goto out;
+    }
+    t->listener = channel_listen(opt->listen, error);
+    if (!t->listener)
+        goto out;
+    if (pthread_create(&t->acceptor, NULL, acceptor_main, t)) {
+        snprintf(error, sizeof(error), "cannot start a thread");
+        goto out;
+    }
+    t->acceptor_started = true;
+    return t;
+out:
+    log_error("cannot receive a machine: %s", error);
+    migrate_target_free(t);
+    return NULL;
+}
+
+unsigned migrate_target_port(const struct migrate_target *t) { return channel_listener_port(t->listener); }
+
+/* The streams and the control connection; whatever they are doing. Lock not held. */
+static void close_connections(struct migrate_target *t)
+{
+    struct channel *control;
+
+    if (t->postcopy)
+        postcopy_connect(t->postcopy, NULL);
+    for (unsigned i = 0; i < STREAMS; i++) {
+        struct target_stream s;
+
+        pthread_mutex_lock(&t->lock);
+        s = t->stream[i];
+        if (s.channel)
+            channel_abort(s.channel);
+        pthread_mutex_unlock(&t->lock);
+        if (s.started)
+            pthread_join(s.thread, NULL);
+        pthread_mutex_lock(&t->lock);
+        t->stream[i] = (struct target_stream){ 0 };
+        if (s.channel)
+            t->closed_bytes += channel_bytes(s.channel);
+        pthread_mutex_unlock(&t->lock);
+        channel_close(s.channel);
+    }
+    pthread_mutex_lock(&t->lock);
+    control = t->control;
+    t->control = NULL;
+    if (control)
+        t->closed_bytes += channel_bytes(control);
+    pthread_mutex_unlock(&t->lock);
+    channel_close(control);
+}
+
+static void stop_accepting(struct migrate_target *t)
+{
+    if (t->acceptor_started) {
+        channel_listener_abort(t->listener);
+        pthread_join(t->acceptor, NULL);
+        t->acceptor_started = false;
+    }
+    channel_listener_close(t->listener);
+    t->listener = NULL;
+}
+
+void migrate_target_free(struct migrate_target *t)
+{
+    if (!t)
+        return;
+    stop_accepting(t);
+    close_connections(t);
+    channel_close(t->next);
+    postcopy_destroy(t->postcopy);
+    bitmaps_free(t->missing);
+    channel_tls_free(t->channel_options.tls);
+    pthread_mutex_destroy(&t->lock);
+    pthread_cond_destroy(&t->changed);
+    free(t);
+}
+
+void migrate_target_cancel(struct migrate_target *t)
+{
+    atomic_store(&t->cancelled, true);
+    pthread_mutex_lock(&t->lock);
+    set_broken(t, "cancelled");
+    if (t->control)
+        channel_abort(t->control);
+    pthread_cond_broadcast(&t->changed);
+    pthread_mutex_unlock(&t->lock);
+}
+
+bool migrate_target_take(struct migrate_target *t)
+{
+    bool taken;
+
+    pthread_mutex_lock(&t->lock);
+    taken = t->owner == ORPHAN;
+    if (taken)
+        t->owner = TAKEN;
+    pthread_cond_broadcast(&t->changed);
+    pthread_mutex_unlock(&t->lock);
+    return taken;
+}
+
+/* ---- the stages ---- */
+
+/* Waits for the acceptor's next control connection. False: cancelled, or wait_ms (0: no bound) is over. */
+static bool next_control(struct migrate_target *t, unsigned wait_ms)
+{
+    struct timespec until;
+    int late = 0;
+
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += wait_ms / 1000;
+    pthread_mutex_lock(&t->lock);
+    while (!t->next && !atomic_load(&t->cancelled) && !late) {
+        if (wait_ms)
+            late = pthread_cond_timedwait(&t->changed, &t->lock, &until);
+        else
+            pthread_cond_wait(&t->changed, &t->lock);
+    }
+    t->control = t->next;
+    t->next = NULL;
+    t->broken = false;
+    pthread_mutex_unlock(&t->lock);
+    return t->control != NULL;
+}
+
+/* The next frame of the control connection. A reason of the streams' is better than one of this connection's. */
+static int hear(struct migrate_target *t, struct frame *f, char error[CHANNEL_ERROR_MAX])
+{
+    int ready = channel_wait(t->control, (int)t->channel_options.idle_ms), err;
+
+    if (ready == 1) {
+        err = frame_recv(t->control, f, error);
+    } else {
+        err = ready == 0 ? -ETIMEDOUT : ready;
+        snprintf(error, CHANNEL_ERROR_MAX, "%s", ready == 0 ? "the source has fallen silent" : channel_error(t->control));
+    }
+    if (!err && f->type == FRAME_REFUSE) {
+        snprintf(error, CHANNEL_ERROR_MAX, "the source says: %.220s", (const char *)f->data);
+        err = -EACCES;
+    }
+    if (err) {
+        pthread_mutex_lock(&t->lock);
+        if (t->broken)
+            snprintf(error, CHANNEL_ERROR_MAX, "%s", t->reason);
+        pthread_mutex_unlock(&t->lock);
+    }
+    return err;
+}
+
+/* Whether the regions are those of this machine. */
+static bool same_memory(const struct memory *m, const json_t *regions)
+{
+    if (json_array_size(regions) != m->regions)
+        return false;
+    for (unsigned i = 0; i < m->regions; i++) {
+        const json_t *r = json_array_get(regions, i);
+
+        if ((uint64_t)json_integer_value(json_array_get(r, 0)) != m->region[i].base ||
+            (uint64_t)json_integer_value(json_array_get(r, 1)) != m->region[i].size)
+            return false;
+    }
+    return true;
+}
+
+static int take_offer(struct migrate_target *t, const struct frame *f, char reason[MIGRATE_TEXT])
+{
+    json_t *o = json_loadb((const char *)f->data, f->length, 0, NULL), *answer;
+    json_t *machine = json_object_get(o, "machine");
+    json_int_t streams = json_integer_value(json_object_get(o, "streams"));
+    char *description = machine ? json_dumps(machine, JSON_COMPACT) : NULL, *text, why[CHANNEL_ERROR_MAX] = "";
+    struct memory *memory = NULL;
+    bool post_copy;
+    int err;
+
+    if (!description || streams < 1 || streams > (json_int_t)MIGRATE_MAX_STREAMS) {
+        snprintf(reason, MIGRATE_TEXT, "the offer of a machine is not understood: is the source's ringfort newer?");
+        err = -EPROTO;
+        goto out;
+    }
+    set_stage(t, MIGRATE_RESERVATION);
+    err = t->ops->prepare(t->opaque, description, strlen(description), &memory, reason);
+    if (err)
+        goto out;
+    if (!same_memory(memory, json_object_get(o, "memory"))) {
+        snprintf(reason, MIGRATE_TEXT, "the machine's memory lies elsewhere in this version of ringfort");
+        err = -EINVAL;
+        goto out;
+    }
+    err = bitmaps_alloc(memory, t->missing);
+    if (err) {
+        snprintf(reason, MIGRATE_TEXT, "out of memory");
+        goto out;
+    }
+    pthread_mutex_lock(&t->lock);
+    t->memory = memory;
+    t->streams = (unsigned)streams;
+    pthread_mutex_unlock(&t->lock);
+    t->progress.total_pages = memory_total(memory) >> GUEST_PAGE_SHIFT;
+    post_copy = json_is_true(json_object_get(o, "post_copy")) &&
+                postcopy_usable(t->ops->in_kernel(t->opaque), why);
+    answer = json_pack("{s:b,s:s,s:s}", "post_copy", post_copy, "post_copy_reason", why, "ringfort", RINGFORT_VERSION);
+    text = json_dumps(answer, JSON_COMPACT);
+    err = text ? frame_send(t->control, FRAME_READY, 0, text, (uint32_t)strlen(text)) : -ENOMEM;
+    if (err)
+        snprintf(reason, MIGRATE_TEXT, "%s", text ? channel_error(t->control) : "out of memory");
+    free(text);
+    json_decref(answer);
+    if (!err)
+        set_stage(t, MIGRATE_PRE_COPY);
+out:
+    if (err == -EPROTO || !memory)
+        err = err ? err : -EINVAL;
+    free(description);
+    json_decref(o);
+    return err;
+}
+
+static void take_progress(struct migrate_target *t, const struct frame *f)
+{
+    json_t *o = json_loadb((const char *)f->data, f->length, 0, NULL);
+
+    t->progress.round = (unsigned)json_integer_value(json_object_get(o, "round"));
+    t->progress.left_pages = (uint64_t)json_integer_value(json_object_get(o, "left"));
+    t->progress.throttle = (unsigned)json_integer_value(json_object_get(o, "throttle"));
+    json_decref(o);
+    report(t);
+}
+
+static int take_state(struct migrate_target *t, const struct frame *f, char reason[MIGRATE_TEXT])
+{
+    int err;
+
+    set_stage(t, MIGRATE_STOP_AND_COPY);
+    if (bitmaps_count(t->memory, t->missing)) {
+        struct postcopy *p = postcopy_create(t->memory, t->missing, reason);
+
+        if (!p)
+            return -ENOSYS;
+        pthread_mutex_lock(&t->lock);
+        t->postcopy = p;
+        /* The source opened it before it sent the state. */
+        if (t->stream[URGENT].channel)
+            postcopy_connect(p, t->stream[URGENT].channel);
+        if (t->broken)
+            set_broken(t, t->reason);
+        pthread_mutex_unlock(&t->lock);
+    }
+    err = t->ops->load(t->opaque, f->data, f->length, reason);
+    if (err)
+        return err;
+    set_stage(t, MIGRATE_COMMITMENT);
+    pthread_mutex_lock(&t->lock);
+    if (t->owner == RECEIVING)
+        t->owner = PREPARED;
+    else
+        err = -ECANCELED;
+    pthread_mutex_unlock(&t->lock);
+    if (!err)
+        err = frame_send(t->control, FRAME_PREPARED, 0, NULL, 0);
+    if (err)
+        snprintf(reason, MIGRATE_TEXT, "%s", err == -ECANCELED ? t->reason : channel_error(t->control));
+    return err;
+}
+
+/* COMMIT has come, or a person took the machine. 0: it runs. */
+static int activate(struct migrate_target *t, char reason[MIGRATE_TEXT])
+{
+    int err;
+
+    set_stage(t, MIGRATE_ACTIVATION);
+    err = t->ops->activate(t->opaque, reason);
+    if (!err)
+        return 0;
+    pthread_mutex_lock(&t->lock);
+    /* It does not run, and nobody else was told that it does. */
+    t->owner = GIVEN_UP;
+    pthread_mutex_unlock(&t->lock);
+    return err;
+}
+
+static int take_commit(struct migrate_target *t, char reason[MIGRATE_TEXT])
+{
+    uint8_t payload[8];
+    int err = 0;
+
+    pthread_mutex_lock(&t->lock);
+    if (t->owner == PREPARED)
+        t->owner = TAKEN;
+    else
+        err = -EPROTO;
+    pthread_mutex_unlock(&t->lock);
+    if (err) {
+        snprintf(reason, MIGRATE_TEXT, "the stream is damaged: commitment before the machine is complete");
+        return err;
+    }
+    err = activate(t, reason);
+    if (err)
+        return err;
+    store_le64(payload, migrate_now_ms() - t->began_ms);
+    /* If that does not arrive the source asks. */
+    frame_send(t->control, FRAME_RUNNING, 0, payload, 8);
+    return 0;
+}
+
+/* Until the machine runs, or it is clear that it will not. */
+static int receive(struct migrate_target *t, struct frame *f, char reason[MIGRATE_TEXT])
+{
+    bool told = false;
+    int err = 0;
+
+    while (!err) {
+        err = hear(t, f, reason);
+        if (err)
+            break;
+        /* What is wrong from here on the source does not know yet. */
+        told = true;
+        switch (f->type) {
+        case FRAME_OFFER:
+            if (t->memory)
+                goto unexpected;
+            err = take_offer(t, f, reason);
+            break;
+        case FRAME_PROGRESS:
+            take_progress(t, f);
+            break;
+        case FRAME_MISSING:
+            if (!t->memory || t->owner != RECEIVING)
+                goto unexpected;
+            err = missing_take(f, t->memory, t->missing, reason);
+            break;
+        case FRAME_STATE:
+            if (!t->memory || t->owner != RECEIVING)
+                goto unexpected;
+            err = take_state(t, f, reason);
+            break;
+        case FRAME_COMMIT:
+            err = take_commit(t, reason);
+            if (!err)
+                return 0;
+            break;
+        default:
+        unexpected:
+            snprintf(reason, MIGRATE_TEXT, "the stream is damaged: '%s' where it cannot be", frame_name(f->type));
+            err = -EPROTO;
+        }
+        if (!err)
+            told = false;
+    }
+    if (told && t->control)
+        refuse(t->control, reason);
+    return err;
+}
+
+/* The link broke when all was here and COMMIT was not. True: a person took it. */
+static bool wait_as_orphan(struct migrate_target *t, const char *reason)
+{
+    bool taken;
+
+    log_error("migration: the source is gone (%s) after the machine was complete here and before it was handed over. It is kept, paused. If the source does not run it any more: `ringfort resume` it here; else `ringfort stop --force` it here",
+              reason);
+    t->ops->orphan(t->opaque);
+    set_stage(t, MIGRATE_UNKNOWN);
+    pthread_mutex_lock(&t->lock);
+    if (t->owner == PREPARED)
+        t->owner = ORPHAN;
+    while (t->owner == ORPHAN && !atomic_load(&t->cancelled))
+        pthread_cond_wait(&t->changed, &t->lock);
+    taken = t->owner == TAKEN;
+    if (!taken)
+        t->owner = GIVEN_UP;
+    pthread_mutex_unlock(&t->lock);
+    return taken;
+}
+
+/* Post-copy: until all memory is here, through as many connections as that takes. */
+static int receive_rest(struct migrate_target *t, struct frame *f, char reason[MIGRATE_TEXT])
+{
+    set_stage(t, MIGRATE_POST_COPYING);
+    for (;;) {
+        int ready = channel_wait(t->control, 100), err = 0;
+
+        t->progress.left_pages = postcopy_missing(t->postcopy);
+        report(t);
+        if (!t->progress.left_pages) {
+            frame_send(t->control, FRAME_COMPLETE, 0, NULL, 0);
+            return 0;
+        }
+        if (ready > 0)
+            err = hear(t, f, reason);
+        else if (ready < 0)
+            err = ready;
+        if (!err && f->type == FRAME_PROGRESS)
+            take_progress(t, f);
+        if (!err)
+            continue;
+        pthread_mutex_lock(&t->lock);
+        snprintf(reason, MIGRATE_TEXT, "%s", t->broken ? t->reason : channel_error(t->control));
+        pthread_mutex_unlock(&t->lock);
+        if (atomic_load(&t->cancelled))
+            return -ECANCELED;
+        log_warn("migration: the connection failed (%s) with %llu pages of memory still at the source; the guest waits for those that it needs, until the source connects again",
+                 reason, (unsigned long long)t->progress.left_pages);
+        for (;;) {
+            close_connections(t);
+            if (!next_control(t, 0))
+                return -ECANCELED;
+            if (missing_send(t->control, t->memory, postcopy_bitmaps(t->postcopy)) == 0 &&
+                frame_send(t->control, FRAME_READY, 0, "{}", 2) == 0)
+                break;
+        }
+        log_warn("migration: the source is there again");
+    }
+}
+
+/* The source may still ask whether RUNNING was meant; it says COMPLETE when it knows. */
+static void wait_until_known(struct migrate_target *t, struct frame *f)
+{
+    uint64_t until = migrate_now_ms() + (t->opt->settle_ms ? t->opt->settle_ms : DEFAULT_SETTLE_MS);
+    char error[CHANNEL_ERROR_MAX];
+
+    while (t->control && !atomic_load(&t->cancelled) && hear(t, f, error) == 0)
+        if (f->type == FRAME_COMPLETE)
+            return;
+    while (migrate_now_ms() < until && !atomic_load(&t->cancelled))
+        nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
+}
+
+enum migrate_stage migrate_target_run(struct migrate_target *t, struct migrate_result *result)
+{
+    char reason[MAX(MIGRATE_TEXT, CHANNEL_ERROR_MAX)] = "cancelled";
+    enum migrate_stage end = MIGRATE_FAILED;
+    struct frame f = { 0 };
+    int err = -ECANCELED;
+    bool prepared;
+
+    *result = (struct migrate_result){ 0 };
+    if (next_control(t, 0)) {
+        t->began_ms = migrate_now_ms();
+        set_stage(t, MIGRATE_CHECKS);
+        err = receive(t, &f, reason);
+    }
+    pthread_mutex_lock(&t->lock);
+    prepared = t->owner == PREPARED;
+    pthread_mutex_unlock(&t->lock);
+    if (err && prepared && err != -EACCES && !atomic_load(&t->cancelled)) {
+        close_connections(t);
+        err = wait_as_orphan(t, reason) ? activate(t, reason) : err;
+        if (t->owner == GIVEN_UP)
+            snprintf(reason, sizeof(reason), "the source goes on with the machine");
+    }
+    if (!err) {
+        end = MIGRATE_DONE;
+        if (t->postcopy && receive_rest(t, &f, reason))
+            end = MIGRATE_LOST;
+    } else {
+        pthread_mutex_lock(&t->lock);
+        if (t->owner != NOTHING)
+            t->owner = GIVEN_UP;
+        pthread_mutex_unlock(&t->lock);
+        t->ops->abandon(t->opaque);
+    }
+    if (end == MIGRATE_DONE) {
+        set_stage(t, MIGRATE_DONE);
+        if (t->control)
+            wait_until_known(t, &f);
+    }
+    close_connections(t);
+    stop_accepting(t);
+    if (end == MIGRATE_FAILED)
+        log_error("migration: the machine was not received: %s; it is still the source's", reason);
+    else if (end == MIGRATE_LOST)
+        log_error("migration: the machine cannot go on: the rest of its memory will not come: %s", reason);
+    result->end = end;
+    if (end != MIGRATE_DONE)
+        snprintf(result->reason, sizeof(result->reason), "%s", reason);
+    result->post_copy = t->postcopy != NULL;
+    if (t->postcopy)
+        result->pages_requested = postcopy_requested(t->postcopy);
+    result->total_ms = t->began_ms ? migrate_now_ms() - t->began_ms : 0;
+    result->bytes = t->closed_bytes;
+    t->progress.stage = end;
+    report(t);
+    if (end == MIGRATE_DONE) {
+        postcopy_destroy(t->postcopy);
+        t->postcopy = NULL;
+    }
+    frame_free(&f);
+    return end;
+}

@@ -1,0 +1,303 @@
+/*
+ * A machine that goes on from a snapshot.
+ *
+ * Its RAM is the snapshot's file, mapped privately: pages are read when they are touched, machines from one snapshot share what
+ * none of them has written, and removing the snapshot takes nothing away from them. Its disks are overlays in the folder of
+ * the machine, DATA/machines/NAME, on links to the snapshot's copies. What an earlier machine of that name had there is kept in a
+ * folder beside it.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "backend/block/block.h"
+#include "base/log.h"
+#include "base/state.h"
+#include "base/util.h"
+#include "vm/config.h"
+#include "vm/snapshot.h"
+#include "vm/snapshot_pack.h"
+#include "vm/snapshot_store.h"
+#include "vm/state_file.h"
+#include "vm/status.h"
+#include "vm/vm_internal.h"
+
+struct vm_snapshot {
+    char name[VM_SNAPSHOT_NAME_MAX], machine[128];
+    char root_path[PATH_MAX], path[PATH_MAX];
+    int root, dir, memory_fd;
+    bool packed;                /* memory_fd is of SNAPSHOT_PACKED */
+    void *stream;
+    size_t stream_len;
+    uint64_t tsc_hz;
+    const char *config;
+    size_t config_len;
+};
+
+void vm_snapshot_close(struct vm_snapshot *s)
+{
+    if (!s)
+        return;
+    if (s->memory_fd >= 0)
+        close(s->memory_fd);
+    if (s->dir >= 0)
+        close(s->dir);
+    if (s->root >= 0)
+        close(s->root);
+    free(s->stream);
+    free(s);
+}
+
+static int read_snapshot(struct vm_snapshot *s)
+{
+    struct state_reader r;
+    const char *machine;
+    json_t *meta;
+    int err;
+
+    s->root = snapshot_open_root("snapshots", s->root_path);
+    if (s->root < 0)
+        return s->root;
+    meta = snapshot_read_meta(s->root, s->name, s->root_path, false);
+    if (!meta)
+        return faccessat(s->root, s->name, F_OK, 0) ? -ENOENT : -EINVAL;
+    machine = json_string_value(json_object_get(meta, "machine"));
+    snprintf(s->machine, sizeof(s->machine), "%s", machine ? machine : s->name);
+    json_decref(meta);
+    snprintf(s->path, sizeof(s->path), "%.2000s/%s", s->root_path, s->name);
+    s->dir = openat(s->root, s->name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    s->memory_fd = s->dir < 0 ? -1 : openat(s->dir, SNAPSHOT_MEMORY, O_RDONLY | O_CLOEXEC);
+    if (s->dir >= 0 && s->memory_fd < 0 && errno == ENOENT) {
+        s->memory_fd = openat(s->dir, SNAPSHOT_PACKED, O_RDONLY | O_CLOEXEC);
+        s->packed = s->memory_fd >= 0;
+    }
+    if (s->memory_fd < 0) {
+        err = -errno;
+        log_error("%s/%s: cannot read: %s", s->path, SNAPSHOT_MEMORY, strerror(-err));
+        return err;
+    }
+    err = state_file_read(s->dir, SNAPSHOT_STATE, s->path, &s->stream, &s->stream_len);
+    if (err)
+        return err;
+    state_reader_init(&r, s->stream, s->stream_len);
+    err = vm_state_peek(&r, &s->config, &s->config_len, &s->tsc_hz);
+    if (!err && !s->config) {
+        log_error("%s/%s: it does not say what machine it is of", s->path, SNAPSHOT_STATE);
+        err = -EINVAL;
+    }
+    return err;
+}
+
+int vm_snapshot_open(const char *name, struct vm_snapshot **out)
+{
+    struct vm_snapshot *s;
+    int err = snapshot_check_name(name);
+
+    *out = NULL;
+    if (err)
+        return err;
+    s = calloc(1, sizeof(*s));
+    if (!s) {
+        log_error("out of memory");
+        return -ENOMEM;
+    }
+    snprintf(s->name, sizeof(s->name), "%s", name);
+    s->root = s->dir = s->memory_fd = -1;
+    err = read_snapshot(s);
+    if (err)
+        vm_snapshot_close(s);
+    else
+        *out = s;
+    return err;
+}
+
+const char *vm_snapshot_machine(const struct vm_snapshot *s) { return s->machine; }
+
+int vm_snapshot_config(struct vm_snapshot *s, struct vm_config *c)
+{
+    char file[PATH_MAX + 16];
+    int err;
+
+    snprintf(file, sizeof(file), "%s/%s", s->path, SNAPSHOT_STATE);
+    err = vm_config_load_json(c, s->config, s->config_len, file);
+    /* Figures are of one run, and its file is that run's. */
+    free(c->stats);
+    c->stats = NULL;
+    return err;
+}
+
+/* ---- disks ---- */
+
+struct machine_folder {
+    int root, dir;
+    char root_path[PATH_MAX], path[PATH_MAX];
+};
+
+static void close_folder(struct machine_folder *f)
+{
+    if (f->dir >= 0)
+        close(f->dir);
+    if (f->root >= 0)
+        close(f->root);
+}
+
+/* What is there of a machine of that name gets out of the way. */
+static int keep_former(struct machine_folder *f, const char *name)
+{
+    char kept[256];
+    time_t now = time(NULL);
+
+    for (unsigned i = 0; i < 1000; i++) {
+        snprintf(kept, sizeof(kept), "%.128s.until-%lld-%u", name, (long long)now, i);
+        if (renameat(f->root, name, f->root, kept) == 0) {
+            log_warn("the disks of the former machine %s are kept in %s/%s; remove that folder when nobody needs them", name,
+                     f->root_path, kept);
+            return 0;
+        }
+        if (errno == ENOENT)
+            return 0;
+        if (errno != EEXIST && errno != ENOTEMPTY)
+            break;
+    }
+    return -errno;
+}
+
+static int make_folder(struct machine_folder *f, const char *name)
+{
+    int err = 0;
+
+    f->dir = -1;
+    f->root = snapshot_open_root("machines", f->root_path);
+    if (f->root < 0)
+        return f->root;
+    snprintf(f->path, sizeof(f->path), "%.2000s/%.128s", f->root_path, name);
+    err = keep_former(f, name);
+    if (!err && mkdirat(f->root, name, 0700) < 0)
+        err = -errno;
+    if (!err)
+        f->dir = openat(f->root, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (!err && f->dir < 0)
+        err = -errno;
+    if (err)
+        log_error("%s: cannot make this folder: %s", f->path, strerror(-err));
+    return err;
+}
+
+/* The disk's overlay in the machine's folder, on a link to the snapshot's copy. */
+static int make_overlay(struct vm_snapshot *s, struct machine_folder *f, struct vm_disk_config *d, unsigned index)
+{
+    char disk[32], base[64], *path = NULL;
+    uint64_t random = 0, size;
+    int err = 0;
+
+    snprintf(disk, sizeof(disk), "disk%u", index);
+    if (getrandom(&random, sizeof(random), 0) != sizeof(random))
+        return -EIO;
+    snprintf(base, sizeof(base), SNAPSHOT_BASE_PREFIX "%016llx", (unsigned long long)random);
+    if (linkat(s->dir, disk, f->dir, base, 0) < 0) {
+        err = -errno;
+        log_error("%s/%s: cannot use it for the restored machine: %s", s->path, disk, strerror(-err));
+        return err;
+    }
+    err = block_image_size(s->dir, disk, &size);
+    if (!err)
+        err = block_overlay_create(f->dir, disk, base, size);
+    if (!err && asprintf(&path, "%s/%s", f->path, disk) < 0)
+        err = -ENOMEM;
+    if (err) {
+        log_error("%s/%s: cannot make the restored machine's disk: %s", f->path, disk, strerror(-err));
+        return err;
+    }
+    free((char *)d->block.path);
+    d->block.path = path;
+    return 0;
+}
+
+static int make_disks(struct vm_snapshot *s, struct vm_config *c)
+{
+    struct machine_folder f = { -1, -1, "", "" };
+    int err = 0;
+    bool any = false;
+
+    for (unsigned i = 0; i < c->disk_count && !err; i++) {
+        if (c->disks[i].block.readonly)
+            continue;
+        if (!any)
+            err = make_folder(&f, c->name);
+        any = true;
+        if (!err)
+            err = make_overlay(s, &f, &c->disks[i], i);
+    }
+    if (any && !err)
+        err = snapshot_link_bases(s->dir, f.dir, s->path);
+    close_folder(&f);
+    return err;
+}
+
+/* ---- RAM ---- */
+
+static int map_memory(struct vm_snapshot *s, struct memory *m)
+{
+    uint64_t offset = 0;
+    struct stat st;
+
+    for (unsigned i = 0; i < m->regions; i++)
+        offset += align_up(m->region[i].size, SNAPSHOT_REGION_ALIGN);
+    if (fstat(s->memory_fd, &st) < 0 || (uint64_t)st.st_size != offset) {
+        log_error("%s/%s: it is damaged: it has not the size of the machine's memory; was it copied completely?", s->path,
+                  SNAPSHOT_MEMORY);
+        return -EINVAL;
+    }
+    offset = 0;
+    for (unsigned i = 0; i < m->regions; i++) {
+        int err = memory_map_file(m, i, s->memory_fd, offset);
+
+        if (err) {
+            log_error("%s/%s: cannot map it: %s", s->path, SNAPSHOT_MEMORY, strerror(-err));
+            return err;
+        }
+        offset += align_up(m->region[i].size, SNAPSHOT_REGION_ALIGN);
+    }
+    return 0;
+}
+
+static int unpack_memory(struct vm_snapshot *s, struct memory *m)
+{
+    int err = lseek(s->memory_fd, 0, SEEK_SET) < 0 ? -errno : snapshot_unpack(s->memory_fd, m);
+
+    if (err)
+        log_error("%s/%s: %s", s->path, SNAPSHOT_PACKED,
+                  err == -EINVAL ? "it is damaged; was it copied completely?" : strerror(-err));
+    return err;
+}
+
+struct vm *vm_snapshot_restore(struct vm_snapshot *s, struct vm_config *config, unsigned hold, int *status)
+{
+    struct state_reader r;
+    struct vm *vm;
+    int err = make_disks(s, config);
+
+    if (err) {
+        *status = vm_status_of(err);
+        return NULL;
+    }
+    vm = vm_create_empty(config, s->tsc_hz, (enum vm_hold)hold, status);
+    if (!vm)
+        return NULL;
+    err = s->packed ? unpack_memory(s, &vm->machine.memory) : map_memory(s, &vm->machine.memory);
+    state_reader_init(&r, s->stream, s->stream_len);
+    if (!err)
+        err = vm_load(vm, &r);
+    if (err) {
+        *status = vm_status_of(err);
+        vm_destroy(vm);
+        return NULL;
+    }
+    return vm;
+}

@@ -1,0 +1,42 @@
+/*
+ * Where snapshots and the disks of restored machines are kept: $XDG_DATA_HOME/ringfort (~/.local/share/ringfort), in
+ * snapshots/NAME and machines/NAME. For the snapshot_*.c files only.
+ *
+ * A snapshot is made in a folder snapshots/.new-NAME-XXXXXX that its maker holds locked, and gets its name when it is whole and
+ * on disk. A folder of that kind that nobody holds is what a killed save left, and is removed by the next one.
+ */
+#ifndef RINGFORT_VM_SNAPSHOT_STORE_H
+#define RINGFORT_VM_SNAPSHOT_STORE_H
+
+#include <jansson.h>
+#include <limits.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#define SNAPSHOT_STATE  "state"
+#define SNAPSHOT_MEMORY "memory"
+#define SNAPSHOT_META   "snapshot.json"
+
+/* In the memory file, regions stand one after the other, each on a multiple of this. */
+#define SNAPSHOT_REGION_ALIGN ((uint64_t)2 << 20)
+
+/* 0, or -EINVAL (logged: what is wrong with it). */
+int snapshot_check_name(const char *name);
+/* Opens DATA/kind ("snapshots", "machines"), making it when it is not there; path gets its name. A descriptor or a negative errno (logged). */
+int snapshot_open_root(const char *kind, char path[PATH_MAX]);
+/* Removes the folder name in dirfd with all that is in it. 0 or a negative errno (silent). */
+int snapshot_remove_tree(int dirfd, const char *name);
+/*
+ * Files below the overlays of a folder have names that begin so. They are links, so they live as long as somebody needs them.
+ * snapshot_link_bases() links all of from's into to as well. 0 or a negative errno (logged); path: from's, for messages.
+ */
+#define SNAPSHOT_BASE_PREFIX "base-"
+int snapshot_link_bases(int from, int to, const char *path);
+/* Removes what killed saves left. */
+void snapshot_sweep(int root);
+/* snapshot.json of the snapshot, checked; a new reference, or NULL (logged, unless quiet). */
+json_t *snapshot_read_meta(int root, const char *name, const char *path, bool quiet);
+/* Writes and syncs it. 0 or a negative errno (logged). */
+int snapshot_write_meta(int dirfd, const char *path, const json_t *meta);
+
+#endif

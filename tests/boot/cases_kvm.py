@@ -1,0 +1,70 @@
+"""The KVM engine with hardware assistance, also where the host has none: in QEMU, whose TCG emulates AMD-V with nested paging.
+
+Debian's cloud kernel with its own kvm_amd runs in QEMU, `ringfort run --engine kvm` in that, and the same kernel in that.
+"""
+
+import hashlib
+import shutil
+import time
+from pathlib import Path
+
+from cases import case
+from machine import Machine, Skipped, check, ringfort, script
+
+# What the second guest does: writes its disk, reads random numbers, works on both processors.
+COMMAND = ("seq 1 100000 | dd of=/dev/vda bs=64k conv=notrunc,fsync 2>/dev/null; dd if=/dev/hwrng bs=64 count=2 2>/dev/null | wc -c; "
+           "for i in 1 2; do taskset $i md5sum /bin/busybox & done; wait; "
+           "cat /sys/devices/system/clocksource/clocksource0/current_clocksource; grep -c processor /proc/cpuinfo")
+# What the first one does; in a file, as there are quotes.
+SCRIPT = f"""
+if [ -x /bin/test_switch ]; then test_switch kvm interp; echo "switch: status $?"; fi
+ringfort host | grep -E '  kvm|auto'
+dd if=/dev/zero of=/disk bs=1M count=1 2>/dev/null
+ringfort run --engine auto --cpus 2 --memory 128M --kernel /kernel --initrd /initrd --stats /stats \\
+    --disk path=/disk --device virtio-rng --cmdline 'console=ttyS0 quiet rf.cmd="{COMMAND}"' </dev/null
+echo "run: status $?"
+cat /stats
+md5sum /disk
+"""
+
+
+@case(600, kvm="only")
+def nested(folder):
+    """Engines that change in the middle of work, and a kernel's boot to power-off, by AMD-V at the speed of an emulator."""
+    qemu = shutil.which("qemu-system-x86_64")
+    if not qemu:
+        raise Skipped("this needs the package qemu-system-x86")
+    kernel = script("kernel", "cloud")
+    (folder / "script").write_text(SCRIPT)
+    program = ringfort()
+    test = Path(program).parent / "tests/cpu/test_switch"
+    image = folder / "image.cpio"
+    script("initramfs", "--kernel", "cloud-kvm", "--program", program, *(["--program", str(test)] if test.exists() else []),
+           "--add", f"kernel={kernel}/vmlinuz", "--add", f"initrd={script('initramfs', '--kernel', 'cloud')}",
+           "--add", f"script={folder}/script", "--output", str(image))
+    numbers = "".join(f"{i}\n" for i in range(1, 100001)).encode()
+    start = time.monotonic()
+    with Machine(folder, command=[qemu, "-accel", "tcg,thread=single", "-cpu", "max", "-machine", "q35", "-smp", "2", "-m", "512M",
+                                  "-kernel", str(kernel / "vmlinuz"), "-initrd", str(image), "-nodefaults", "-no-user-config",
+                                  "-display", "none", "-serial", "stdio", "-no-reboot",
+                                  "-append", 'console=ttyS0 quiet mitigations=off rf.cmd="sh /script"']) as m:
+        m.expect(r"^RF: command begins", 150)
+        begun = time.monotonic()
+        if test.exists():
+            m.expect(r"^switch: status 0\s", 240)
+        m.expect(r"auto takes kvm\b", 60)
+        m.expect(r"^  kvm +yes .*natively", 30)
+        switched = time.monotonic()
+        m.expect(r"^128\s", 240)
+        m.expect(r"^kvm-clock\s+2\s", 60)
+        m.expect(r"^run: status 0\s", 60)
+        m.expect(r'"engine": "kvm"', 10)
+        # Notices to virtio devices reach the bus without an exit.
+        exits, reads, writes = (int(n) for n in m.expect(
+            r'"mmio": (\d+),(?s:.*)"mmio": \{\s*"reads": (\d+),\s*"writes": (\d+)', 10).groups())
+        check(0 < exits < reads + writes, f"{exits} exits for {reads} reads and {writes} writes of devices' memory")
+        m.expect(hashlib.md5(numbers + bytes((1 << 20) - len(numbers))).hexdigest(), 10)
+        ended = time.monotonic()
+        m.powered_off(30)
+    print(f"    | first guest up in {begun - start:.1f} s, tests in {switched - begun:.1f} s, second guest's boot and work in "
+          f"{ended - switched:.1f} s", flush=True)

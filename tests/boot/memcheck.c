@@ -1,0 +1,68 @@
+/*
+ * Runs in a guest that is moved about: writes memory at random and checks what it finds there.
+ *
+ * memcheck MIB RATE: so much memory, RATE pages a second (0: as fast as it goes). What each page should hold is kept apart, as a
+ * number of writes; each word of the page follows from it. Prints "@check N" each second of guest time, where N is the
+ * number of pages that were right so far, and "@lost …" for the first that is not.
+ */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#define WORDS 512u
+
+static uint64_t word(uint64_t page, uint64_t seq, unsigned i)
+{
+    return seq ? (page * 0x9e3779b97f4a7c15ull + seq * 0xbf58476d1ce4e5b9ull) ^ i : 0;
+}
+
+static double now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t pages = strtoull(argc > 1 ? argv[1] : "64", NULL, 0) * 256, rate = strtoull(argc > 2 ? argv[2] : "0", NULL, 0);
+    uint64_t x = 88172645463325252ull, checked = 0, batch = rate ? rate / 100 + 1 : 500, *seq = calloc(pages, 8);
+    uint64_t *memory = mmap(NULL, pages * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    double said = now();
+
+    if (!seq || memory == MAP_FAILED)
+        return 1;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    printf("@begin\n");
+    for (;;) {
+        double start = now();
+
+        for (uint64_t n = 0; n < batch; n++) {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            uint64_t page = x % pages, *p = memory + page * WORDS;
+
+            for (unsigned i = 0; i < WORDS; i++)
+                if (p[i] != word(page, seq[page], i)) {
+                    printf("@lost page %llu word %u holds %llx, not write %llu\n", (unsigned long long)page, i,
+                           (unsigned long long)p[i], (unsigned long long)seq[page]);
+                    return 1;
+                }
+            seq[page]++;
+            for (unsigned i = 0; i < WORDS; i++)
+                p[i] = word(page, seq[page], i);
+            checked++;
+        }
+        if (start - said >= 1) {
+            said = start;
+            printf("@check %llu\n", (unsigned long long)checked);
+        }
+        if (rate && now() - start < 0.01)
+            nanosleep(&(struct timespec){ .tv_nsec = 10000000 - (long)((now() - start) * 1e9) }, NULL);
+    }
+}

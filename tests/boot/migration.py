@@ -1,0 +1,267 @@
+"""Machines that are moved about, and links that break under them.
+
+All machines of a Journey run detached under names of their own (m1, m2, ...), with control sockets and logs in the
+journey's folder. The guest runs memcheck (memcheck.c), which finds writes that were lost on the way.
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import machine
+from machine import Failure, check, ringfort, script
+
+ENGINES = ("interp", "translate")
+
+
+def guest_image(folder):
+    """An initrd with memcheck, to be joined with that of busybox."""
+    root = folder / "root"
+    (root / "bin").mkdir(parents=True, exist_ok=True)
+    subprocess.run(["gcc", "-O2", "-static", "-o", root / "bin/memcheck", machine.ROOT / "tests/boot/memcheck.c"], check=True)
+    archive = folder / "memcheck.cpio"
+    with open(archive, "wb") as out:
+        subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input=b".\nbin\nbin/memcheck\n", stdout=out, cwd=root, check=True)
+    return archive
+
+
+class Link:
+    """A relay between two Unix sockets that breaks after some bytes, and perhaps heals."""
+
+    def __init__(self, path, to, after, heals):
+        self.to, self.left, self.heals = str(to), after, heals
+        self.cut_at = None
+        self.pairs = []
+        self.lock = threading.Lock()
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(path))
+        self.listener.listen(64)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self):
+        self.listener.close()
+        self.cut()
+
+    def cut(self):
+        with self.lock:
+            self.cut_at = time.monotonic()
+            for s in self.pairs:
+                with contextlib.suppress(OSError):
+                    s.shutdown(socket.SHUT_RDWR)
+            self.pairs = []
+
+    def _accept(self):
+        while True:
+            try:
+                a, _ = self.listener.accept()
+            except OSError:
+                return
+            if self.cut_at is not None and not (self.heals and time.monotonic() - self.cut_at > 0.3):
+                a.close()
+                continue
+            b = socket.socket(socket.AF_UNIX)
+            try:
+                b.connect(self.to)
+            except OSError:
+                a.close()
+                continue
+            with self.lock:
+                self.pairs += [a, b]
+            for x, y in ((a, b), (b, a)):
+                threading.Thread(target=self._pass, args=(x, y), daemon=True).start()
+
+    def _pass(self, source, target):
+        try:
+            while data := source.recv(65536):
+                if self.cut_at is None:
+                    self.left -= len(data)
+                    if self.left <= 0:
+                        self.cut()
+                        break
+                target.sendall(data)
+        except OSError:
+            pass
+        for s in (source, target):
+            with contextlib.suppress(OSError):
+                s.shutdown(socket.SHUT_RDWR)
+            s.close()
+
+
+class Journey:
+    """One guest on its way through many processes."""
+
+    def __init__(self, folder, memory="128M", workload="memcheck 32 3000", seed=1, extra=()):
+        self.folder, self.memory, self.workload, self.extra = folder, memory, workload, extra
+        self.random = random.Random(seed)
+        self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "XDG_STATE_HOME": str(folder)}
+        self.image = guest_image(folder)
+        self.count, self.checked, self.current = 0, 0, None
+        self.pids = set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    # ---- commands ----
+
+    def run(self, *args, seconds=60, status=0):
+        done = subprocess.run([ringfort(), *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, env=self.environment, text=True, timeout=seconds * machine.PATIENCE)
+        if status is not None:
+            check(done.returncode == status, f"'ringfort {' '.join(map(str, args))}' ended with {done.returncode}: {done.stderr}")
+        return done
+
+    def machines(self):
+        return {m["name"]: m for m in self.state(self.run("ls", "-o", "json").stdout)}
+
+    @staticmethod
+    def state(text):
+        answer = json.loads(text)
+        return answer["machines"] if isinstance(answer, dict) else answer
+
+    def running(self):
+        return sorted(n for n, m in self.machines().items() if m["state"] == "running")
+
+    def messages(self, name):
+        return self.run("logs", name, "--messages", status=None).stdout
+
+    def next_name(self):
+        self.count += 1
+        return f"m{self.count}"
+
+    def waits_for_memory(self, name):
+        """In post-copy, for a source that is gone."""
+        said = self.messages(name)
+        return said.rfind("still at the source") > said.rfind("the source is there again")
+
+    # ---- the guest ----
+
+    def start(self, engine):
+        name = self.next_name()
+        kernel = script("kernel", "cloud")
+        initrd = script("initramfs", "--kernel", "cloud")
+        self.run("run", "--detach", "--name", name, "--engine", engine, "--memory", self.memory, "--net", "none", "--kernel",
+                 kernel / "vmlinuz", "--initrd", initrd, "--initrd", self.image, "--cmdline",
+                 f'console=ttyS0 rf.cmd="{self.workload}"', *self.extra)
+        self.current, self.checked = name, 0
+        self.pids.add(self.machines()[name]["pid"])
+        self.progress(120)
+
+    def progress(self, seconds=60):
+        """The current machine is the only one that runs, and its guest has found more pages right than ever."""
+        deadline = time.monotonic() + seconds * machine.PATIENCE
+        while True:
+            text = self.run("logs", self.current, status=None).stdout
+            lost = re.search(r"@lost.*", text)
+            check(not lost, f"{self.current}: {lost and lost[0]}")
+            checks = [int(n) for n in re.findall(r"@check (\d+)", text)]
+            if checks and checks[-1] > self.checked:
+                self.checked = checks[-1]
+                break
+            check(time.monotonic() < deadline, f"{self.current}: the guest makes no progress; its console ends with:\n{text[-800:]}\n"
+                  f"and ringfort said:\n{self.messages(self.current)[-800:]}")
+            time.sleep(0.1)
+        check(self.running() == [self.current], f"{self.running()} run instead of {self.current} alone")
+
+    # ---- one migration ----
+
+    def receive(self, engine, *flags):
+        name = self.next_name()
+        self.run("receive", name, "--listen", f"unix:{self.folder}/{name}.to", "--detach", "--engine", engine, *flags)
+        done = subprocess.run(["pgrep", "-f", f"receive {name} --listen unix:{self.folder}/"], stdout=subprocess.PIPE, text=True)
+        self.pids |= {int(p) for p in done.stdout.split()}
+        return name, [int(p) for p in done.stdout.split()]
+
+    def migrate(self, name, *flags, to=None, seconds=120, status=0):
+        done = self.run("migrate", self.current, f"unix:{to or f'{self.folder}/{name}.to'}", "-o", "json", *flags,
+                        seconds=seconds, status=status)
+        return json.loads(done.stdout) if done.returncode == 0 else done
+
+    def hop(self, engine, *flags, target_flags=()):
+        name, _ = self.receive(engine, *target_flags)
+        figures = self.migrate(name, *flags)
+        self.current = name
+        self.progress()
+        return figures
+
+    def hop_with_fault(self, engine, fault, *flags):
+        """A migration during which something breaks. Gives what came of it, in a word."""
+        source = self.current
+        name, pids = self.receive(engine)
+        link = None
+        to = f"{self.folder}/{name}.to"
+        if fault in ("cut", "cut-for-a-while"):
+            link = Link(f"{self.folder}/{name}.link", to, self.random.choice((20000, 2000000, 40000000)) * self.random.random(),
+                        fault == "cut-for-a-while")
+            to = f"{self.folder}/{name}.link"
+        client = subprocess.Popen([ringfort(), "migrate", source, f"unix:{to}", "-o", "json", *flags], stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment, text=True)
+        if fault.startswith("kill"):
+            time.sleep(self.random.random() * 0.8)
+            there = self.machines()
+            victims = pids if fault == "kill-target" else [there[source]["pid"]] if source in there else []
+            for pid in victims:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        try:
+            client.wait(60 * machine.PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise Failure(f"'ringfort migrate' does not end after {fault}; the source said:\n{self.messages(source)[-800:]}\n"
+                          f"the target said:\n{self.messages(name)[-800:]}") from None
+        finally:
+            if client.poll() is None:
+                client.kill()
+            client.wait()
+        outcome = self.settle(source, name, client.returncode)
+        if link:
+            link.close()
+        return outcome
+
+    def settle(self, source, target, status):
+        """What a person would do by what both sides say; afterwards one machine runs, or it is said that there is none."""
+        deadline = time.monotonic() + 60 * machine.PATIENCE
+        while True:
+            there = self.machines()
+            states = {n: there[n]["state"] for n in (source, target) if n in there}
+            run = [n for n, s in states.items() if s == "running"]
+            check(len(run) < 2, f"both {source} and {target} run")
+            if run == [target] and source not in states and not self.waits_for_memory(target):
+                self.current = target
+                return "moved"
+            if run == [source] and target not in states:
+                self.current = source
+                return "stayed"
+            if run == [source] and "source is gone" in self.messages(target):
+                # The link broke when all was there: the source knows that it goes on, the target cannot.
+                self.run("stop", "--force", target, status=None)
+            elif run == [target] and source not in states:
+                # Killed in post-copy: part of the memory is gone.
+                self.run("stop", "--force", target, status=None)
+            elif run == [target] and "not known who has the machine" in self.messages(source):
+                self.run("stop", "--force", source, status=None)
+            elif not run and source in states and target not in states and (
+                    "not known who has the machine" in self.messages(source) or "stays paused here" in self.messages(source)):
+                self.run("resume", source)
+            elif not run and target in states and source not in states and "source is gone" in self.messages(target):
+                self.run("resume", target)
+            elif not states:
+                # The source died as its owner, or in the middle of post-copy; or the target did after it had taken the machine.
+                check(any(t in self.messages(target) for t in ("not received", "will not come")) or
+                      "has moved" in self.messages(source), f"no machine is left, and nobody says why; the source said:\n"
+                      f"{self.messages(source)[-800:]}\nthe target said:\n{self.messages(target)[-800:]}")
+                self.current = None
+                return "lost"
+            check(time.monotonic() < deadline, f"after 60 s: {states}; the source said:\n{self.messages(source)[-800:]}\n"
+                  f"the target said:\n{self.messages(target)[-800:]}")
+            time.sleep(0.1)

@@ -1,0 +1,432 @@
+/* Snapshots of a whole machine with a guest of a few bytes: what is saved is one moment, and other machines go on from it. */
+#include <stdarg.h>
+#include <stddef.h>
+#include <setjmp.h>
+#include <cmocka.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "base/util.h"
+#include "vm/config.h"
+#include "vm/snapshot.h"
+#include "vm/vm_internal.h"
+
+#define LOAD  0x100000u
+#define FIRST 0x200000u         /* the guest's counters: first of all pages, in order */
+#define PAGES 2048u
+
+/*
+ * 32-bit: EBX: the round. Each round adds one to the first word of every page from FIRST on, in order; so at any moment the
+ * words are N+1 … N+1 N … N.
+ *   again: mov edi, FIRST; mov ecx, PAGES; next: inc dword [edi]; add edi, 4096; loop next; jmp again
+ */
+static const uint8_t sweeping[] = {0xbf, 0x00, 0x00, 0x20, 0x00, 0xb9, 0x00, 0x08, 0x00, 0x00, 0xff, 0x07, 0x81,
+                                   0xc7, 0x00, 0x10, 0x00, 0x00, 0xe2, 0xf6, 0xeb, 0xea};
+
+static char data_folder[] = "/var/tmp/ringfort-snapshots-XXXXXX";
+
+struct running {
+    char kernel[64], disk[64];
+    struct vm_config config;
+    struct vm *vm;
+    pthread_t thread;
+    int status;
+};
+
+static void write_kernel(char path[])
+{
+    const uint32_t flags = 0x10000;
+    uint8_t image[256] = {0};
+    uint32_t header[8] = {0x1badb002, flags, 0u - 0x1badb002u - flags, LOAD, LOAD, LOAD + sizeof(image), 0,
+                          LOAD + sizeof(header)};
+    int fd = mkstemp(path);
+
+    memcpy(image, header, sizeof(header));
+    memcpy(image + sizeof(header), sweeping, sizeof(sweeping));
+    assert_true(fd >= 0);
+    assert_int_equal(write(fd, image, sizeof(image)), sizeof(image));
+    close(fd);
+}
+
+static void *run(void *opaque)
+{
+    struct running *r = opaque;
+    r->status = vm_run(r->vm);
+    return NULL;
+}
+
+static uint32_t word(struct running *r, unsigned page)
+{
+    uint32_t value = 0;
+    assert_int_equal(memory_read(&r->vm->machine.memory, FIRST + page * GUEST_PAGE_SIZE, &value, sizeof(value)), 0);
+    return value;
+}
+
+static void await_progress(struct running *r)
+{
+    uint32_t before = word(r, 0);
+    struct timespec t = {.tv_nsec = 1000000};
+
+    for (unsigned i = 0; i < 20000 && word(r, 0) == before; i++)
+        nanosleep(&t, NULL);
+    assert_int_not_equal(word(r, 0), before);
+}
+
+static void start(struct running *r, const char *engine)
+{
+    char disk[96];
+    int status, fd;
+
+    snprintf(r->kernel, sizeof(r->kernel), "%s/kernel-XXXXXX", data_folder);
+    write_kernel(r->kernel);
+    snprintf(r->disk, sizeof(r->disk), "%s/disk-XXXXXX", data_folder);
+    fd = mkstemp(r->disk);
+    assert_int_equal(ftruncate(fd, MIB(16)), 0);
+    assert_int_equal(pwrite(fd, "at the start", 12, MIB(3)), 12);
+    close(fd);
+    snprintf(disk, sizeof(disk), "path=%s", r->disk);
+    assert_int_equal(vm_config_init(&r->config), 0);
+    assert_int_equal(vm_config_set_flag(&r->config, "name", "sweeper"), 0);
+    assert_int_equal(vm_config_set_flag(&r->config, "kernel", r->kernel), 0);
+    assert_int_equal(vm_config_set_flag(&r->config, "memory", "32M"), 0);
+    assert_int_equal(vm_config_set_flag(&r->config, "console", "none"), 0);
+    assert_int_equal(vm_config_set_flag(&r->config, "engine", engine), 0);
+    assert_int_equal(vm_config_set_flag(&r->config, "disk", disk), 0);
+    assert_int_equal(vm_config_finish(&r->config), 0);
+    r->vm = vm_create(&r->config, &status);
+    assert_non_null(r->vm);
+    assert_int_equal(pthread_create(&r->thread, NULL, run, r), 0);
+    await_progress(r);
+    await_progress(r);
+}
+
+static void finish(struct running *r)
+{
+    vm_end(r->vm, VM_STATUS_USER);
+    pthread_join(r->thread, NULL);
+    vm_destroy(r->vm);
+    vm_config_destroy(&r->config);
+}
+
+/* The machine stands: its words are those of one moment. */
+static void assert_one_moment(struct running *r)
+{
+    uint32_t first = word(r, 0), n = first;
+
+    for (unsigned i = 1; i < PAGES; i++) {
+        uint32_t w = word(r, i);
+
+        assert_true(w == n || (n == first && w + 1 == n));
+        n = w;
+    }
+}
+
+static void restore(struct running *r, const char *snapshot, const char *name)
+{
+    struct vm_snapshot *s;
+    int status;
+
+    assert_int_equal(vm_snapshot_open(snapshot, &s), 0);
+    assert_int_equal(vm_config_init(&r->config), 0);
+    assert_int_equal(vm_snapshot_config(s, &r->config), 0);
+    assert_int_equal(vm_config_set_flag(&r->config, "name", name), 0);
+    assert_int_equal(vm_config_finish(&r->config), 0);
+    r->vm = vm_snapshot_restore(s, &r->config, VM_HOLD_USER, &status);
+    vm_snapshot_close(s);
+    assert_non_null(r->vm);
+}
+
+static void go_on(struct running *r)
+{
+    assert_int_equal(pthread_create(&r->thread, NULL, run, r), 0);
+    assert_int_equal(vm_resume(r->vm, VM_HOLD_USER), 0);
+}
+
+/* While the guest writes all over its memory, with both engines; and a snapshot of a restored machine. */
+static void saved_while_running(const char *engine)
+{
+    struct vm_snapshot_result result;
+    struct running r, a, b, c;
+
+    start(&r, engine);
+    await_progress(&r);
+    assert_int_equal(vm_snapshot_save(r.vm, "first", false, &result), 0);
+    assert_true(result.pause_ns > 0 && result.total_ns >= result.pause_ns);
+    assert_true(result.memory_bytes >= PAGES * GUEST_PAGE_SIZE);
+    assert_true(!engine_find(engine)->checks_pages || result.memory_bytes < MIB(12));
+    await_progress(&r);
+    assert_int_equal(vm_snapshot_save(r.vm, "first", false, &result), -EEXIST);
+    uint32_t later = word(&r, 0);
+
+    restore(&a, "first", "a");
+    restore(&b, "first", "b");
+    assert_one_moment(&a);
+    assert_true(word(&a, 0) && word(&a, 0) < later);
+    assert_int_equal(word(&a, 7), word(&b, 7));
+    go_on(&a);
+    await_progress(&a);
+    assert_one_moment(&b);
+    assert_int_equal(vm_snapshot_save(a.vm, "second", true, &result), 0);
+    finish(&a);
+    restore(&c, "second", "c");
+    assert_one_moment(&c);
+    assert_true(word(&c, 0) > word(&b, 0));
+    go_on(&c);
+    go_on(&b);
+    await_progress(&c);
+    await_progress(&b);
+
+    struct vm_snapshot_info *list;
+    unsigned count;
+    assert_int_equal(vm_snapshot_list(&list, &count), 0);
+    assert_int_equal(count, 2);
+    assert_string_equal(list[0].name, "first");
+    assert_string_equal(list[0].machine, "sweeper");
+    assert_string_equal(list[0].engine, engine);
+    assert_string_equal(list[1].machine, "a");
+    assert_int_equal(list[1].memory, MIB(32));
+    assert_int_equal(list[0].disks, 1);
+    free(list);
+
+    /* What goes on from it does not need it any more. */
+    assert_int_equal(vm_snapshot_remove("first"), 0);
+    assert_int_equal(vm_snapshot_remove("first"), -ENOENT);
+    await_progress(&b);
+    await_progress(&c);
+    finish(&b);
+    finish(&c);
+    restore(&c, "second", "c");
+    assert_one_moment(&c);
+    vm_destroy(c.vm);
+    vm_config_destroy(&c.config);
+    assert_int_equal(vm_snapshot_remove("second"), 0);
+    finish(&r);
+}
+
+static void test_interp(void **state) { saved_while_running("interp"); }
+static void test_translate(void **state) { saved_while_running("translate"); }
+
+/* Its vCPUs do not look at page flags: RAM is saved after its dirty log. */
+static void test_kvm(void **state)
+{
+    struct engine_report report;
+    const struct engine *kvm = engine_find("kvm");
+
+    kvm->probe(&report);
+    if (!report.usable)
+        skip();
+    saved_while_running("kvm");
+}
+
+/* The engine may change while pages are saved. */
+static void *change_engines(void *opaque)
+{
+    struct running *r = opaque;
+
+    for (unsigned i = 0; i < 20; i++)
+        if (vm_set_engine(r->vm, engine_find(i & 1 ? "interp" : "translate"), NULL))
+            return r;
+    return NULL;
+}
+
+static void test_engine_changes_meanwhile(void **state)
+{
+    struct vm_snapshot_result result;
+    struct running r, a;
+    pthread_t t;
+    void *bad;
+
+    start(&r, "interp");
+    await_progress(&r);
+    assert_int_equal(pthread_create(&t, NULL, change_engines, &r), 0);
+    assert_int_equal(vm_snapshot_save(r.vm, "changing", false, &result), 0);
+    pthread_join(t, &bad);
+    assert_null(bad);
+    restore(&a, "changing", "a");
+    assert_one_moment(&a);
+    go_on(&a);
+    await_progress(&a);
+    finish(&a);
+    finish(&r);
+    assert_int_equal(vm_snapshot_remove("changing"), 0);
+}
+
+/* A reset in the middle of a save takes nothing from what is saved. */
+static void test_reset_meanwhile(void **state)
+{
+    struct vm_snapshot_result result;
+    struct running r, a;
+
+    start(&r, "translate");
+    for (unsigned i = 0; i < 3; i++)
+        await_progress(&r);
+    assert_int_equal(vm_pause(r.vm, VM_HOLD_USER), 0);
+    uint32_t saved = word(&r, 5);
+    machine_raise(&r.vm->machine, MACHINE_RESET, 0);
+    assert_int_equal(vm_snapshot_save(r.vm, "reset", false, &result), 0);
+    restore(&a, "reset", "a");
+    assert_one_moment(&a);
+    assert_true(word(&a, 5) == saved || word(&a, 5) == 0);
+    go_on(&a);
+    await_progress(&a);
+    finish(&a);
+    finish(&r);
+    assert_int_equal(vm_snapshot_remove("reset"), 0);
+}
+
+static void spoil(const char *file, off_t at, const void *bytes, size_t len, off_t length)
+{
+    char path[160];
+    int fd;
+
+    snprintf(path, sizeof(path), "%s/ringfort/snapshots/bad/%s", data_folder, file);
+    fd = open(path, O_RDWR);
+    assert_true(fd >= 0);
+    if (bytes)
+        assert_int_equal(pwrite(fd, bytes, len, at), len);
+    if (length >= 0)
+        assert_int_equal(ftruncate(fd, length), 0);
+    close(fd);
+}
+
+static int try_open(void)
+{
+    struct vm_snapshot *s;
+    struct vm_config c;
+    struct vm *vm = NULL;
+    int err = vm_snapshot_open("bad", &s), status;
+
+    if (err)
+        return err;
+    assert_int_equal(vm_config_init(&c), 0);
+    assert_int_equal(vm_snapshot_config(s, &c), 0);
+    assert_int_equal(vm_config_finish(&c), 0);
+    vm = vm_snapshot_restore(s, &c, VM_HOLD_USER, &status);
+    vm_snapshot_close(s);
+    vm_destroy(vm);
+    vm_config_destroy(&c);
+    return vm ? 0 : -EINVAL;
+}
+
+static void test_damaged(void **state)
+{
+    struct vm_snapshot_result result;
+    struct running r;
+
+    start(&r, "interp");
+    assert_int_equal(vm_snapshot_save(r.vm, "bad", false, &result), 0);
+    assert_int_equal(vm_snapshot_save(r.vm, "../bad", false, &result), -EINVAL);
+    assert_int_equal(vm_snapshot_save(r.vm, ".bad", false, &result), -EINVAL);
+    finish(&r);
+    log_set_level(-1);
+    assert_int_equal(try_open(), 0);
+    spoil("memory", 0, NULL, 0, MIB(32) - 4096);
+    assert_int_equal(try_open(), -EINVAL);
+    spoil("memory", 0, NULL, 0, MIB(32));
+    assert_int_equal(try_open(), 0);
+    spoil("state", 300, "?", 1, -1);
+    assert_int_equal(try_open(), -EINVAL);
+    spoil("state", 16, "\x02", 1, -1);
+    assert_int_equal(try_open(), -EINVAL);
+    spoil("state", 0, "something else..", 16, -1);
+    assert_int_equal(try_open(), -EINVAL);
+    spoil("state", 0, NULL, 0, 10);
+    assert_int_equal(try_open(), -EINVAL);
+    spoil("snapshot.json", 0, "{", 1, 1);
+    assert_int_equal(try_open(), -EINVAL);
+    log_set_level(LOG_WARN);
+    assert_int_equal(vm_snapshot_remove("bad"), 0);
+}
+
+/* Compressed memory is checked as it is unpacked. */
+static void test_damaged_packed(void **state)
+{
+    struct vm_snapshot_result result;
+    struct running r;
+    char path[160];
+    struct stat st;
+
+    start(&r, "translate");
+    assert_int_equal(vm_snapshot_save(r.vm, "bad", true, &result), 0);
+    finish(&r);
+    snprintf(path, sizeof(path), "%s/ringfort/snapshots/bad/memory.zst", data_folder);
+    assert_int_equal(stat(path, &st), 0);
+    assert_true(st.st_size < (off_t)MIB(1));
+    log_set_level(-1);
+    assert_int_equal(try_open(), 0);
+    for (off_t at = st.st_size - 1; at > 8; at -= st.st_size / 9) {
+        uint8_t was, other;
+        int fd = open(path, O_RDWR);
+        assert_int_equal(pread(fd, &was, 1, at), 1);
+        other = was ^ 0x10;
+        assert_int_equal(pwrite(fd, &other, 1, at), 1);
+        assert_int_equal(try_open(), -EINVAL);
+        assert_int_equal(pwrite(fd, &was, 1, at), 1);
+        close(fd);
+    }
+    assert_int_equal(try_open(), 0);
+    spoil("memory.zst", 0, NULL, 0, st.st_size - 1);
+    assert_int_equal(try_open(), -EINVAL);
+    spoil("memory.zst", 0, NULL, 0, 0);
+    assert_int_equal(try_open(), -EINVAL);
+    log_set_level(LOG_WARN);
+    assert_int_equal(vm_snapshot_remove("bad"), 0);
+}
+
+/* A folder that a killed save left is no snapshot, and goes away with the next one. */
+static void test_killed_save(void **state)
+{
+    struct vm_snapshot_info *list;
+    struct vm_snapshot_result result;
+    struct running r;
+    char path[160];
+    struct stat st;
+    unsigned count;
+
+    start(&r, "interp");
+    snprintf(path, sizeof(path), "%s/ringfort/snapshots/.new-x-1", data_folder);
+    assert_int_equal(mkdir(path, 0700), 0);
+    assert_int_equal(vm_snapshot_list(&list, &count), 0);
+    assert_int_equal(count, 0);
+    assert_int_equal(vm_snapshot_save(r.vm, "x", false, &result), 0);
+    assert_int_equal(stat(path, &st), -1);
+    assert_int_equal(vm_snapshot_remove("x"), 0);
+    finish(&r);
+}
+
+static int setup(void **state)
+{
+    if (!mkdtemp(data_folder))
+        return -1;
+    return setenv("XDG_DATA_HOME", data_folder, 1);
+}
+
+static int teardown(void **state)
+{
+    char command[128];
+    snprintf(command, sizeof(command), "rm -rf %s", data_folder);
+    return system(command);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_interp),
+        cmocka_unit_test(test_translate),
+        cmocka_unit_test(test_kvm),
+        cmocka_unit_test(test_engine_changes_meanwhile),
+        cmocka_unit_test(test_reset_meanwhile),
+        cmocka_unit_test(test_damaged),
+        cmocka_unit_test(test_damaged_packed),
+        cmocka_unit_test(test_killed_save),
+    };
+    return cmocka_run_group_tests(tests, setup, teardown);
+}
