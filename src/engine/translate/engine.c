@@ -316,6 +316,7 @@ static enum vm_exit translate_run(struct vcpu *vcpu)
     if (translate_returns_attach(vcpu->data))
         return VM_EXIT_ERROR;
     exit = interp_run(vcpu);
+    translate_returns_detach(vcpu->data);
     return ((struct translator *)vcpu->data)->diverged ? VM_EXIT_ERROR : exit;
 }
 

@@ -21,6 +21,8 @@
 #ifndef RINGFORT_ENGINE_TRANSLATE_H
 #define RINGFORT_ENGINE_TRANSLATE_H
 
+#include <signal.h>
+
 #include "engine/interp/interp.h"
 #include "engine/translate/asm.h"
 #include "engine/translate/code.h"
@@ -112,6 +114,7 @@ struct translator {
     struct unit *work;          /* the unit being translated */
     uint64_t host_rsp;
     void *signal_stack;
+    stack_t former_signal_stack;
     void *self;                 /* this struct: translated code has its address only as the GS base */
     struct translate_site *site;        /* between the two halves of the miss routine */
     gva_t site_va;
@@ -161,10 +164,10 @@ const void *translate_run_op(struct translator *t, struct translate_site *site);
 /* ---- returns.c ---- */
 /* After the routines are there. 0 or a negative errno (logged). */
 int translate_returns_create(struct translator *t);
-/* In the thread that ran it last, or when that is gone. */
 void translate_returns_destroy(struct translator *t);
-/* In the thread that is to run it: has the guard pages watched. 0 or a negative errno (logged). */
+/* Around its running, in that thread: has the guard pages watched. 0 or a negative errno (logged). */
 int translate_returns_attach(struct translator *t);
+void translate_returns_detach(struct translator *t);
 /* Drops what is on a return stack: 0 the supervisor's, 1 the user's. Not from translated code. */
 void translate_forget_returns(struct translator *t, unsigned mode);
 
