@@ -280,8 +280,9 @@ static bool moves_between_views(const struct cpu_case *c)
     if ((c->in.gpr[RSI] >= WINDOW_HIGH) == (c->in.gpr[RDI] >= WINDOW_HIGH))
         return false;
     for (unsigned i = 0; i < c->insns; i++)
-        if (c->insn[i].rep && c->insn[i].category == ZYDIS_CATEGORY_STRINGOP)
-            return true;
+        switch (c->insn[i].mnemonic) {
+        case ZYDIS_MNEMONIC_MOVSB: case ZYDIS_MNEMONIC_MOVSW: case ZYDIS_MNEMONIC_MOVSD: case ZYDIS_MNEMONIC_MOVSQ: return true;
+        }
     return false;
 }
 
