@@ -50,6 +50,7 @@ void vm_config_destroy(struct vm_config *c)
     free(c->engine);
     free(c->console);
     free(c->stats);
+    free(c->trace_exec);
     memset(c, 0, sizeof(*c));
 }
 
