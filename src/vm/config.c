@@ -68,6 +68,7 @@ void vm_config_destroy(struct vm_config *c)
     free(c->console);
     free(c->stats);
     free(c->cpuid);
+    free(c->trace_exec);
     memset(c, 0, sizeof(*c));
 }
 

@@ -200,6 +200,30 @@ static json_t *get_engine(const struct vm_config *c)
     return json_string_nocheck(c->engine);
 }
 
+static int set_trace_exec(struct vm_config *c, const struct config_origin *o, const json_t *v)
+{
+    static const char *const keys[] = {"path", "registers", NULL};
+    json_t *object;
+    int r = config_object(o, v, "a trace", "path", keys, &object);
+    if (r < 0)
+        return r;
+    const json_t *path = json_object_get(object, "path");
+    const json_t *registers = json_object_get(object, "registers");
+    r = path ? config_string(o, path, false, &c->trace_exec)
+             : config_bad(o, "lacks the file; did you mean %s?", config_form(o, "trace.txt"));
+    if (r == 0 && registers)
+        r = config_bool(o, "registers", registers, &c->trace_registers);
+    json_decref(object);
+    return r;
+}
+
+static json_t *get_trace_exec(const struct vm_config *c)
+{
+    return c->trace_exec ? json_pack("{s:o, s:b}", "path", json_string_nocheck(c->trace_exec),
+                                     "registers", (int)c->trace_registers)
+                         : NULL;
+}
+
 /* ---- the translator's switches: the table is the engine's ---- */
 
 static const char *const *translate_names(void)
@@ -720,6 +744,13 @@ const struct config_option config_options[] = {
       false},
      set_on_crash,
      get_on_crash,
+     NULL},
+    {{"trace-exec", "FILE[,...]",
+      "write down what interp or translate executes, block by\n"
+      "block; with registers=on their values before each",
+      false},
+     set_trace_exec,
+     get_trace_exec,
      NULL},
     {{"stats", "FILE", "write figures of the run there as JSON at exit", false},
      set_stats,

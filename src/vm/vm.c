@@ -23,6 +23,7 @@
 #include "device/machine.h"
 #include "device/power.h"
 #include "engine/engine.h"
+#include "engine/interp/trace.h"
 #include "engine/soft.h"
 #include "isa/x86/cpuid.h"
 #include "migrate/migrate.h"
@@ -337,6 +338,8 @@ static int choose(struct vm *vm)
     const char *missing;
 
     translate_options = c->translate;
+    if (trace_open(c->trace_exec, c->trace_registers))
+        return -EINVAL;
     vm->engine = strcmp(c->engine, "auto") == 0 ? engine_choose() : engine_find(c->engine);
     vm->model = x86_cpu_model_find(c->cpu_model);
     if (!vm->engine || !vm->model) {
@@ -575,6 +578,7 @@ void vm_destroy(struct vm *vm)
         lapic_connect(vm->vcpus[i].vcpu.lapic, NULL, NULL);
         vm->engine->vcpu_destroy(&vm->vcpus[i].vcpu);
     }
+    trace_close();
     free(vm->vcpus);
     soft_group_destroy(vm->group);
     loop_fd_remove(vm->signals);

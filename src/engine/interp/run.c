@@ -8,6 +8,7 @@
 #include "base/log.h"
 #include "device/machine.h"
 #include "engine/interp/interp.h"
+#include "engine/interp/trace.h"
 
 /*
  * Decoded code of one vCPU. A kernel's boot is content with 8 MiB, but a server's start goes through programs of
@@ -86,6 +87,8 @@ static int interp_create(struct vcpu *vcpu)
     }
     memset(it, 0, sizeof(*it));
     vcpu->data = it;
+    if (trace_on())
+        it->block_hooks = &trace_hooks;
     err = interp_setup(it, vcpu, &hooks);
     if (err)
         interp_destroy(vcpu);

@@ -13,6 +13,7 @@
 
 #include "base/log.h"
 #include "device/machine.h"
+#include "engine/interp/trace.h"
 #include "engine/translate/lockstep.h"
 #include "engine/translate/perf.h"
 #include "engine/translate/translate.h"
@@ -127,6 +128,8 @@ static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
     struct block *b = op->aux;
     const struct op *next;
 
+    if (unlikely(t->tracing))
+        trace_block(cpu, b);
     if (unlikely(t->interpret_once || !masks_all(cpu) || cpu->simd_trap != t->simd_trap)) {
         t->interpret_once = 0;
         NEXT;
@@ -163,6 +166,8 @@ static const struct op *op_warm_up(struct x86_cpu *cpu, const struct op *op)
         b->op[0].fn = op_enter;
         GO(op);
     }
+    if (unlikely(t->tracing))
+        trace_block(cpu, b);
     NEXT;
 }
 
@@ -261,6 +266,9 @@ static int translate_create(struct vcpu *vcpu)
     t->options = translate_options;
     if (t->options.tier < 2)
         t->options.extend = false;
+    t->tracing = trace_on();
+    if (t->tracing)             /* each block by itself, and through here */
+        t->options.chain = t->options.returns = t->options.indirect = t->options.extend = false;
     if (t->options.lockstep) {
         err = lockstep_create(t, vcpu->count);
         if (err)

@@ -131,6 +131,7 @@ struct translator {
     /* Settings and figures. */
     struct translate_options options;
     struct lockstep *lockstep;  /* NULL: not in lock-step mode */
+    bool tracing;               /* blocks are written down as they are entered */
     bool diverged;              /* it found a difference: the run ends */
     uint64_t blocks, bytes, guest_bytes, apart, chained, indirect_misses, entered, fills, slow_ops, group_misses;
     uint64_t return_misses, stack_overflows;
