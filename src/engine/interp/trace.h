@@ -2,7 +2,7 @@
  * Writing down what the software engines execute: --trace-exec FILE. Each block of instructions is written when it is
  * entered, an instruction a line: processor, privilege (k or u), address, disassembly; with registers=on a line of them
  * before. What faults or is interrupted in the middle of a block is written as a whole; single-stepped instructions are not
- * written. It costs nothing when it is off: then blocks have no op that asks.
+ * written. Where a translation ends in front of an instruction that the interpreter does, that one is written again. It costs nothing when it is off: then blocks have no op that asks.
  */
 #ifndef RINGFORT_ENGINE_INTERP_TRACE_H
 #define RINGFORT_ENGINE_INTERP_TRACE_H

@@ -128,7 +128,7 @@ static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
     struct block *b = op->aux;
     const struct op *next;
 
-    if (unlikely(t->tracing))
+    if (unlikely(t->tracing && !t->interpret_once))     /* what is interpreted now was written down when it was entered */
         trace_block(cpu, b);
     if (unlikely(t->interpret_once || !masks_all(cpu) || cpu->simd_trap != t->simd_trap)) {
         t->interpret_once = 0;
@@ -166,8 +166,11 @@ static const struct op *op_warm_up(struct x86_cpu *cpu, const struct op *op)
         b->op[0].fn = op_enter;
         GO(op);
     }
-    if (unlikely(t->tracing))
-        trace_block(cpu, b);
+    if (unlikely(t->tracing)) {
+        if (!t->interpret_once)
+            trace_block(cpu, b);
+        t->interpret_once = 0;
+    }
     NEXT;
 }
 
