@@ -38,7 +38,7 @@ class Summary:
         return statistics.median(values) if values else None
 
     def ratio(self, over, under, row, basis=None):
-        if over not in self.engines:
+        if over not in self.engines or under not in self.engines:
             return None
         a, b = self.median(over, row, basis), self.median(under, row, basis)
         return a / b if a and b else None

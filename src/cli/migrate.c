@@ -27,12 +27,12 @@ static const char help[] =
     "  --compress           with zstd: for slow links\n"
     "  --post-copy WHEN     let the guest go on there before all of its memory is there: auto (default),\n"
     "                       when it changes memory faster than it is sent; never (its processors are\n"
-    "                       slowed down instead); now (after no round of copying)\n"
+    "                       slowed down instead); now (without a round of copying)\n"
     "  --tls DIR            encrypted, with ca.pem, cert.pem and key.pem in DIR on both sides\n"
     "  -o, --output FORMAT  text (default) or json: downtime_ms, total_ms, rounds, bytes and more\n"
     "  --help               show this text\n\n"
-    "Exit status: 0 when the machine has moved; 1 when it has not, and why is said; 2 for bad usage; 3\n"
-    "when the machine cannot be reached.\n";
+    "Exit status: 0 when the machine has moved; 1 when it has not, and why is said; 2 for bad usage;\n"
+    "3 when the machine cannot be reached.\n";
 
 /* ---- progress on a terminal ---- */
 

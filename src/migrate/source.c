@@ -532,7 +532,7 @@ static int push_rest(struct migrate_source *s)
     return ret;
 }
 
-/* A new set of connections for what the target still misses. */
+/* A new set of connections for what the target still misses. 1: it misses nothing. */
 static int recover(struct migrate_source *s)
 {
     char error[CHANNEL_ERROR_MAX];
@@ -558,6 +558,8 @@ static int recover(struct migrate_source *s)
         ;
     if (err)
         because(s, err, error);
+    else if (f.type == FRAME_COMPLETE)
+        err = 1;
     else if (f.type != FRAME_READY)
         err = because(s, -EPROTO, "the target answers something else than was asked");
     frame_free(&f);
@@ -583,6 +585,8 @@ static enum migrate_stage post_copy_rest(struct migrate_source *s)
             /* The target is there and does not know of it any more: it has given the machine up. */
             if (err == -EACCES)
                 return MIGRATE_LOST;
+            if (err == 1)
+                return MIGRATE_DONE;
         } while (err);
         log_warn("migration of %s: connected again", s->opt->name);
         err = push_rest(s);

@@ -24,6 +24,8 @@
 
 #define DEFAULT_TIMEOUT_MS 10000u
 #define DEFAULT_SETTLE_MS 60000u
+/* How many times the bound on a transfer the source may be silent: it drains and syncs disks meanwhile. */
+#define SILENCES 3
 #define URGENT MIGRATE_MAX_STREAMS      /* index of the urgent connection */
 #define STREAMS (MIGRATE_MAX_STREAMS + 1)
 
@@ -53,6 +55,8 @@ struct migrate_target {
     pthread_t acceptor;
     bool acceptor_started;
     _Atomic bool cancelled;
+    _Atomic bool activated;     /* it runs, or may at any moment */
+    _Atomic bool known;         /* the source knows that the machine is here, with all of its memory */
 
     struct memory *memory;
     struct postcopy *_Atomic postcopy;
@@ -219,6 +223,11 @@ static void answer_query(struct migrate_target *t, struct channel *c, const stru
 {
     uint8_t payload[4];
 
+    if (t->owner == TAKEN && !atomic_load(&t->activated)) {
+        /* Should that fail, the machine is the source's after all: it asks again. */
+        refuse(c, "it is about to be activated");
+        return;
+    }
     if (t->owner != TAKEN) {
         t->owner = GIVEN_UP;
         set_broken(t, "the source goes on with the machine");
@@ -226,8 +235,8 @@ static void answer_query(struct migrate_target *t, struct channel *c, const stru
             channel_abort(t->control);
     }
     store_le32(payload, t->owner == TAKEN ? OWNER_TARGET : OWNER_SOURCE);
-    if (answer_hello(c, h) == 0)
-        frame_send(c, FRAME_STATUS, 0, payload, 4);
+    if (answer_hello(c, h) == 0 && frame_send(c, FRAME_STATUS, 0, payload, 4) == 0 && !t->postcopy)
+        atomic_store(&t->known, true);
 }
 
 /* Lock held. True: the connection is somebody's now. */
@@ -261,12 +270,20 @@ static bool dispatch(struct migrate_target *t, struct channel *c, const struct h
             refuse(c, "the machine is not known here");
         return false;
     default: /* HELLO_RECOVER */
-        if (!ours || t->owner != TAKEN || !t->postcopy || t->next) {
+        if (ours && t->owner == TAKEN && t->postcopy && !postcopy_missing(t->postcopy)) {
+            /* All is here, and only the word of that got lost. */
+            if (answer_hello(c, h) == 0 && frame_send(c, FRAME_COMPLETE, 0, NULL, 0) == 0)
+                atomic_store(&t->known, true);
+            return false;
+        }
+        if (!ours || t->owner != TAKEN || !t->postcopy) {
             refuse(c, "the machine does not wait for memory here");
             return false;
         }
         if (answer_hello(c, h))
             return false;
+        /* One that nobody has looked at yet is of a link that broke again. */
+        channel_close(t->next);
         t->next = c;
         set_broken(t, "the source connected anew");
         if (t->control)
@@ -477,7 +494,7 @@ static bool next_control(struct migrate_target *t, unsigned wait_ms)
 /* The next frame of the control connection. A reason of the streams' is better than one of this connection's. */
 static int hear(struct migrate_target *t, struct frame *f, char error[CHANNEL_ERROR_MAX])
 {
-    int ready = channel_wait(t->control, (int)t->channel_options.idle_ms), err;
+    int ready = channel_wait(t->control, (int)t->channel_options.idle_ms * SILENCES), err;
 
     if (ready == 1) {
         err = frame_recv(t->control, f, error);
@@ -620,8 +637,10 @@ static int activate(struct migrate_target *t, char reason[MIGRATE_TEXT])
 
     set_stage(t, MIGRATE_ACTIVATION);
     err = t->ops->activate(t->opaque, reason);
-    if (!err)
+    if (!err) {
+        atomic_store(&t->activated, true);
         return 0;
+    }
     pthread_mutex_lock(&t->lock);
     /* It does not run, and nobody else was told that it does. */
     t->owner = GIVEN_UP;
@@ -772,7 +791,7 @@ static void wait_until_known(struct migrate_target *t, struct frame *f)
     while (t->control && !atomic_load(&t->cancelled) && hear(t, f, error) == 0)
         if (f->type == FRAME_COMPLETE)
             return;
-    while (migrate_now_ms() < until && !atomic_load(&t->cancelled))
+    while (migrate_now_ms() < until && !atomic_load(&t->cancelled) && !atomic_load(&t->known))
         nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
 }
 

@@ -38,6 +38,23 @@ int vm_config_init(struct vm_config *c)
     return -ENOMEM;
 }
 
+int vm_config_set_cpuid(struct vm_config *c, const void *bytes, size_t len)
+{
+    if (len == 0 || len % sizeof(*c->cpuid) || len / sizeof(*c->cpuid) > VM_CONFIG_MAX_CPUID) {
+        log_error("saved machine: what it says of its CPUID is damaged");
+        return -EINVAL;
+    }
+    free(c->cpuid);
+    c->cpuid = malloc(len);
+    if (!c->cpuid) {
+        log_error("out of memory");
+        return -ENOMEM;
+    }
+    memcpy(c->cpuid, bytes, len);
+    c->cpuid_count = (unsigned)(len / sizeof(*c->cpuid));
+    return 0;
+}
+
 void vm_config_destroy(struct vm_config *c)
 {
     for (unsigned i = 0; i < config_option_count; i++)
@@ -50,6 +67,7 @@ void vm_config_destroy(struct vm_config *c)
     free(c->engine);
     free(c->console);
     free(c->stats);
+    free(c->cpuid);
     memset(c, 0, sizeof(*c));
 }
 

@@ -21,8 +21,10 @@
 #include "backend/net/net.h"
 #include "base/log.h"
 #include "engine/translate/options.h"
+#include "isa/x86/cpuid.h"
 
 #define VM_CONFIG_MAX_CPUS    64
+#define VM_CONFIG_MAX_CPUID   256
 #define VM_CONFIG_MIN_MEMORY  ((uint64_t)16 << 20)
 #define VM_CONFIG_MAX_MEMORY  ((uint64_t)1 << 40)
 #define VM_CONFIG_MAX_INITRDS 64
@@ -92,11 +94,16 @@ struct vm_config {
     char *stats; /* file for vm_stats_write(), NULL: none */
     enum log_level log_level;
     uint64_t flags_given; /* config.c's own: bit i: option i came from a flag */
+    /* CPUID of a guest that was started elsewhere (saved, migrated), which this machine then has to show; NULL: a new guest. Owned. */
+    struct x86_cpuid_leaf *cpuid;
+    unsigned cpuid_count;
     bool net_none;        /* config.c's own: "none" was asked for, so no other net may be */
 };
 
 /* The defaults. 0 or -ENOMEM; after an error vm_config_destroy() is allowed and does nothing. */
 int vm_config_init(struct vm_config *c);
+/* Takes a copy of the leaves' bytes, as saved. 0, -EINVAL (logged) when they are not leaves, -ENOMEM. */
+int vm_config_set_cpuid(struct vm_config *c, const void *bytes, size_t len);
 /* Idempotent. */
 void vm_config_destroy(struct vm_config *c);
 

@@ -165,12 +165,38 @@ static int check_hardware(struct vm *vm, const json_t *description)
     return err;
 }
 
+static int hex_digit(char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1; }
+
+/* The guest goes on with the processor that it knows. */
+static int take_cpuid(struct vm_config *c, const json_t *description)
+{
+    const char *hex = json_string_value(json_object_get(description, "cpuid"));
+    size_t len = hex ? strlen(hex) / 2 : 0;
+    uint8_t *bytes = malloc(len + 1);
+    int err = bytes ? 0 : -ENOMEM;
+
+    for (size_t i = 0; i < len && !err; i++) {
+        int high = hex_digit(hex[2 * i]), low = hex_digit(hex[2 * i + 1]);
+
+        err = high < 0 || low < 0 ? -EINVAL : 0;
+        bytes[i] = (uint8_t)(high << 4 | low);
+    }
+    if (!err)
+        err = vm_config_set_cpuid(c, bytes, len);
+    else
+        log_error("the source's description of its processor is damaged");
+    free(bytes);
+    return err;
+}
+
 static int make(struct vm_reception *r, const json_t *description)
 {
     json_int_t tsc_hz = json_integer_value(json_object_get(description, "tsc_hz"));
     int err = configure(r, description), status;
     struct vm *vm;
 
+    if (!err)
+        err = take_cpuid(&r->config, description);
     if (!err)
         err = check_files(&r->config);
     if (err)

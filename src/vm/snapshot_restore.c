@@ -280,9 +280,16 @@ static int unpack_memory(struct vm_snapshot *s, struct memory *m)
 struct vm *vm_snapshot_restore(struct vm_snapshot *s, struct vm_config *config, unsigned hold, int *status)
 {
     struct state_reader r;
+    const void *cpuid;
+    size_t cpuid_len;
     struct vm *vm;
     int err = make_disks(s, config);
 
+    state_reader_init(&r, s->stream, s->stream_len);
+    if (!err)
+        err = vm_state_peek_cpuid(&r, &cpuid, &cpuid_len);
+    if (!err)
+        err = vm_config_set_cpuid(config, cpuid, cpuid_len);
     if (err) {
         *status = vm_status_of(err);
         return NULL;

@@ -201,6 +201,15 @@ int vm_state_peek(const struct state_reader *r, const char **config, size_t *con
     return err ? -EINVAL : 0;
 }
 
+int vm_state_peek_cpuid(const struct state_reader *r, const void **leaves, size_t *len)
+{
+    struct state_reader cpus;
+
+    if (open_section(r, "cpus", &cpus))
+        return -EINVAL;
+    return state_get_blob(&cpus, "cpuid", leaves, len) ? bad("no CPU model") : 0;
+}
+
 static int check_memory(const struct memory *m, const struct state_reader *r)
 {
     struct state_reader s;

@@ -59,5 +59,7 @@ int vm_state_load(const struct vm_hardware *hw, struct vm_standstill *still, con
  * borrowed from the reader's buffer and not terminated; NULL when there is none. 0 or -EINVAL (logged).
  */
 int vm_state_peek(const struct state_reader *r, const char **config, size_t *config_len, uint64_t *tsc_hz);
+/* The leaves of its CPUID, for vm_config_set_cpuid(); in the reader's memory. 0 or -EINVAL (logged). */
+int vm_state_peek_cpuid(const struct state_reader *r, const void **leaves, size_t *len);
 
 #endif

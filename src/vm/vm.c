@@ -318,6 +318,19 @@ static void on_lapic(void *opaque, enum lapic_signal signal, unsigned value)
 
 /* ---- making and ending ---- */
 
+/* The named model; without what a guest that comes from elsewhere was not shown there, if anything. */
+static const struct x86_cpu_model *known_to_guest(struct vm *vm, const struct x86_cpu_model *named)
+{
+    const struct vm_config *c = vm->config;
+    const char *missing;
+
+    if (!c->cpuid)
+        return named;
+    vm->own_model = x86_cpu_model_restrict(named, c->cpuid, c->cpuid_count, &missing);
+    /* Whether it is the same in all is checked when the state is loaded. */
+    return vm->own_model && x86_cpu_model_lacks(vm->own_model, named) ? vm->own_model : named;
+}
+
 static int choose(struct vm *vm)
 {
     const struct vm_config *c = vm->config;
@@ -330,7 +343,18 @@ static int choose(struct vm *vm)
         log_error("engine '%s' or CPU model '%s' is not known", c->engine, c->cpu_model);
         return -EINVAL;
     }
-    const struct x86_cpu_model *offered = engine_offer(vm->engine, vm->model, false, &missing);
+    vm->model = known_to_guest(vm, vm->model);
+    const struct x86_cpu_model *offered = engine_offer(vm->engine, vm->model, c->cpuid != NULL, &missing);
+    struct engine_report report;
+    if (!offered && (vm->engine->probe(&report), !report.usable)) {
+        log_error("engine %s cannot run here: %s", vm->engine->name, report.text);
+        return -ENOSYS;
+    }
+    if (!offered && c->cpuid) {
+        log_error("engine %s cannot show the guest the processor that it was started with (%s): it lacks %s; use another --engine",
+                  vm->engine->name, vm->model->name, missing);
+        return -ENOSYS;
+    }
     if (!offered) {
         log_error("engine %s cannot run CPU model %s on this host: it lacks %s; use a smaller --cpu-model, or host",
                   vm->engine->name, vm->model->name, missing);
@@ -565,5 +589,6 @@ void vm_destroy(struct vm *vm)
     pthread_mutex_destroy(&vm->life);
     pthread_mutex_destroy(&vm->gate);
     pthread_cond_destroy(&vm->gate_changed);
+    x86_cpu_model_free(vm->own_model);
     free(vm);
 }

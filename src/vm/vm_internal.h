@@ -42,6 +42,7 @@ struct vm {
     struct soft_group *group;
     const struct engine *engine;
     const struct x86_cpu_model *model;
+    struct x86_cpu_model *own_model;    /* NULL, or the model, made for this machine alone */
     struct vm_vcpu *vcpus;
     unsigned cpus;              /* vCPUs created */
     struct vm_stats *stats;

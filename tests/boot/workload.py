@@ -37,6 +37,10 @@ def process_cpu(pid):
     return time.clock_gettime((~pid << 3) | 2)
 
 
+class Failed(Failure):
+    """A command ended with another status than 0; the machine goes on."""
+
+
 class Commands:
     """A runner on the other end of a machine's console."""
 
@@ -55,7 +59,8 @@ class Commands:
 
     def _answer(self, pattern, seconds):
         """The next answer. A runner that starts anew, or a kernel that ends, is an answer too."""
-        found = self.machine.expect(rf"^(?:{pattern}|@ready|@fatal.*|.*Kernel panic.*)\r?$", seconds, self.at)
+        # Up to the end of the line: its beginning may have come alone.
+        found = self.machine.expect(rf"^(?:{pattern}|@ready|@fatal.*|.*Kernel panic.*)\r?\n", seconds, self.at)
         self.at = found.end()
         return found
 
@@ -78,6 +83,12 @@ class Commands:
         guest_cpu = int(found["cpu"]) / 1e9
         return Result(int(found["status"]), int(found["wall"]) / 1e9, guest_cpu if self.native else cpu, guest_cpu,
                       found["digest"], output)
+
+    def succeed(self, command, seconds):
+        result = self.run(command, seconds)
+        if result.status != 0:
+            raise Failed(f"{command!r} ended with status {result.status}; it said:\n{result.output[-2500:]}")
+        return result
 
     native = False
 
@@ -107,7 +118,9 @@ def qemu_guest(folder, images, *args, cpu="max", name="qemu", memory=MEMORY):
     argv = [qemu_program(), "-accel", "tcg", "-cpu", cpu, "-machine", "q35", "-m", memory, "-nodefaults", "-no-user-config",
             "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", images / "vmlinuz",
             "-initrd", images / "initrd.cpio", "-append", CMDLINE,
-            "-drive", f"file={images / 'disk.img'},format=raw,if=virtio,readonly=on", *args]
+            # Several machines read the image at once, each with locks of its own kind; nobody writes.
+            "-drive", f"driver=raw,file.driver=file,file.filename={images / 'disk.img'},file.locking=off,if=virtio,readonly=on",
+            *args]
     return Commands(Machine(folder, command=list(map(str, argv)), name=name))
 
 

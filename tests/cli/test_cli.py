@@ -346,6 +346,15 @@ class Machine(Surface):
                 continue                                # root makes the interface
             self.refused(["run", "--console", "none", "--kernel", self.kernel, *args], part, status=3)
 
+    def test_no_kvm(self):
+        """Where engine kvm is of no use, a run says so and why, as `host` does."""
+        kvm = json.loads(ringfort("host", "-o", "json").stdout)["engines"]["kvm"]
+        args = ["run", "--console", "none", "--kernel", self.kernel, "--engine", "kvm"]
+        if kvm["usable"]:
+            self.refused(args, self.kernel)
+        else:
+            self.refused(args, kvm["text"], status=3)
+
     def test_port_taken(self):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))

@@ -271,6 +271,21 @@ static bool undefined_but_done(const struct cpu_case *c, const struct cpu_result
     return c->code[at] == 0xc4 && (c->code[at + 1] & 0x1f) == 3 && !(c->code[at + 2] & 0x80) && c->code[at + 3] <= 1;
 }
 
+/*
+ * A repeated MOVS from one view of the window to overlapping bytes in the other: Intel's processors go by linear addresses when they
+ * decide to move more than an element at a time.
+ */
+static bool moves_between_views(const struct cpu_case *c)
+{
+    if ((c->in.gpr[RSI] >= WINDOW_HIGH) == (c->in.gpr[RDI] >= WINDOW_HIGH))
+        return false;
+    for (unsigned i = 0; i < c->insns; i++)
+        switch (c->insn[i].mnemonic) {
+        case ZYDIS_MNEMONIC_MOVSB: case ZYDIS_MNEMONIC_MOVSW: case ZYDIS_MNEMONIC_MOVSD: case ZYDIS_MNEMONIC_MOVSQ: return true;
+        }
+    return false;
+}
+
 const char *known_difference(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest)
 {
     if (offset_not_canonical(c, host))
@@ -285,6 +300,8 @@ const char *known_difference(const struct cpu_case *c, const struct cpu_result *
         return "single steps of a gather";
     if (undefined_but_done(c, guest))
         return "undefined, but done";
+    if (moves_between_views(c))
+        return "repeated moves between two views of a page";
     if (stored_state(c))
         return "components in use, MXCSR_MASK";
     return NULL;

@@ -1033,6 +1033,20 @@ static unsigned how_many(struct generator *g)
     return rng_percent(r, 45) ? 1 : rng_percent(r, 60) ? 2 + rng_below(r, 3) : 4 + rng_below(r, 13);
 }
 
+/* What does not depend on the instructions. */
+static void finish_case(struct generator *g)
+{
+    struct cpu_case *c = g->c;
+    struct rng *r = &g->rng;
+
+    c->in.rip = CODE_BASE + c->start;
+    c->in.rflags = 0x202 | (rng64(r) & RFLAGS_ARITH) | (rng_percent(r, 15) ? RFLAGS_DF : 0) |
+                   (rng_percent(r, g->options->percent_ac) ? RFLAGS_AC : 0);
+    any_fpu(g, &c->in.fpu);
+    if (g->options->model)
+        x86_fpu_init_components(&c->in.fpu, ~g->options->model->xcr0_allowed, 16);
+}
+
 void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_t number)
 {
     struct generator g = { .rng = { o->seed ^ number * 0xd1342543de82ef95u }, .options = o, .c = c };
@@ -1043,13 +1057,20 @@ void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_
     rng64(r);
     c->number = number;
     c->bytes = c->insns = 0;
-    c->code_size = rng_percent(r, o->percent32) ? 4 : 8;
+    c->code_size = !o->shape && rng_percent(r, o->percent32) ? 4 : 8;
     memset(&c->in, 0, sizeof(c->in));
     c->in.fs_base = any_base(r);
     c->in.gs_base = any_base(r);
     place = rng_below(r, 100);
     c->start = (uint16_t)(place < 12 ? 4096 - rng_below(r, 48) : place < 14 ? CODE_SIZE - 1 - rng_below(r, 48)
                                                                           : FILL_ZONE + rng_below(r, 2048));
+    if (o->shape) {
+        generate_shape(c, o->shape - 1, r);
+        if (c->start + c->bytes > CODE_SIZE)
+            c->bytes = (uint16_t)(CODE_SIZE - c->start);
+        finish_case(&g);
+        return;
+    }
     g.use[RSP] = REG_KNOWN;
     g.value[RSP] = truncate(any_stack(&g), c->code_size);
 
@@ -1070,10 +1091,5 @@ void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_
         take_value(&g, i);
         c->in.gpr[i] = g.value[i];
     }
-    c->in.rip = CODE_BASE + c->start;
-    c->in.rflags = 0x202 | (rng64(r) & RFLAGS_ARITH) | (rng_percent(r, 15) ? RFLAGS_DF : 0) |
-                   (rng_percent(r, o->percent_ac) ? RFLAGS_AC : 0);
-    any_fpu(&g, &c->in.fpu);
-    if (o->model)
-        x86_fpu_init_components(&c->in.fpu, ~o->model->xcr0_allowed, 16);
+    finish_case(&g);
 }

@@ -280,7 +280,8 @@ static void print_mnemonics(void)
 static const char help[] =
     "Usage: difftest [--engine NAME] [--model NAME] [--seed N|random] [--first N] [--count N] [--case N] [--seconds S]\n"
     "                [--percent32 P] [--percent-ac P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
-    "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep]\n";
+    "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep]\n"
+    "                [--shape groups|stack|loops|vectors|mixed]\n";
 
 static uint64_t parse_number(const char *text)
 {
@@ -296,13 +297,13 @@ static uint64_t parse_number(const char *text)
 
 int main(int argc, char **argv)
 {
-    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP };
+    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP, SHAPE };
     static const struct option names[] = {
         { "engine", 1, 0, ENGINE }, { "model", 1, 0, MODEL }, { "seed", 1, 0, SEED }, { "first", 1, 0, FIRST },
         { "count", 1, 0, COUNT }, { "case", 1, 0, CASE }, { "seconds", 1, 0, SECONDS }, { "percent32", 1, 0, PERCENT32 }, { "percent-ac", 1, 0, PERCENT_AC },
         { "max-insns", 1, 0, MAX }, { "only", 1, 0, ONLY }, { "show", 1, 0, SHOW }, { "no-minimize", 0, 0, NO_MINIMIZE },
         { "progress", 0, 0, PROGRESS }, { "mnemonics", 0, 0, MNEMONICS }, { "keep-vcpu", 0, 0, KEEP },
-        { "no-liveness", 0, 0, NO_LIVENESS }, { "lockstep", 0, 0, LOCKSTEP },
+        { "no-liveness", 0, 0, NO_LIVENESS }, { "lockstep", 0, 0, LOCKSTEP }, { "shape", 1, 0, SHAPE },
         { 0 },
     };
     struct options o = { .engine = "interp", .model = "host", .count = 20000, .shown = 20, .minimize = true };
@@ -329,6 +330,14 @@ int main(int argc, char **argv)
         case MNEMONICS: mnemonics = true; break;
         case KEEP: guest_keep_vcpu(true); break;
         case NO_LIVENESS: translate_options.liveness = false; break;
+        case SHAPE:
+            while (shape_names[o.generate.shape] && strcmp(shape_names[o.generate.shape], optarg) != 0)
+                o.generate.shape++;
+            if (!shape_names[o.generate.shape++]) {
+                fputs(help, stderr);
+                return 2;
+            }
+            break;
         case LOCKSTEP: translate_options.lockstep = true; break;
         default: fputs(help, stderr); return 2;
         }

@@ -604,6 +604,7 @@ static void moves_of_code_are_told(void **state)
     x86_fetch_pointer(&g->cpu, user);
     pcid_load(g, 2, false);
     assert_true(code_moved(g, true));
+    x86_fetch_pointer(&g->cpu, user);
     x86_tlb_flush_all(&g->cpu);
     assert_true(g->user_code_moved && g->supervisor_code_moved);
 }

@@ -86,11 +86,34 @@ static const struct x86_cpu_model *restricted(const struct x86_cpu_model *m, con
     return model;
 }
 
+/* Such a model may be a machine's own, so nothing of it is kept. */
+static bool show_all(const struct x86_cpu_model *m, const char **missing)
+{
+    struct x86_cpuid_leaf leaf[MAX_ENTRIES];
+    unsigned count = ARRAY_SIZE(leaf);
+    struct x86_cpu_model *model;
+
+    *missing = "KVM";
+    if (supported(leaf, &count) < 0)
+        return false;
+    model = x86_cpu_model_restrict(m, leaf, count, missing);
+    if (!model)
+        return false;
+    *missing = x86_cpu_model_lacks(model, m);
+    x86_cpu_model_free(model);
+    return *missing == NULL;
+}
+
 const struct x86_cpu_model *kvm_offer(const struct x86_cpu_model *m, bool exact, const char **missing)
 {
     const struct x86_cpu_model *model;
     const char *lacking;
 
+    if (exact) {
+        if (show_all(m, missing))
+            return m;
+        return NULL;
+    }
     pthread_mutex_lock(&offers_lock);
     model = restricted(m, missing);
     pthread_mutex_unlock(&offers_lock);
@@ -99,10 +122,6 @@ const struct x86_cpu_model *kvm_offer(const struct x86_cpu_model *m, bool exact,
     lacking = x86_cpu_model_lacks(model, m);
     if (!lacking)
         return m;
-    if (exact) {
-        *missing = lacking;
-        return NULL;
-    }
     log_info("KVM shows the guest CPU model %s without %s and perhaps more", m->name, lacking);
     return model;
 }

@@ -11,12 +11,34 @@
 #include "base/util.h"
 #include "memory/memory.h"
 
-int code_init(struct code_memory *c, size_t size)
+/* Perf looks into its maps for anonymous memory only. Shared, it can be mapped twice, too. */
+static int init_anonymous(struct code_memory *c, size_t size)
 {
-    int fd = memfd_create("ringfort-code", MFD_CLOEXEC);
-    int err;
+    c->write = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    c->exec = c->write != MAP_FAILED ? mremap(c->write, 0, size, MREMAP_MAYMOVE) : MAP_FAILED;
+    if (c->exec == MAP_FAILED || mprotect(c->exec, size, PROT_READ | PROT_EXEC)) {
+        int err = -errno;
+
+        log_error("cannot map executable memory: %s; leave --translate perf=map out", strerror(errno));
+        if (c->write != MAP_FAILED)
+            munmap(c->write, size);
+        if (c->exec != MAP_FAILED)
+            munmap(c->exec, size);
+        memset(c, 0, sizeof(*c));
+        return err;
+    }
+    c->size = size;
+    return 0;
+}
+
+int code_init(struct code_memory *c, size_t size, bool anonymous)
+{
+    int fd, err;
 
     memset(c, 0, sizeof(*c));
+    if (anonymous)
+        return init_anonymous(c, size);
+    fd = memfd_create("ringfort-code", MFD_CLOEXEC);
     if (fd < 0 || ftruncate(fd, (off_t)size)) {
         err = -errno;
         log_error("cannot make %zu MiB of memory for translated code: %s", size >> 20, strerror(errno));

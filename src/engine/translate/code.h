@@ -5,6 +5,7 @@
 #ifndef RINGFORT_ENGINE_TRANSLATE_CODE_H
 #define RINGFORT_ENGINE_TRANSLATE_CODE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -15,8 +16,8 @@ struct code_memory {
     size_t touched;             /* pages below are resident, and reported as such */
 };
 
-/* 0 or a negative errno (logged). */
-int code_init(struct code_memory *c, size_t size);
+/* anonymous: not a memfd, so that perf maps apply. 0 or a negative errno (logged). */
+int code_init(struct code_memory *c, size_t size, bool anonymous);
 void code_destroy(struct code_memory *c);
 /* Everything up to end, in the writable view, is in use from now on. */
 void code_use(struct code_memory *c, const uint8_t *end);

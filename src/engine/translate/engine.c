@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "device/machine.h"
 #include "engine/translate/lockstep.h"
+#include "engine/translate/perf.h"
 #include "engine/translate/translate.h"
 
 /* Unmasked exceptions are found by the interpreter's way of running vector instructions. */
@@ -156,6 +157,9 @@ static const struct op *op_warm_up(struct x86_cpu *cpu, const struct op *op)
         t->it.flush_wanted = true;
     }
     if (unlikely(++b->heat == t->options.threshold) && t->options.tier && !t->it.flush_wanted && translate_block(t, b)) {
+        if (unlikely(t->options.perf))
+            perf_code(b->indirect, (size_t)(t->code.exec + t->code.used - (const uint8_t *)b->indirect), op_rip(cpu, op),
+                      cpu->cpl == 3, NULL);
         b->op[0].fn = op_enter;
         GO(op);
     }
@@ -271,10 +275,16 @@ static int translate_create(struct vcpu *vcpu)
     t->work = translate_work_create();
     if (!t->jumps || !t->work)
         goto out;
-    err = code_init(&t->code, t->options.cache);
+    err = code_init(&t->code, t->options.cache, t->options.perf == TRANSLATE_PERF_MAP);
     if (err)
         goto out;
     translate_emit_runtime(t);
+    if (t->options.perf) {
+        err = perf_open(t->options.perf);
+        if (err)
+            goto out;
+        perf_code(t->code.exec, t->code.fixed, 0, false, "ringfort_runtime");
+    }
     err = translate_returns_create(t);
     if (err)
         goto out;
@@ -306,6 +316,7 @@ static enum vm_exit translate_run(struct vcpu *vcpu)
     if (translate_returns_attach(vcpu->data))
         return VM_EXIT_ERROR;
     exit = interp_run(vcpu);
+    translate_returns_detach(vcpu->data);
     return ((struct translator *)vcpu->data)->diverged ? VM_EXIT_ERROR : exit;
 }
 

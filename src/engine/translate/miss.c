@@ -1,8 +1,9 @@
 /*
- * The quick half of a miss of the soft TLB. This file, and what it calls, is compiled without vector registers, because they
+ * The quick half of a miss of the soft TLB, and sensitive instructions that are frequent in kernels. This file, and what it calls, is compiled without vector registers, because they
  * may hold the guest's.
  */
 #include "engine/translate/translate.h"
+#include "isa/x86/mmu.h"
 
 const void *translate_fill(struct translator *t, struct translate_site *site, gva_t va)
 {
@@ -16,4 +17,35 @@ const void *translate_fill(struct translator *t, struct translate_site *site, gv
         return NULL;
     t->group_misses++;
     return site->block->apart ? site->apart : NULL;
+}
+
+static bool set_ac(struct x86_cpu *cpu, bool ac)
+{
+    /* What x86_update_mode() comes to when only AC changes at CPL 0. */
+    cpu->s.rflags = ac ? cpu->s.rflags | RFLAGS_AC : cpu->s.rflags & ~(uint64_t)RFLAGS_AC;
+    cpu->tlb = x86_kernel_set(cpu, ac);
+    return true;
+}
+
+bool translate_quick(struct translator *t, const struct translate_site *site)
+{
+    struct x86_cpu *cpu = &t->it.cpu;
+    uint64_t base = cpu->s.seg[SEG_GS].base;
+
+    if (site->quick == QUICK_PUSHF) {
+        t->value = x86_rflags(cpu) & ~(uint64_t)(RFLAGS_VM | RFLAGS_RF);
+        return true;
+    }
+    if (cpu->cpl != 0)
+        return false;
+    switch ((enum translate_quick)site->quick) {
+    case QUICK_CLI: cpu->s.rflags &= ~(uint64_t)RFLAGS_IF; return true;
+    case QUICK_STAC: return set_ac(cpu, true);
+    case QUICK_CLAC: return set_ac(cpu, false);
+    case QUICK_SWAPGS:
+        cpu->s.seg[SEG_GS].base = cpu->s.kernel_gs_base;
+        cpu->s.kernel_gs_base = base;
+        return true;
+    default: return false;
+    }
 }

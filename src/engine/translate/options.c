@@ -21,7 +21,7 @@ static const char *const perf_words[] = { "off", "map", "jitdump", NULL };
 
 const struct translate_option translate_option_table[] = {
     NUMBER(tier, "interpret, translate, in larger units", 0, 2),
-    NUMBER(threshold, "runs of a block until it is translated", 1, 1000000),
+    NUMBER(threshold, "runs before a block is translated", 1, 1000000),
     SIZE(cache, "memory for translations, per processor", MIB(1), MIB(1024)),
     SWITCH(chain, "translations jump to each other"),
     SWITCH(share, "one check for accesses off one base"),

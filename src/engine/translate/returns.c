@@ -92,10 +92,6 @@ void translate_returns_destroy(struct translator *t)
     for (unsigned i = 0; i < ARRAY_SIZE(t->returns); i++)
         if (t->returns[i].memory)
             munmap(t->returns[i].memory, STACK_SIZE);
-    if (attached == t) {
-        sigaltstack(&(stack_t){ .ss_flags = SS_DISABLE }, NULL);
-        attached = NULL;
-    }
     free(t->signal_stack);
 }
 
@@ -104,13 +100,17 @@ int translate_returns_attach(struct translator *t)
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     stack_t stack = { .ss_sp = t->signal_stack, .ss_size = SIGNAL_STACK };
 
-    if (attached == t)
-        return 0;
     pthread_once(&once, catch_faults);
-    if (sigaltstack(&stack, NULL)) {
+    if (sigaltstack(&stack, &t->former_signal_stack)) {
         log_error("cannot set a signal stack: %s", strerror(errno));
         return -errno;
     }
     attached = t;
     return 0;
+}
+
+void translate_returns_detach(struct translator *t)
+{
+    attached = NULL;
+    sigaltstack(&t->former_signal_stack, NULL);
 }

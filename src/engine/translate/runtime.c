@@ -213,32 +213,11 @@ static void emit_enter(struct translator *t, struct assembler *a)
     asm_jmp_reg(a, H_R11);
 }
 
-static void emit_exits(struct translator *t, struct assembler *a)
-{
-    /* Out with what R11 holds: an op, a chain with bit 0 set, or RETURNED_NOWHERE. */
-    t->exit_op = a->at;
-    spill_all(a);
-    save_vectors(a);
-    asm_mov(a, H_RAX, H_R11);
-    leave_host(a);
-
-    /* Out with nothing to run next: s.rip is set. */
-    t->exit_null = a->at;
-    asm_mov_imm(a, H_R11, 0);
-    asm_jmp_to(a, t->exit_op);
-
-    /* Out to the guest address in T. */
-    t->lookup_missed = a->at;
-    asm_store_gs(a, H_R10, CPU_GS(s.rip));
-    asm_jmp_to(a, t->exit_null);
-    t->nowhere.code = code_exec(&t->code, t->lookup_missed);
-}
-
-/* How many calls further out a return is looked for. */
-#define RETURN_SEARCH 12
-
-/* Lookup of T in the jump table, with flags and all other registers as they are; out to C where that finds nothing. */
-static void emit_return_lookup(struct translator *t, struct assembler *a)
+/*
+ * To the guest address in T by the jump table, with flags and all other registers as they are. R11 is lost. Falls out of the end, RCX
+ * restored, where the table has nothing or somebody wants something.
+ */
+static void emit_lookup(struct assembler *a)
 {
     uint8_t *hit, *miss[2];
 
@@ -261,6 +240,35 @@ static void emit_return_lookup(struct translator *t, struct assembler *a)
     asm_set_target(miss[0], a->at);
     asm_set_target(miss[1], a->at);
     asm_load_gs(a, H_RCX, T_GS(rcx));
+}
+
+static void emit_exits(struct translator *t, struct assembler *a)
+{
+    /* Out with what R11 holds: an op, a chain with bit 0 set, or RETURNED_NOWHERE. */
+    t->exit_op = a->at;
+    spill_all(a);
+    save_vectors(a);
+    asm_mov(a, H_RAX, H_R11);
+    leave_host(a);
+
+    /* Out with nothing to run next: s.rip is set. */
+    t->exit_null = a->at;
+    asm_mov_imm(a, H_R11, 0);
+    asm_jmp_to(a, t->exit_op);
+
+    /* To the guest address in T, in another page; jumped to, or called for a guest's CALL. */
+    t->far = a->at;
+    emit_lookup(a);
+    asm_store_gs(a, H_R10, CPU_GS(s.rip));
+    asm_jmp_to(a, t->exit_null);
+}
+
+/* How many calls further out a return is looked for. */
+#define RETURN_SEARCH 12
+
+static void emit_return_lookup(struct translator *t, struct assembler *a)
+{
+    emit_lookup(a);
     asm_store_gs(a, H_R10, CPU_GS(s.rip));
     asm_mov_imm(a, H_R11, RETURNED_NOWHERE);
     asm_jmp_to(a, t->exit_op);
@@ -336,7 +344,7 @@ static void emit_return_missed(struct translator *t, struct assembler *a)
 void translate_emit_runtime(struct translator *t)
 {
     struct assembler a = { .at = t->code.write, .end = t->code.write + KIB(16) };
-    uint8_t *full, *tail;
+    uint8_t *full, *tail, *op_tail;
 
     emit_enter(t, &a);
     emit_exits(t, &a);
@@ -353,9 +361,34 @@ void translate_emit_runtime(struct translator *t)
     asm_gs(&a, false, 0x8f, 0, T_GS(slow_return));
     spill_all(&a);
     asm_mov(&a, H_RSI, H_R11);
+    op_tail = a.at;
     with_interpreter(&a, translate_run_op);
     asm_gs(&a, false, 0xff, 6, T_GS(slow_return));
     asm_ret(&a);
+
+    /* The same for an instruction that translate_quick() may know. */
+    t->run_quick = a.at;
+    asm_gs(&a, false, 0x8f, 0, T_GS(slow_return));
+    asm_store_gs(&a, H_R11, T_GS(site));
+    spill_registers(&a, 0, CHANGED_BY_C);
+    spill_flags(&a);
+    to_host_stack(&a);
+    if (!SANITIZED) {
+        asm_load_gs(&a, H_RDI, T_GS(self));
+        asm_mov(&a, H_RSI, H_R11);
+        call_c(&a, translate_quick);
+        asm_rr(&a, false, 0x84, H_RAX, H_RAX);                          /* test %al, %al */
+        full = asm_jcc(&a, 4);
+        asm_load_gs(&a, H_RSP, T_GS(it.returns.top));
+        reload_flags(&a);
+        reload_registers(&a, CHANGED_BY_C);
+        asm_gs(&a, false, 0xff, 6, T_GS(slow_return));
+        asm_ret(&a);
+        asm_set_target(full, a.at);
+    }
+    spill_registers(&a, CHANGED_BY_C, ARRAY_SIZE(mapped));
+    asm_load_gs(&a, H_RSI, T_GS(site));
+    asm_jmp_to(&a, op_tail);
 
     /* Jumped to with a site in R11, whose instruction is run; goes on where C says. */
     t->run_and_go = a.at;

@@ -21,6 +21,8 @@
 #ifndef RINGFORT_ENGINE_TRANSLATE_H
 #define RINGFORT_ENGINE_TRANSLATE_H
 
+#include <signal.h>
+
 #include "engine/interp/interp.h"
 #include "engine/translate/asm.h"
 #include "engine/translate/code.h"
@@ -67,6 +69,9 @@ struct return_site {
     struct return_site *next;
 };
 
+/* Sensitive instructions that are frequent in kernels. */
+enum translate_quick { QUICK_NONE, QUICK_CLI, QUICK_STAC, QUICK_CLAC, QUICK_SWAPGS, QUICK_PUSHF };
+
 /* A place in guest code where translated code may need the runtime. */
 struct translate_site {
     struct block *block;
@@ -79,6 +84,7 @@ struct translate_site {
     uint8_t kind;               /* enum tlb_kind */
     uint8_t length, align;      /* of the instruction; of the address when aligned */
     bool group, aligned;
+    uint8_t quick;              /* enum translate_quick */
 };
 
 struct return_stack {
@@ -108,17 +114,18 @@ struct translator {
     struct unit *work;          /* the unit being translated */
     uint64_t host_rsp;
     void *signal_stack;
+    stack_t former_signal_stack;
     void *self;                 /* this struct: translated code has its address only as the GS base */
     struct translate_site *site;        /* between the two halves of the miss routine */
     gva_t site_va;
     uint64_t slow_return;
+    uint64_t value;             /* of a push, over the check of its store */
     uint64_t saved_code, saved_target;  /* of an indirect call, over the store of its return address */
     bool op_finished;           /* the op that was run alone went on to the next one */
     /* Routines, emitted once. */
     const struct op *(*enter)(struct translator *t, const void *code);
-    const uint8_t *exit_null, *exit_op, *run_op, *run_and_go, *fill, *vectors_load, *return_missed;  /* writable view */
-    const uint8_t *lookup_missed;       /* writable view */
-    struct jump_entry_host nowhere;     /* leads to lookup_missed */
+    const uint8_t *exit_null, *exit_op, *run_op, *run_quick, *run_and_go, *fill, *vectors_load, *return_missed;  /* writable view */
+    const uint8_t *far;         /* writable view */
     /* Executable view: what lies at the bottom of a return stack, and on it for a call of the interpreter's. */
     const void *return_stub, *return_interpreted;
     /* Settings and figures. */
@@ -144,6 +151,11 @@ bool translate_apart(struct translator *t, struct block *b);
  * translate_slow(). Compiled without vector registers, which may be the guest's.
  */
 const void *translate_fill(struct translator *t, struct translate_site *site, gva_t va);
+/*
+ * The sensitive instruction of site, with caller-saved registers and flags in the vCPU. False: it is not the simple case, and
+ * nothing has been done. Compiled without vector registers, too.
+ */
+bool translate_quick(struct translator *t, const struct translate_site *site);
 /* Does what fill could not, with all guest state in the vCPU: where to go on, or NULL to leave (s.rip is set). */
 const void *translate_slow(struct translator *t, struct translate_site *site);
 /* Runs the instruction of the site alone. The same result. */
@@ -152,10 +164,10 @@ const void *translate_run_op(struct translator *t, struct translate_site *site);
 /* ---- returns.c ---- */
 /* After the routines are there. 0 or a negative errno (logged). */
 int translate_returns_create(struct translator *t);
-/* In the thread that ran it last, or when that is gone. */
 void translate_returns_destroy(struct translator *t);
-/* In the thread that is to run it: has the guard pages watched. 0 or a negative errno (logged). */
+/* Around its running, in that thread: has the guard pages watched. 0 or a negative errno (logged). */
 int translate_returns_attach(struct translator *t);
+void translate_returns_detach(struct translator *t);
 /* Drops what is on a return stack: 0 the supervisor's, 1 the user's. Not from translated code. */
 void translate_forget_returns(struct translator *t, unsigned mode);
 

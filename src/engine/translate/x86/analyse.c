@@ -76,7 +76,7 @@ static void classify(struct unit *x, struct unit_insn *i)
             i->form = FORM_END;
     }
     i->target = i->offset + insn->length + (uint64_t)insn->imm[0];
-    i->serial = i->form == FORM_OP && x86_system_semantics(insn);
+    i->serial = (i->form == FORM_OP && x86_system_semantics(insn)) || i->form == FORM_QUICK;
 }
 
 /* ---- flags ---- */
@@ -180,7 +180,9 @@ static void find_liveness(struct unit *x)
         struct unit_insn *i = &x->insn[k];
 
         live = live_behind(x, i, live);
-        if (i->form != FORM_OP && i->form != FORM_END)
+        if (i->form == FORM_PUSHF)
+            live = FLAGS_ALL;
+        else if (i->form != FORM_OP && i->form != FORM_END)
             live = (uint16_t)((live & ~flags_killed(&i->insn)) | i->insn.flags_read);
         if (!x->t->options.liveness)
             live = FLAGS_ALL;
@@ -204,7 +206,7 @@ static void follow_values(struct unit *x, const struct unit_insn *i, struct valu
         for (unsigned r = 0; r < 16; r++)
             v[r] = new_value(x);
         return;
-    case FORM_PUSH: v[RSP].delta -= 8; return;
+    case FORM_PUSH: case FORM_PUSHF: v[RSP].delta -= 8; return;
     case FORM_POP:
         v[RSP].delta += 8;
         v[d->reg] = new_value(x);
@@ -294,7 +296,8 @@ static void add_operand_access(struct unit_insn *i, unsigned kind, unsigned size
         m->delta = m->disp;
     }
     /* LOCK across a cache line is slow on the host, and for some hosts forbidden. */
-    m->aligned = i->insn.lock || i->insn.mnemonic == ZYDIS_MNEMONIC_XCHG || (i->native && i->native->aligned);
+    m->aligned = i->insn.lock || i->insn.mnemonic == ZYDIS_MNEMONIC_XCHG ||
+                 i->insn.mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B || (i->native && i->native->aligned);
 }
 
 static void find_accesses(struct unit_insn *i)
@@ -322,7 +325,12 @@ static void find_accesses(struct unit_insn *i)
             add_operand_access(i, TLB_READ, 8);
         add_stack_access(i, TLB_WRITE, RSP, -8);
         break;
-    case FORM_PUSH: case FORM_CALL: add_stack_access(i, TLB_WRITE, RSP, -8); break;
+    case FORM_PUSH:
+        if (mem)
+            add_operand_access(i, TLB_READ, 8);
+        add_stack_access(i, TLB_WRITE, RSP, -8);
+        break;
+    case FORM_PUSHF: case FORM_CALL: add_stack_access(i, TLB_WRITE, RSP, -8); break;
     case FORM_POP: case FORM_RET: add_stack_access(i, TLB_READ, RSP, 0); break;
     case FORM_LEAVE: add_stack_access(i, TLB_READ, RBP, 0); break;
     }

@@ -35,18 +35,24 @@ void unit_restore_rcx(struct unit *x) { asm_load_gs(&x->a, H_RCX, T_GS(rcx)); }
 
 static void load_pointer(struct assembler *a, const void *p) { asm_mov_imm(a, A, (uint64_t)(uintptr_t)p); }
 
-void unit_op(struct unit *x, unsigned k)
+static void call_runtime(struct unit *x, unsigned k, const uint8_t *routine, enum translate_quick quick)
 {
+    struct translate_site *site = unit_site(x, k);
     uint8_t *call;
 
     unit_take_a(x, k);
-    load_pointer(&x->a, unit_site(x, k));
+    site->quick = (uint8_t)quick;
+    load_pointer(&x->a, site);
     call = asm_call(&x->a);
     if (!x->a.full)
-        asm_set_target(call, x->t->run_op);
+        asm_set_target(call, routine);
     if (x->insn[k].serial)
         unit_barrier(x);
 }
+
+void unit_op(struct unit *x, unsigned k) { call_runtime(x, k, x->t->run_op, QUICK_NONE); }
+
+void unit_quick(struct unit *x, unsigned k, enum translate_quick quick) { call_runtime(x, k, x->t->run_quick, quick); }
 
 /* Flags and registers stay. T is free between instructions. */
 static void emit_count(struct unit *x, unsigned insns)
@@ -99,11 +105,6 @@ static void emit_stub(struct unit *x, struct stub *s)
         asm_jmp_to(a, t->exit_null);
         break;
     case STUB_CODE: asm_jmp_to(a, s->code); break;
-    case STUB_NOWHERE:
-        asm_load_gs(a, A, T_GS(self));
-        asm_lea(a, A, A, H_NONE, 0, (int32_t)T_GS(nowhere));
-        asm_jmp_to(a, s->code);
-        break;
     case STUB_CHAIN: {
         struct chain *c = block_alloc(&t->it, sizeof(*c));
 
@@ -156,6 +157,9 @@ static void emit_insns(struct unit *x)
             unit_branch(x, k);
         else
             unit_insn(x, k);
+        /* Who comes back from a slow path has nothing in A. */
+        if (x->sites)
+            x->held = -1;
         for (; x->sites; x->sites = x->sites->next)
             x->sites->back = code_exec(&x->t->code, x->a.at);
     }

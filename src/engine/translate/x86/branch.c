@@ -121,8 +121,6 @@ static void chain_to(struct unit *x, uint8_t *jump, uint64_t target)
 
 void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward)
 {
-    unsigned first = x->stubs;
-
     if (is_near(target)) {
         if (backward)
             poll(x, live, target);
@@ -130,10 +128,7 @@ void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward)
         return;
     }
     unit_target(x, target);
-    lookup(x, live, STUB_CODE);
-    for (unsigned i = first; i < x->stubs; i++)
-        x->stub[i].code = x->t->lookup_missed;
-    through_entry(x, 4);
+    asm_jmp_to(&x->a, x->t->far);
 }
 
 /* Leaves to the interpreter unless RCX is 0; flags stay. RCX is in its slot. */
@@ -233,7 +228,6 @@ static void emit_call(struct unit *x, unsigned k)
 {
     const struct unit_insn *i = &x->insn[k];
     struct assembler *a = &x->a;
-    unsigned first;
 
     if (is_near(i->target) && i->target <= i->offset)
         poll(x, i->live, i->offset);
@@ -245,12 +239,12 @@ static void emit_call(struct unit *x, unsigned k)
     if (is_near(i->target)) {
         chain_to(x, asm_call(a), i->target);
     } else {
+        uint8_t *call;
+
         unit_target(x, i->target);
-        first = x->stubs;
-        lookup(x, RFLAGS_ARITH, STUB_NOWHERE);
-        for (unsigned n = first; n < x->stubs; n++)
-            x->stub[n].code = a->at;
-        through_entry(x, 2);
+        call = asm_call(a);
+        if (!a->full)
+            asm_set_target(call, x->t->far);
     }
     return_site(x, k);
 }

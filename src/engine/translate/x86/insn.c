@@ -25,7 +25,7 @@ static bool copyable(const struct x86_insn *insn)
     case ZYDIS_MNEMONIC_BSWAP: case ZYDIS_MNEMONIC_CBW: case ZYDIS_MNEMONIC_CWDE: case ZYDIS_MNEMONIC_CDQE:
     case ZYDIS_MNEMONIC_CWD: case ZYDIS_MNEMONIC_CDQ: case ZYDIS_MNEMONIC_CQO: case ZYDIS_MNEMONIC_CLC:
     case ZYDIS_MNEMONIC_STC: case ZYDIS_MNEMONIC_CMC: case ZYDIS_MNEMONIC_LAHF: case ZYDIS_MNEMONIC_SAHF:
-    case ZYDIS_MNEMONIC_XADD: case ZYDIS_MNEMONIC_CMPXCHG: case ZYDIS_MNEMONIC_XCHG:
+    case ZYDIS_MNEMONIC_XADD: case ZYDIS_MNEMONIC_CMPXCHG: case ZYDIS_MNEMONIC_XCHG: case ZYDIS_MNEMONIC_CMPXCHG16B:
 #define CASE(cc) case ZYDIS_MNEMONIC_SET##cc: case ZYDIS_MNEMONIC_CMOV##cc:
     CASE(O) CASE(NO) CASE(B) CASE(NB) CASE(Z) CASE(NZ) CASE(BE) CASE(NBE) CASE(S) CASE(NS) CASE(P) CASE(NP) CASE(L)
     CASE(NL) CASE(LE) CASE(NLE)
@@ -140,6 +140,17 @@ static bool divides(const struct unit_insn *i)
            addressable(i);
 }
 
+static enum translate_quick quick_of(const struct x86_insn *insn)
+{
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_CLI: return QUICK_CLI;
+    case ZYDIS_MNEMONIC_STAC: return QUICK_STAC;
+    case ZYDIS_MNEMONIC_CLAC: return QUICK_CLAC;
+    case ZYDIS_MNEMONIC_SWAPGS: return QUICK_SWAPGS;
+    default: return QUICK_NONE;
+    }
+}
+
 void unit_classify(struct unit *x, struct unit_insn *i)
 {
     const struct x86_insn *insn = &i->insn;
@@ -148,11 +159,16 @@ void unit_classify(struct unit *x, struct unit_insn *i)
     i->form = FORM_OP;
     if (is_nop(insn)) {
         i->form = FORM_NOP;
+    } else if (quick_of(insn)) {
+        i->form = FORM_QUICK;
+    } else if (insn->mnemonic == ZYDIS_MNEMONIC_PUSHFQ) {
+        i->form = FORM_PUSHF;
     } else if (insn->mnemonic == ZYDIS_MNEMONIC_LEA) {
         if (insn->op_size >= 4 && addressable(i))
             i->form = FORM_LEA;
     } else if (insn->mnemonic == ZYDIS_MNEMONIC_PUSH) {
-        if (insn->op_size == 8 && (o->kind == OPERAND_GPR || o->kind == OPERAND_IMM))
+        if (insn->op_size == 8 && (o->kind == OPERAND_GPR || o->kind == OPERAND_IMM ||
+                                   (o->kind == OPERAND_MEM && o->size == 8 && addressable(i))))
             i->form = FORM_PUSH;
     } else if (insn->mnemonic == ZYDIS_MNEMONIC_POP) {
         if (insn->op_size == 8 && o->kind == OPERAND_GPR && o->reg != RSP)
@@ -333,6 +349,22 @@ static void emit_lea(struct unit *x, unsigned k)
         asm_store_gs(a, T, gpr_offset(d->reg));
 }
 
+/* translator.value onto the stack; by access n. */
+static void push_value(struct unit *x, unsigned k, unsigned n)
+{
+    struct asm_address m = unit_place(x, k, n, false);
+
+    asm_load_gs(&x->a, T, T_GS(value));
+    asm_mem(&x->a, true, 0x89, T, m.base, m.index, m.shift, m.disp);
+    asm_lea(&x->a, H_R15, H_R15, H_NONE, 0, -8);
+}
+
+static void emit_pushf(struct unit *x, unsigned k)
+{
+    unit_quick(x, k, QUICK_PUSHF);
+    push_value(x, k, 0);
+}
+
 static void emit_push(struct unit *x, unsigned k)
 {
     const struct x86_insn *insn = &x->insn[k].insn;
@@ -340,6 +372,12 @@ static void emit_push(struct unit *x, unsigned k)
     struct assembler *a = &x->a;
     struct asm_address m = unit_place(x, k, 0, false);
 
+    if (o->kind == OPERAND_MEM) {
+        asm_mem(a, true, 0x8b, T, m.base, m.index, m.shift, m.disp);
+        asm_store_gs(a, T, T_GS(value));
+        push_value(x, k, 1);
+        return;
+    }
     if (o->kind == OPERAND_IMM) {
         asm_rex(a, true, 0, m.index == H_NONE ? 0 : m.index, m.base, false);
         asm_byte(a, 0xc7);
@@ -448,6 +486,8 @@ void unit_insn(struct unit *x, unsigned k)
     case FORM_POP: emit_pop(x, k); break;
     case FORM_LEAVE: emit_leave(x, k); break;
     case FORM_DIVIDE: emit_divide(x, k); break;
+    case FORM_QUICK: unit_quick(x, k, quick_of(&x->insn[k].insn)); break;
+    case FORM_PUSHF: emit_pushf(x, k); break;
     default: unit_op(x, k); break;
     }
 }

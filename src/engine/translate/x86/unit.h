@@ -37,6 +37,8 @@ enum unit_form {
     FORM_COPY,          /* integer instruction copied with registers renamed */
     FORM_VECTOR,        /* the same for vector and VEX-encoded instructions */
     FORM_LEA, FORM_PUSH, FORM_POP, FORM_LEAVE, FORM_DIVIDE,
+    FORM_QUICK,         /* sensitive, done by translate_quick() without leaving the guest's registers */
+    FORM_PUSHF,
     /* Control transfers. */
     FORM_JCC, FORM_CALL, FORM_CALL_INDIRECT,    /* the unit may go on behind these */
     FORM_JMP, FORM_JMP_INDIRECT, FORM_RET,
@@ -73,7 +75,7 @@ struct unit_insn {
     uint8_t cc;                 /* FORM_JCC */
     uint16_t live;              /* flags that may be read, by this instruction or later, before they are written */
     bool crosses;               /* reaches into the next page; the unit's last */
-    bool serial;                /* FORM_OP: address space or permissions may be others afterwards */
+    bool serial;                /* FORM_OP, FORM_QUICK: address space or permissions may be others afterwards */
     uint8_t accesses;
     struct access access[2];    /* in the order in which they can fault */
     struct value gpr[16];       /* before the instruction */
@@ -104,7 +106,6 @@ enum stub_kind {
     STUB_AT,                    /* leave; the run loop goes on at target */
     STUB_INTERPRET,             /* leave; the interpreter executes what is at target, whether that is translated or not */
     STUB_CODE,                  /* to a routine of the runtime */
-    STUB_NOWHERE,               /* A := a jump entry that leads to the runtime; back */
 };
 
 /* An exit or slow path, emitted behind the unit. */
@@ -115,7 +116,7 @@ struct stub {
     bool restore_rcx;           /* from its slot */
     struct translate_site *site;
     uint64_t target;            /* guest address, from cpu->code_page on */
-    const uint8_t *code;        /* STUB_CODE; STUB_NOWHERE: where it goes on */
+    const uint8_t *code;
 };
 
 /* What unit_live_at() found, for as long as no code was written and the page stayed one of code. */
@@ -209,5 +210,7 @@ void unit_save_rcx(struct unit *x);
 void unit_restore_rcx(struct unit *x);
 /* The instruction run by the interpreter, in line. */
 void unit_op(struct unit *x, unsigned k);
+/* The same, by way of translate_quick(). */
+void unit_quick(struct unit *x, unsigned k, enum translate_quick quick);
 
 #endif
