@@ -133,7 +133,7 @@ struct translator {
     struct lockstep *lockstep;  /* NULL: not in lock-step mode */
     bool tracing;               /* blocks are written down as they are entered */
     bool diverged;              /* it found a difference: the run ends */
-    uint64_t blocks, bytes, guest_bytes, apart, chained, indirect_misses, entered, fills, slow_ops, group_misses;
+    uint64_t blocks, bytes, guest_bytes, apart, chained, entered, fills, slow_ops, group_misses;
     uint64_t return_misses, stack_overflows;
 };
 
