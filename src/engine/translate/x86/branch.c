@@ -323,6 +323,30 @@ static void emit_ret(struct unit *x, unsigned k)
     through_entry(x, 4);
 }
 
+/*
+ * To the interpreter, which goes on from there. Straight to what it does for a system instruction; by way of its block cache
+ * for the rest.
+ */
+static void emit_end(struct unit *x, unsigned k)
+{
+    const struct unit_insn *i = &x->insn[k];
+    struct assembler *a = &x->a;
+
+    if (x86_system_semantics(&i->insn)) {
+        struct op *op = block_alloc(&x->t->it, sizeof(*op));
+
+        *op = (struct op){ .rip = i->offset, .len = i->insn.length };
+        lower(&x->t->it, op, &i->insn);
+        if (op->fn == op_semantics_end) {
+            asm_mov_imm(a, A, (uint64_t)(uintptr_t)op);
+            asm_jmp_to(a, x->t->exit_op);
+            return;
+        }
+    }
+    unit_set_rip(x, i->offset);
+    asm_jmp_to(a, x->t->exit_null);
+}
+
 void unit_branch(struct unit *x, unsigned k)
 {
     const struct unit_insn *i = &x->insn[k];
@@ -334,9 +358,6 @@ void unit_branch(struct unit *x, unsigned k)
     case FORM_JMP: unit_goto(x, i->target, i->live, i->target <= i->offset); break;
     case FORM_JMP_INDIRECT: emit_jump_indirect(x, k); break;
     case FORM_RET: emit_ret(x, k); break;
-    default:
-        unit_set_rip(x, i->offset);
-        asm_jmp_to(&x->a, x->t->exit_null);
-        break;
+    default: emit_end(x, k); break;
     }
 }
