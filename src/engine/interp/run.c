@@ -17,7 +17,7 @@
  * Translations are dear, and go with the blocks that they belong to.
  */
 #define ARENA_BUDGET MIB(32)
-#define ARENA_BUDGET_TRANSLATED MIB(64)
+#define ARENA_BUDGET_TRANSLATED MIB(112)
 #define ARENA_MIN MIB(8)
 
 static size_t arena_size(const struct interp *it, unsigned vcpus)

@@ -62,6 +62,9 @@ int code_init(struct code_memory *c, size_t size, bool anonymous)
     return 0;
 }
 
+/* Written code is only read through the other mapping, apart from jumps that are patched: what is resident counts twice but briefly. */
+#define WRITTEN_STEP KIB(256)
+
 void code_use(struct code_memory *c, const uint8_t *end)
 {
     size_t pages;
@@ -70,14 +73,19 @@ void code_use(struct code_memory *c, const uint8_t *end)
     pages = align_up(c->used, GUEST_PAGE_SIZE);
     if (pages > c->touched) {
         resident_add_shared(2 * (pages - c->touched));
+        c->written += pages - c->touched;
         c->touched = pages;
+    }
+    if (c->written >= WRITTEN_STEP && !madvise(c->write, pages - GUEST_PAGE_SIZE, MADV_DONTNEED)) {
+        resident_remove_shared(c->written);
+        c->written = 0;
     }
 }
 
 void code_destroy(struct code_memory *c)
 {
     if (c->exec) {
-        resident_remove_shared(2 * c->touched);
+        resident_remove_shared(c->touched + c->written);
         munmap(c->write, c->size);
         munmap(c->exec, c->size);
     }

@@ -13,7 +13,8 @@ struct code_memory {
     uint8_t *write, *exec;
     size_t size, used;
     size_t fixed;               /* what code_reset() keeps: routines emitted once */
-    size_t touched;             /* pages below are resident, and reported as such */
+    size_t touched;             /* pages below are resident, and reported as such… */
+    size_t written;             /* …and so many bytes of them in the writable mapping, too */
 };
 
 /* anonymous: not a memfd, so that perf maps apply. 0 or a negative errno (logged). */
