@@ -301,7 +301,7 @@ static void emit_return_interpreted(struct translator *t, struct assembler *a)
  */
 static void emit_return_missed(struct translator *t, struct assembler *a)
 {
-    uint8_t *loop, *bottom, *found;
+    uint8_t *loop, *bottom, *found, *dropped, *back;
 
     /* At the bottom of a stack: RSP has left it. */
     t->return_stub = code_exec(&t->code, a->at);
@@ -317,6 +317,9 @@ static void emit_return_missed(struct translator *t, struct assembler *a)
     asm_load_gs(a, H_RCX, T_GS(return_misses));
     asm_lea(a, H_RCX, H_RCX, H_NONE, 0, 1);
     asm_store_gs(a, H_RCX, T_GS(return_misses));
+    /* The right place, but its unit was dropped. */
+    asm_mem(a, true, 0x3b, H_R10, H_RSP, H_NONE, 0, 0);
+    dropped = asm_jcc(a, 4);
     asm_mov_imm(a, H_RCX, RETURN_SEARCH);
     asm_mov(a, H_R11, H_RSP);
     loop = a->at;
@@ -329,6 +332,10 @@ static void emit_return_missed(struct translator *t, struct assembler *a)
     asm_set_target(asm_jcc(a, 5), loop);
     asm_set_target(bottom, a->at);
     asm_lea(a, H_RSP, H_RSP, H_NONE, 0, -8);
+    back = asm_jmp(a);
+    asm_set_target(dropped, a->at);
+    asm_lea(a, H_RSP, H_RSP, H_NONE, 0, 8);
+    asm_set_target(back, a->at);
     reload_flags(a);
     asm_load_gs(a, H_RCX, gpr_offset(RCX));
     asm_load_gs(a, H_RAX, gpr_offset(RAX));
