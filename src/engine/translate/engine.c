@@ -18,9 +18,6 @@
 #include "engine/translate/perf.h"
 #include "engine/translate/translate.h"
 
-/* Unmasked exceptions are found by the interpreter's way of running vector instructions. */
-static bool masks_all(const struct x86_cpu *cpu) { return (cpu->s.fpu.mxcsr & 0x1f80) == 0x1f80; }
-
 /* ---- jump tables ---- */
 
 static struct jump_table *table_of(struct translator *t, const struct x86_tlb_space *space)
@@ -130,7 +127,7 @@ static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
 
     if (unlikely(t->tracing && !t->interpret_once))     /* what is interpreted now was written down when it was entered */
         trace_block(cpu, b);
-    if (unlikely(t->interpret_once || !masks_all(cpu) || cpu->simd_trap != t->simd_trap)) {
+    if (unlikely(t->interpret_once || !translate_masks_all(cpu) || cpu->simd_trap != t->simd_trap)) {
         t->interpret_once = 0;
         NEXT;
     }

@@ -3,9 +3,6 @@
  */
 #include "engine/translate/translate.h"
 
-/* Unmasked exceptions are found by the interpreter's way of running vector instructions. */
-static bool masks_all(const struct x86_cpu *cpu) { return (cpu->s.fpu.mxcsr & 0x1f80) == 0x1f80; }
-
 /* Out of the unit, in front of the site's instruction, which the interpreter executes. */
 static const void *leave(struct translator *t, const struct translate_site *site)
 {
@@ -20,7 +17,7 @@ static const struct op *op_finished(struct x86_cpu *cpu, const struct op *op)
     const struct block *b = op->aux;
     struct translator *t = translator_of(cpu);
 
-    if (unlikely(b->dead || !masks_all(cpu) || cpu->simd_trap != t->simd_trap)) {
+    if (unlikely(b->dead || !translate_masks_all(cpu) || cpu->simd_trap != t->simd_trap)) {
         cpu->s.rip = op_rip(cpu, op);
         return NULL;
     }

@@ -139,6 +139,9 @@ struct translator {
 
 static inline struct translator *translator_of(struct x86_cpu *cpu) { return (struct translator *)cpu; }
 
+/* Unmasked exceptions are found by the interpreter's way of running vector instructions. */
+static inline bool translate_masks_all(const struct x86_cpu *cpu) { return (cpu->s.fpu.mxcsr & 0x1f80) == 0x1f80; }
+
 /* Emits the routines. */
 void translate_emit_runtime(struct translator *t);
 struct unit *translate_work_create(void);
