@@ -120,7 +120,7 @@ struct translator {
     gva_t site_va;
     uint64_t slow_return;
     uint64_t value;             /* of a push, over the check of its store */
-    uint64_t saved_code, saved_target;  /* of an indirect call, over the store of its return address */
+    uint64_t saved_code, saved_target;  /* of an indirect call, over the store of its return address; the first also: which RET missed */
     bool op_finished;           /* the op that was run alone went on to the next one */
     /* Routines, emitted once. */
     const struct op *(*enter)(struct translator *t, const void *code);
