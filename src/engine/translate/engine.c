@@ -28,7 +28,7 @@ static struct jump_table *table_of(struct translator *t, const struct x86_tlb_sp
 /* An empty entry has an address of another index, so no look-up finds it. */
 static void empty_entry(struct jump_table *table, unsigned i)
 {
-    uint64_t rip = (uint64_t)(i ^ 1) << TRANSLATE_JUMP_SHIFT;
+    uint64_t rip = i ? 0 : 1;
 
     table->entry[i] = (struct jump_entry_host){ .rip = rip, .negative = -rip };
 }
@@ -275,7 +275,7 @@ static int translate_create(struct vcpu *vcpu)
             goto out;
     }
     t->tlb_mask = (uint64_t)(TLB_ENTRIES - 1) << GUEST_PAGE_SHIFT;
-    t->jump_mask = (uint64_t)(TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_SHIFT;
+    t->jump_mask = (uint64_t)(TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_ROTATE;
     t->page_mask = GUEST_PAGE_MASK;
     for (unsigned i = 0; i < ARRAY_SIZE(t->aligned_mask); i++)
         t->aligned_mask[i] = GUEST_PAGE_MASK | ((1u << i) - 1);

@@ -222,7 +222,9 @@ static void emit_lookup(struct assembler *a)
     uint8_t *hit, *miss[2];
 
     asm_store_gs(a, H_RCX, T_GS(rcx));
-    asm_pext_gs(a, H_RCX, H_R10, T_GS(jump_mask));
+    asm_rorx(a, H_RCX, H_R10, 64 - TRANSLATE_JUMP_ROTATE);
+    asm_lea(a, H_RCX, H_RCX, H_R10, 0, 0);
+    asm_pext_gs(a, H_RCX, H_RCX, T_GS(jump_mask));
     asm_load_gs(a, H_R11, T_GS(jumps_now));
     asm_lea(a, H_RCX, H_NONE, H_RCX, 2, 0);
     asm_lea(a, H_R11, H_R11, H_RCX, 3, 0);

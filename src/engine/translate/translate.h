@@ -29,7 +29,7 @@
 #include "engine/translate/options.h"
 
 #define TRANSLATE_JUMPS 16384u
-#define TRANSLATE_JUMP_SHIFT 4          /* of the guest address, for the index: functions are aligned to 16 bytes */
+#define TRANSLATE_JUMP_ROTATE 5         /* of the guest address, for the index; also log2 of an entry's size */
 #define TRANSLATE_JUMPS_NOTED 2048u
 #define TRANSLATE_ADDENDS 16u
 
@@ -48,9 +48,15 @@ struct jump_table {
 /* What enter() returns besides ops and chains: a RET whose target (in s.rip) has no translation. */
 #define RETURNED_NOWHERE 2u
 
+/*
+ * Functions are aligned to 16 bytes, other targets are not: the sum gives neighbours entries of their own and aligned addresses
+ * all entries, for 33 has no factor in common with their number.
+ */
 static inline unsigned translate_jump_index(uint64_t rip)
 {
-    return (rip >> TRANSLATE_JUMP_SHIFT) & (TRANSLATE_JUMPS - 1);
+    uint64_t rotated = rip << TRANSLATE_JUMP_ROTATE | rip >> (64 - TRANSLATE_JUMP_ROTATE);
+
+    return ((rotated + rip) >> TRANSLATE_JUMP_ROTATE) & (TRANSLATE_JUMPS - 1);
 }
 
 /* A place where translated code is left, patched into a jump when its target is translated. */

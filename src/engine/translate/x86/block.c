@@ -72,6 +72,8 @@ static void emit_stub(struct unit *x, struct stub *s)
     asm_set_target(s->jump, start);
     if (s->restore_rcx)
         unit_restore_rcx(x);
+    if (s->restore_flags)
+        asm_byte(a, 0x9d);                              /* popf */
     switch (s->kind) {
     case STUB_FILL: {
         uint8_t *crosses = NULL;

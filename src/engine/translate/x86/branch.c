@@ -79,7 +79,9 @@ static void lookup(struct unit *x, uint16_t live, enum stub_kind kind)
         uint8_t *hit;
 
         unit_save_rcx(x);
-        asm_pext_gs(a, H_RCX, T, T_GS(jump_mask));
+        asm_rorx(a, H_RCX, T, 64 - TRANSLATE_JUMP_ROTATE);
+        asm_lea(a, H_RCX, H_RCX, T, 0, 0);
+        asm_pext_gs(a, H_RCX, H_RCX, T_GS(jump_mask));
         asm_load_gs(a, A, T_GS(jumps_now));
         asm_lea(a, H_RCX, H_NONE, H_RCX, 2, 0);
         asm_lea(a, A, A, H_RCX, 3, 0);
@@ -94,8 +96,9 @@ static void lookup(struct unit *x, uint16_t live, enum stub_kind kind)
         asm_set_short(hit, a->at);
         unit_restore_rcx(x);
     } else {
-        asm_rorx(a, A, T, (TRANSLATE_JUMP_SHIFT - 5) & 63);
-        asm_alu_imm(a, false, ALU_DIGIT_AND, A, (TRANSLATE_JUMPS - 1) << 5);
+        asm_rorx(a, A, T, 64 - TRANSLATE_JUMP_ROTATE);
+        asm_rr(a, true, 0x01, T, A);
+        asm_alu_imm(a, false, ALU_DIGIT_AND, A, (TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_ROTATE);
         asm_gs(a, true, 0x03, A, T_GS(jumps_now));
         asm_mem(a, true, 0x3b, T, A, H_NONE, 0, offsetof(struct jump_entry_host, rip));
         lookup_stub(x, asm_jcc(a, 5), kind, false);
@@ -103,7 +106,7 @@ static void lookup(struct unit *x, uint16_t live, enum stub_kind kind)
         lookup_stub(x, asm_jcc(a, 5), kind, false);
     }
 }
-_Static_assert(sizeof(struct jump_entry_host) == 32, "look-ups shift by 5");
+_Static_assert(sizeof(struct jump_entry_host) == 1 << TRANSLATE_JUMP_ROTATE, "an index is shifted into place by the same");
 
 /* jmp or call *code(A): /4 or /2. */
 static void through_entry(struct unit *x, unsigned digit)

@@ -419,7 +419,7 @@ static void emit_leave(struct unit *x, unsigned k)
 
 /*
  * The divisor comes into T, and what would raise #DE goes to the interpreter. The tests change flags, which DIV may leave as
- * they were, so where they are live the interpreter runs it all.
+ * they were: where they are live they are put aside on the return stack.
  */
 static void emit_divide(struct unit *x, unsigned k)
 {
@@ -433,10 +433,6 @@ static void emit_divide(struct unit *x, unsigned k)
     uint8_t *bad[2];
     unsigned host, count = 0;
 
-    if (i->live) {
-        unit_op(x, k);
-        return;
-    }
     if (o->kind == OPERAND_MEM) {
         struct asm_address m = unit_place(x, k, 0, false);
 
@@ -449,6 +445,8 @@ static void emit_divide(struct unit *x, unsigned k)
             host = T;
         }
     }
+    if (i->live)
+        asm_byte(a, 0x9c);                              /* pushf */
     if (is_signed) {
         unit_take_a(x, k);
         asm_mem(a, w, 0x8d, A, host, H_NONE, 0, 1);     /* 0 and -1 become 1 and 0 */
@@ -463,6 +461,8 @@ static void emit_divide(struct unit *x, unsigned k)
         asm_rr(a, w, 0x39, host, H_RDX);                /* the quotient fits only if the upper half is less */
         bad[count++] = asm_jcc(a, 3);
     }
+    if (i->live)
+        asm_byte(a, 0x9d);                              /* popf */
     asm_rex(a, w, 0, 0, host, false);
     asm_byte(a, 0xf7), asm_byte(a, 0xc0 | (is_signed ? 7u : 6u) << 3 | (host & 7));
     site = unit_site(x, k);
@@ -470,8 +470,10 @@ static void emit_divide(struct unit *x, unsigned k)
     x->sites = site;
     for (unsigned n = 0; n < count; n++) {
         s = unit_stub(x, STUB_RUN, bad[n]);
-        if (s)
+        if (s) {
             s->site = site;
+            s->restore_flags = i->live != 0;
+        }
     }
 }
 
