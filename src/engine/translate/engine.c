@@ -44,18 +44,6 @@ static void empty_table(struct jump_table *table)
     table->count = 0;
 }
 
-static void enter_jump(struct jump_table *table, uint64_t rip, const void *code)
-{
-    unsigned i = translate_jump_index(rip);
-
-    if (!table->entry[i].code && table->count <= TRANSLATE_JUMPS_NOTED) {
-        if (table->count < TRANSLATE_JUMPS_NOTED)
-            table->noted[table->count] = (uint16_t)i;
-        table->count++;
-    }
-    table->entry[i] = (struct jump_entry_host){ rip, -rip, code, 0 };
-}
-
 /* ---- in and out ---- */
 
 static struct block *block_of(const struct op *first) { return container_of(first, struct block, op); }
@@ -133,7 +121,7 @@ static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
     }
     select_space(t);
     if (t->options.indirect)
-        enter_jump(t->jumps_now, op_rip(cpu, op), b->indirect);
+        translate_enter_jump(t->jumps_now, op_rip(cpu, op), b->indirect);
     t->entered++;
     next = unlikely(t->lockstep != NULL) ? lockstep_enter(t, b) : t->enter(t, b->code);
     if ((uintptr_t)next == RETURNED_NOWHERE)
@@ -353,6 +341,7 @@ static void translate_counters(const struct vcpu *vcpu, struct engine_counters *
     c->chains = t->chained;
     c->entries = t->entered;
     c->checks_missed = t->fills;
+    c->jumps_missed = t->jump_misses;
     c->groups_missed = t->group_misses;
     c->interpreted_ops = t->slow_ops;
     c->returns_missed = t->return_misses;

@@ -1,6 +1,7 @@
 /*
- * The quick half of a miss of the soft TLB, and sensitive instructions that are frequent in kernels. This file, and what it calls, is compiled without vector registers, because they
- * may hold the guest's.
+ * What translated code has C do for it without leaving: the quick half of a miss of the soft TLB, misses of the jump table, and
+ * sensitive instructions that are frequent in kernels. This file, and what it calls, is compiled without vector registers, because
+ * they may hold the guest's.
  */
 #include "engine/translate/translate.h"
 #include "isa/x86/mmu.h"
@@ -17,6 +18,34 @@ const void *translate_fill(struct translator *t, struct translate_site *site, gv
         return NULL;
     t->group_misses++;
     return site->block->apart ? site->apart : NULL;
+}
+
+struct jump_entry_host *translate_enter_jump(struct jump_table *table, uint64_t rip, const void *code)
+{
+    unsigned i = translate_jump_index(rip);
+
+    if (!table->entry[i].code && table->count <= TRANSLATE_JUMPS_NOTED) {
+        if (table->count < TRANSLATE_JUMPS_NOTED)
+            table->noted[table->count] = (uint16_t)i;
+        table->count++;
+    }
+    table->entry[i] = (struct jump_entry_host){ rip, -rip, code, 0 };
+    return &table->entry[i];
+}
+
+const struct jump_entry_host *translate_jump(struct translator *t, gva_t rip)
+{
+    struct x86_cpu *cpu = &t->it.cpu;
+    const uint8_t *host = tlb_lookup(cpu->tlb_fetch, rip, 1, TLB_EXEC);
+    const struct block *b;
+
+    if (!host || !t->options.indirect || atomic_load_explicit(&cpu->request, memory_order_relaxed))
+        return NULL;
+    b = block_lookup(cpu, host);
+    if (!b || !b->code || b->dead)
+        return NULL;
+    t->jump_misses++;
+    return translate_enter_jump(t->jumps_now, rip, b->indirect);
 }
 
 static bool set_ac(struct x86_cpu *cpu, bool ac)

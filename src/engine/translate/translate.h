@@ -131,7 +131,7 @@ struct translator {
     /* Routines, emitted once. */
     const struct op *(*enter)(struct translator *t, const void *code);
     const uint8_t *exit_null, *exit_op, *run_op, *run_quick, *run_and_go, *fill, *vectors_load, *return_missed;  /* writable view */
-    const uint8_t *far;         /* writable view */
+    const uint8_t *far, *jump_miss;     /* writable view */
     /* Executable view: what lies at the bottom of a return stack, and on it for a call of the interpreter's. */
     const void *return_stub, *return_interpreted;
     /* Settings and figures. */
@@ -139,7 +139,7 @@ struct translator {
     struct lockstep *lockstep;  /* NULL: not in lock-step mode */
     bool tracing;               /* blocks are written down as they are entered */
     bool diverged;              /* it found a difference: the run ends */
-    uint64_t blocks, bytes, guest_bytes, apart, chained, entered, fills, slow_ops, group_misses;
+    uint64_t blocks, bytes, guest_bytes, apart, chained, entered, fills, slow_ops, group_misses, jump_misses;
     uint64_t return_misses, stack_overflows;
 };
 
@@ -166,6 +166,12 @@ const void *translate_fill(struct translator *t, struct translate_site *site, gv
  * nothing has been done. Compiled without vector registers, too.
  */
 bool translate_quick(struct translator *t, const struct translate_site *site);
+/*
+ * For a look-up in the jump table that found nothing, with caller-saved registers and flags in the vCPU: the entry for the
+ * guest address, made now, or NULL: it is not translated, or somebody wants something. Compiled like translate_fill().
+ */
+const struct jump_entry_host *translate_jump(struct translator *t, gva_t rip);
+struct jump_entry_host *translate_enter_jump(struct jump_table *table, uint64_t rip, const void *code);
 /* Does what fill could not, with all guest state in the vCPU: where to go on, or NULL to leave (s.rip is set). */
 const void *translate_slow(struct translator *t, struct translate_site *site);
 /* Runs the instruction of the site alone. The same result. */

@@ -74,6 +74,10 @@ static void emit_stub(struct unit *x, struct stub *s)
         unit_restore_rcx(x);
     if (s->restore_flags)
         asm_byte(a, 0x9d);                              /* popf */
+    if (s->back) {
+        asm_set_target(asm_call(a), t->jump_miss);
+        asm_jmp_to(a, s->back);
+    }
     switch (s->kind) {
     case STUB_FILL: {
         uint8_t *crosses = NULL;

@@ -74,6 +74,7 @@ static struct stub *lookup_stub(struct unit *x, uint8_t *jump, enum stub_kind ki
 static void lookup(struct unit *x, uint16_t live, enum stub_kind kind)
 {
     struct assembler *a = &x->a;
+    struct stub *s;
 
     if (live) {
         uint8_t *hit;
@@ -88,7 +89,7 @@ static void lookup(struct unit *x, uint16_t live, enum stub_kind kind)
         asm_mem(a, true, 0x8b, H_RCX, A, H_NONE, 0, offsetof(struct jump_entry_host, negative));
         asm_lea(a, H_RCX, H_RCX, T, 0, 0);
         hit = asm_jrcxz(a);
-        lookup_stub(x, asm_jmp(a), kind, true);
+        s = lookup_stub(x, asm_jmp(a), kind, true);
         asm_set_short(hit, a->at);
         asm_gs(a, false, 0x8b, H_RCX, CPU_GS(request));
         hit = asm_jrcxz(a);
@@ -101,10 +102,12 @@ static void lookup(struct unit *x, uint16_t live, enum stub_kind kind)
         asm_alu_imm(a, false, ALU_DIGIT_AND, A, (TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_ROTATE);
         asm_gs(a, true, 0x03, A, T_GS(jumps_now));
         asm_mem(a, true, 0x3b, T, A, H_NONE, 0, offsetof(struct jump_entry_host, rip));
-        lookup_stub(x, asm_jcc(a, 5), kind, false);
+        s = lookup_stub(x, asm_jcc(a, 5), kind, false);
         asm_gs_imm8(a, 0x83, ALU_DIGIT_CMP, CPU_GS(request), 0);
         lookup_stub(x, asm_jcc(a, 5), kind, false);
     }
+    if (s)
+        s->back = a->at;
 }
 _Static_assert(sizeof(struct jump_entry_host) == 1 << TRANSLATE_JUMP_ROTATE, "an index is shifted into place by the same");
 

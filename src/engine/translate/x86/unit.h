@@ -118,6 +118,7 @@ struct stub {
     struct translate_site *site;
     uint64_t target;            /* guest address, from cpu->code_page on */
     const uint8_t *code;
+    const uint8_t *back;        /* a look-up: where to go on when the runtime found the target after all; else NULL */
 };
 
 /* What unit_live_at() found, for as long as no code was written and the page stayed one of code. */
