@@ -17,6 +17,7 @@
 #include "engine/translate/lockstep.h"
 #include "engine/translate/perf.h"
 #include "engine/translate/translate.h"
+#include "isa/x86/kvmclock.h"
 
 /* ---- jump tables ---- */
 
@@ -302,18 +303,20 @@ out:
 
 static enum vm_exit translate_run(struct vcpu *vcpu)
 {
+    struct translator *t = vcpu->data;
     enum vm_exit exit;
 
     /* Translated code finds its data through GS, which neither the C library nor the compiler uses. */
-    if (syscall(SYS_arch_prctl, ARCH_SET_GS, vcpu->data)) {
+    if (syscall(SYS_arch_prctl, ARCH_SET_GS, t)) {
         log_error("cannot set the GS base: %s", strerror(errno));
         return VM_EXIT_ERROR;
     }
-    if (translate_returns_attach(vcpu->data))
+    t->host_tsc = x86_tsc_is_host(t->it.cpu.machine, t->it.cpu.tsc_hz);
+    if (translate_returns_attach(t))
         return VM_EXIT_ERROR;
     exit = interp_run(vcpu);
-    translate_returns_detach(vcpu->data);
-    return ((struct translator *)vcpu->data)->diverged ? VM_EXIT_ERROR : exit;
+    translate_returns_detach(t);
+    return t->diverged ? VM_EXIT_ERROR : exit;
 }
 
 static void translate_probe(struct engine_report *r)

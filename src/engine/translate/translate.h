@@ -75,8 +75,11 @@ struct return_site {
     struct return_site *next;
 };
 
-/* Sensitive instructions that are frequent in kernels. */
-enum translate_quick { QUICK_NONE, QUICK_CLI, QUICK_STAC, QUICK_CLAC, QUICK_SWAPGS, QUICK_PUSHF };
+/* Instructions that translate_quick() does: sensitive ones that are frequent, and strings. */
+enum translate_quick {
+    QUICK_NONE, QUICK_CLI, QUICK_STAC, QUICK_CLAC, QUICK_SWAPGS, QUICK_PUSHF, QUICK_RDTSC, QUICK_RDTSCP,
+    QUICK_MOVS, QUICK_STOS      /* with and without REP; span is the element's size */
+};
 
 /* A place in guest code where translated code may need the runtime. */
 struct translate_site {
@@ -90,6 +93,7 @@ struct translate_site {
     uint8_t kind;               /* enum tlb_kind */
     uint8_t length, align;      /* of the instruction; of the address when aligned */
     bool group, aligned;
+    bool repeats;               /* QUICK_MOVS, QUICK_STOS: REP */
     uint8_t quick;              /* enum translate_quick */
 };
 
@@ -137,6 +141,7 @@ struct translator {
     /* Settings and figures. */
     struct translate_options options;
     struct lockstep *lockstep;  /* NULL: not in lock-step mode */
+    bool host_tsc;              /* the guest's TSC is the host's plus an offset */
     bool tracing;               /* blocks are written down as they are entered */
     bool diverged;              /* it found a difference: the run ends */
     uint64_t blocks, bytes, guest_bytes, apart, chained, entered, fills, slow_ops, group_misses, jump_misses;

@@ -38,10 +38,15 @@ static void load_pointer(struct assembler *a, const void *p) { asm_mov_imm(a, A,
 static void call_runtime(struct unit *x, unsigned k, const uint8_t *routine, enum translate_quick quick)
 {
     struct translate_site *site = unit_site(x, k);
+    const struct x86_insn *insn = &x->insn[k].insn;
     uint8_t *call;
 
     unit_take_a(x, k);
     site->quick = (uint8_t)quick;
+    if (quick == QUICK_MOVS || quick == QUICK_STOS) {
+        site->span = insn->operand[0].size;
+        site->repeats = insn->rep;
+    }
     load_pointer(&x->a, site);
     call = asm_call(&x->a);
     if (!x->a.full)

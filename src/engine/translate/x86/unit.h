@@ -190,6 +190,8 @@ void unit_copy_vex(struct unit *x, const struct x86_insn *insn, unsigned reg, un
 /* ---- insn.c ---- */
 /* What form an instruction gets that is no control transfer. */
 void unit_classify(struct unit *x, struct unit_insn *i);
+/* FORM_QUICK: whether address space, permissions or segments may be others afterwards. */
+bool unit_quick_serial(const struct x86_insn *insn);
 void unit_insn(struct unit *x, unsigned k);
 
 /* ---- branch.c ---- */
