@@ -130,16 +130,14 @@ static bool vector_fits(struct unit *x, struct unit_insn *i)
     case ZYDIS_MNEMONIC_LDMXCSR: case ZYDIS_MNEMONIC_STMXCSR: case ZYDIS_MNEMONIC_VLDMXCSR: case ZYDIS_MNEMONIC_VSTMXCSR:
         return false;
     }
-    if (insn->has_evex && stand_ins(insn))
-        return false;
     for (unsigned k = 0; k < insn->operands; k++) {
         const struct x86_operand *o = &insn->operand[k];
 
-        /* EVEX and the registers of an immediate byte are not renamed. */
+        /* EVEX's vvvv and the registers of an immediate byte are not renamed. */
         if (o->kind == OPERAND_GPR && unit_host_of[o->reg] != o->reg &&
-            (insn->has_evex || o->implicit ||
+            (o->implicit ||
              (o->encoding != ZYDIS_OPERAND_ENCODING_MODRM_REG && o->encoding != ZYDIS_OPERAND_ENCODING_MODRM_RM &&
-              o->encoding != ZYDIS_OPERAND_ENCODING_NDSNDD)))
+              (o->encoding != ZYDIS_OPERAND_ENCODING_NDSNDD || insn->has_evex))))
             return false;
     }
     /* A mask that suppresses faults does not matter where the whole operand can be accessed; elsewhere the interpreter heeds it. */
@@ -198,6 +196,9 @@ void unit_classify(struct unit *x, struct unit_insn *i)
         i->form = FORM_NOP;
     } else if (quick_of(insn)) {
         i->form = FORM_QUICK;
+    } else if (insn->mnemonic == ZYDIS_MNEMONIC_MOV && insn->operand[1].kind == OPERAND_SEG) {
+        if (o->kind == OPERAND_GPR && o->size >= 4)
+            i->form = FORM_SELECTOR;
     } else if (insn->mnemonic == ZYDIS_MNEMONIC_PUSHFQ) {
         i->form = FORM_PUSHF;
     } else if (insn->mnemonic == ZYDIS_MNEMONIC_LEA) {
@@ -399,6 +400,16 @@ static void emit_lea(struct unit *x, unsigned k)
         asm_store_gs(a, T, gpr_offset(d->reg));
 }
 
+static void emit_selector(struct unit *x, unsigned k)
+{
+    const struct x86_operand *o = x->insn[k].insn.operand;
+    unsigned host = unit_host_of[o[0].reg], to = host == H_NONE ? T : host;
+
+    asm_gs(&x->a, false, 0x0fb7, to, CPU_GS(s.seg[0].selector) + o[1].reg * sizeof(struct x86_seg));     /* movzwl */
+    if (host == H_NONE)
+        asm_store_gs(&x->a, T, gpr_offset(o[0].reg));
+}
+
 /* translator.value onto the stack; by access n. */
 static void push_value(struct unit *x, unsigned k, unsigned n)
 {
@@ -535,6 +546,7 @@ void unit_insn(struct unit *x, unsigned k)
     case FORM_COPY: emit_copy(x, k); break;
     case FORM_VECTOR: emit_vector(x, k); break;
     case FORM_LEA: emit_lea(x, k); break;
+    case FORM_SELECTOR: emit_selector(x, k); break;
     case FORM_PUSH: emit_push(x, k); break;
     case FORM_POP: emit_pop(x, k); break;
     case FORM_LEAVE: emit_leave(x, k); break;

@@ -36,6 +36,7 @@ enum unit_form {
     FORM_NOP,
     FORM_COPY,          /* integer instruction copied with registers renamed */
     FORM_VECTOR,        /* the same for vector and VEX-encoded instructions */
+    FORM_SELECTOR,      /* MOV from a segment register */
     FORM_LEA, FORM_PUSH, FORM_POP, FORM_LEAVE, FORM_DIVIDE,
     FORM_QUICK,         /* sensitive, done by translate_quick() without leaving the guest's registers */
     FORM_PUSHF,
