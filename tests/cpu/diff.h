@@ -3,6 +3,7 @@
  * oracle) and in a Ringfort engine, and everything that user code can see compared.
  *
  *   diff_generate.c   makes cases: instructions and the state they start from
+ *   diff_encode.c     the bytes of instructions
  *   diff_shapes.c     longer cases of a certain shape
  *   diff_host.c       runs them natively in a child process
  *   diff_guest.c      runs them in a small Ringfort machine
@@ -112,14 +113,14 @@ struct generate_options {
     unsigned max_insns;         /* instructions of a case before fix-ups; 0: the usual mix */
     unsigned shape;             /* 0: random instructions; else 1 + index of shape_names */
     const struct x86_cpu_model *model;  /* instructions and registers that the engine's processor has; NULL: the host's */
-    const char *only;           /* mnemonics, comma-separated: each case has one of them; NULL: all */
+    const bool *only;           /* by ZydisMnemonic: the ones that cases consist of; NULL: all. The same in all calls. */
 };
 void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_t number);
 /* NULL-terminated. generate_shape() fills code and registers, x87 and vector state apart, of a 64-bit case (diff_shapes.c). */
 extern const char *const shape_names[];
 void generate_shape(struct cpu_case *c, unsigned shape, struct rng *r);
 /* Data memory that case number starts from. */
-void generate_data(uint8_t data[DATA_SIZE], uint64_t seed, uint64_t number);
+void generate_data(uint8_t data[DATA_SIZE], const struct generate_options *o, uint64_t number);
 
 /* ---- the host processor (diff_host.c) ---- */
 struct host;

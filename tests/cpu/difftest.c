@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <time.h>
 
 #include "diff.h"
@@ -177,7 +178,7 @@ static void make_batch(const struct options *o, struct batch *b, uint64_t first,
     if (end > last)
         end = last;
     b->count = (unsigned)(end - first);
-    generate_data(b->data, o->generate.seed, first);
+    generate_data(b->data, &o->generate, first);
     for (unsigned i = 0; i < b->count; i++) {
         generate_case(&b->c[i], &o->generate, first + i);
         for (unsigned k = 0; k < b->c[i].insns; k++)
@@ -247,14 +248,21 @@ static void run(const struct options *o)
 
 /* ---- the program ---- */
 
+static uint64_t insns_generated(void)
+{
+    uint64_t n = 0;
+
+    for (unsigned i = 1; i <= ZYDIS_MNEMONIC_MAX_VALUE; i++)
+        n += generated[i];
+    return n;
+}
+
 static void print_figures(const struct options *o, double seconds)
 {
     unsigned mnemonics = 0, ends = 0;
-    uint64_t insns = 0;
 
     for (unsigned i = 1; i <= ZYDIS_MNEMONIC_MAX_VALUE; i++) {
         mnemonics += generated[i] != 0;
-        insns += generated[i];
         if (differing[i])
             printf("  %6u %s\n", differing[i], ZydisMnemonicGetString((ZydisMnemonic)i));
     }
@@ -267,7 +275,7 @@ static void print_figures(const struct options *o, double seconds)
            " skipped, %" PRIu64 " instructions of %u mnemonics, %.1f s, %" PRIu64
            " known, %" PRIu64
            " unstable and %" PRIu64 " differences\n",
-           o->engine, o->model, o->generate.seed, o->first, compared, skipped, insns, mnemonics, seconds, excused, unstable, differences);
+           o->engine, o->model, o->generate.seed, o->first, compared, skipped, insns_generated(), mnemonics, seconds, excused, unstable, differences);
 }
 
 static void print_mnemonics(void)
@@ -282,6 +290,30 @@ static const char help[] =
     "                [--percent32 P] [--percent-ac P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
     "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep]\n"
     "                [--shape groups|stack|loops|vectors|mixed]\n";
+
+/* Mnemonics, comma-separated, in any case. */
+static const bool *parse_mnemonics(const char *list)
+{
+    static bool wanted[ZYDIS_MNEMONIC_MAX_VALUE + 1];
+
+    for (const char *at = list; ; at++) {
+        size_t length = strcspn(at, ",");
+        unsigned m = 1;
+
+        while (m <= ZYDIS_MNEMONIC_MAX_VALUE && (strlen(ZydisMnemonicGetString((ZydisMnemonic)m)) != length ||
+                                                 strncasecmp(ZydisMnemonicGetString((ZydisMnemonic)m), at, length) != 0))
+            m++;
+        if (m > ZYDIS_MNEMONIC_MAX_VALUE) {
+            fprintf(stderr, "difftest: '%.*s' is no instruction; names are Zydis', comma-separated, such as div,idiv,xrstor64\n", (int)length,
+                    at);
+            exit(2);
+        }
+        wanted[m] = true;
+        at += length;
+        if (!*at)
+            return wanted;
+    }
+}
 
 static uint64_t parse_number(const char *text)
 {
@@ -323,7 +355,7 @@ int main(int argc, char **argv)
         case PERCENT32: o.generate.percent32 = (unsigned)parse_number(optarg); break;
         case PERCENT_AC: o.generate.percent_ac = (unsigned)parse_number(optarg); break;
         case MAX: o.generate.max_insns = (unsigned)parse_number(optarg); break;
-        case ONLY: o.generate.only = optarg; break;
+        case ONLY: o.generate.only = parse_mnemonics(optarg); break;
         case SHOW: o.shown = (unsigned)parse_number(optarg); break;
         case NO_MINIMIZE: o.minimize = false; break;
         case PROGRESS: o.progress = true; break;
@@ -360,6 +392,10 @@ int main(int argc, char **argv)
     run(&o);
     if (mnemonics)
         print_mnemonics();
+    if (o.generate.only && !insns_generated()) {
+        fprintf(stderr, "difftest: none of these instructions is one that model %s has and that programs see the same of everywhere\n", o.model);
+        return 2;
+    }
     if (o.one && !differences) {
         print_case(&batches[0].c[0]);
         printf("equal\n");
