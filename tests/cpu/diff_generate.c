@@ -490,7 +490,7 @@ static void steer(struct generator *g, const struct x86_insn *insn, uint8_t *byt
 
         if (m->addr_size < g->c->code_size && rng_percent(&g->rng, 50))
             v |= rng64(&g->rng) << 32;
-        set_register(g, m->base, v);
+        set_register(g, m->base, truncate(v, g->c->code_size));
         return;
     }
     if (insn->disp_size < 4 || !insn->disp_offset)
@@ -554,6 +554,8 @@ static void prepare_hidden_memory(struct generator *g, const ZydisDecodedOperand
         target -= WINDOW_HIGH - WINDOW_LOW;
     if (o->mem.segment == ZYDIS_REGISTER_FS || o->mem.segment == ZYDIS_REGISTER_GS)
         target -= segment_base(g, insn);
+    if (insn->addr_size < g->c->code_size && rng_percent(&g->rng, 50))
+        target = truncate(target, insn->addr_size) | rng64(&g->rng) << (insn->addr_size * 8);
     set_register(g, reg, truncate(target, g->c->code_size));
 }
 
