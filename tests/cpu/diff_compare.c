@@ -253,6 +253,23 @@ static bool stored_state(const struct cpu_case *c)
     return false;
 }
 
+/* x87 error pointers that an image brought, stored again: how many bits a processor keeps depends on how wide its addresses are. */
+static bool wide_pointers(const struct cpu_case *c)
+{
+    bool loaded = false;
+
+    for (unsigned i = 0; i < c->insns; i++)
+        switch (c->insn[i].mnemonic) {
+        case ZYDIS_MNEMONIC_FXRSTOR64: case ZYDIS_MNEMONIC_XRSTOR64:
+            loaded = true;
+            break;
+        case ZYDIS_MNEMONIC_FXSAVE64: case ZYDIS_MNEMONIC_XSAVE64: case ZYDIS_MNEMONIC_XSAVEOPT64: case ZYDIS_MNEMONIC_XSAVEC64:
+            if (loaded)
+                return true;
+        }
+    return false;
+}
+
 /*
  * Undefined, but AMD's processors do them: VPERMQ and VPERMPD with VEX.W 0; outside 64-bit mode VCVTUSI2SD and VCVTSI2SD
  * from a register with rounding, if EVEX.W is 1.
@@ -302,6 +319,8 @@ const char *known_difference(const struct cpu_case *c, const struct cpu_result *
         return "undefined, but done";
     if (moves_between_views(c))
         return "repeated moves between two views of a page";
+    if (wide_pointers(c))
+        return "bits of x87 error pointers";
     if (stored_state(c))
         return "components in use, MXCSR_MASK";
     return NULL;
