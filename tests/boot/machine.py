@@ -4,6 +4,7 @@ Everything waits for an event with a bound; nothing sleeps for luck. A machine d
 The program is $RINGFORT or the one in build/; the engine is $ENGINE (interp).
 """
 
+import bisect
 import ctypes
 import functools
 import json
@@ -91,6 +92,7 @@ class Machine:
             self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                                             preexec_fn=die_with_parent, env=self.environment())
         self._text = ""
+        self._arrivals = []     # (offset in the text, time.monotonic()) of each piece of it
         self._ended = False
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -116,6 +118,7 @@ class Machine:
             self.console_log.write(chunk)
             self.console_log.flush()
             with self._changed:
+                self._arrivals.append((len(self._text), time.monotonic()))
                 self._text += chunk.decode("utf-8", "replace")
                 self._changed.notify_all()
         with self._changed:
@@ -126,6 +129,11 @@ class Machine:
     def console(self):
         with self._changed:
             return self._text
+
+    def arrived(self, offset):
+        """When the host saw this byte of the console, by time.monotonic()."""
+        with self._changed:
+            return self._arrivals[bisect.bisect_right(self._arrivals, (offset, float("inf"))) - 1][1]
 
     @property
     def errors(self):
