@@ -2,7 +2,7 @@
 
 One small guest with timing.c does all of it. The host may be busy, so medians are judged, the best of three; what there was besides is
 printed. Environment: ENGINE and RINGFORT as for all; TIME_SECONDS, for how long clocks run under load and for how long the
-guest is idle: `TIME_SECONDS=600 tests/boot/run time` is the long form.
+guest is idle: `TIME_SECONDS=600 tests/boot/run 'time-*'` is the long form. time-by-tsc, the same without KVM's clock, only when it is named.
 """
 
 import os
@@ -12,7 +12,7 @@ import time
 
 import machine
 from cases import case
-from machine import busybox, check, log
+from machine import Skipped, busybox, check, log
 
 SECONDS = int(os.environ.get("TIME_SECONDS", "8"))
 ROUNDS = 3
@@ -121,4 +121,20 @@ def time_in_guest(report, folder):
         report.part("time-idle", idle, m)
         m.expect(r"^idle ends", SECONDS + 60)
         check("EARLY" not in m.console, f"a sleep ended too early:\n{m.console[-1500:]}")
+        m.powered_off(30)
+
+
+@case(180 + SECONDS, alone=True, wanted=True)
+def time_by_tsc(folder):
+    """The kernel learns the TSC's rate from CPUID."""
+    with open("/proc/cpuinfo", encoding="ascii") as f:
+        if "GenuineIntel" not in f.read():
+            raise Skipped("only Intel's processors say it")
+    _, extra = program(folder)
+    with busybox(folder, "--initrd", extra, cmdline="no-kvmclock",
+                 command=f"cat /sys/devices/system/clocksource/clocksource0/current_clocksource; /timing stamps {SECONDS} loop; echo stamps end") as m:
+        start = m.expect(r"^RF: command begins", 150).end()
+        m.expect(r"^tsc\s", 30, start)
+        m.expect(r"^stamps end", SECONDS + 60, start)
+        clocks(m, start)
         m.powered_off(30)

@@ -182,13 +182,13 @@ class Machine:
         return json.loads(self.stats_file.read_text())
 
 
-def busybox(folder, *args, kernel="cloud", command="", i386=False, **options):
-    """A machine with one of Debian's kernels and the busybox initramfs, which runs a shell command."""
+def busybox(folder, *args, kernel="cloud", command="", i386=False, cmdline="", **options):
+    """A machine with one of Debian's kernels and the busybox initramfs, which runs a shell command. cmdline: more of the kernel's."""
     images = script("kernel", kernel)
     initrd = script("initramfs", "--kernel", kernel, *(["--i386"] if i386 else []))
     check('"' not in command, "the command cannot hold double quotes")
     return Machine(folder, "--kernel", images / "vmlinuz", "--initrd", initrd,
-                   "--cmdline", f'console=ttyS0 rf.cmd="{command}"', *args, **options)
+                   "--cmdline", f'console=ttyS0 {cmdline} rf.cmd="{command}"', *args, **options)
 
 
 class Server:
