@@ -111,6 +111,7 @@ struct generate_options {
     unsigned percent32;         /* of cases in compatibility mode */
     unsigned percent_ac;        /* of cases with alignment checking */
     unsigned max_insns;         /* instructions of a case before fix-ups; 0: the usual mix */
+    bool kernel;                /* the engine runs the cases at privilege level 0: nothing that means something else there */
     unsigned shape;             /* 0: random instructions; else 1 + index of shape_names */
     const struct x86_cpu_model *model;  /* instructions and registers that the engine's processor has; NULL: the host's */
     const bool *only;           /* by ZydisMnemonic: the ones that cases consist of; NULL: all. The same in all calls. */
@@ -138,7 +139,8 @@ void host_finish(struct host *h, struct cpu_result *results);
 
 /* ---- the engine (diff_guest.c) ---- */
 struct guest;
-struct guest *guest_create(const char *engine, const char *model);
+/* kernel: cases run at privilege level 0, in memory that is the supervisor's. */
+struct guest *guest_create(const char *engine, const char *model, bool kernel);
 void guest_destroy(struct guest *g);
 void guest_set_data(struct guest *g, const uint8_t data[DATA_SIZE]);
 void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *result);
@@ -153,6 +155,8 @@ void guest_keep_vcpu(bool keep);
 /* ---- comparison (diff_compare.c) ---- */
 /* Whether arithmetic flags in the frame of a fault count: not where an engine keeps only those that code can come to read. */
 extern bool compare_flags_at_faults;
+/* The guest was at privilege level 0, which error codes of page faults say. */
+extern bool compare_kernel;
 /* True when equal. text: NULL, or where differences are described (always terminated). */
 bool compare_results(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest, char *text,
                      size_t size);

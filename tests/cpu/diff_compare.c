@@ -327,6 +327,7 @@ const char *known_difference(const struct cpu_case *c, const struct cpu_result *
 }
 
 bool compare_flags_at_faults = true;
+bool compare_kernel;
 
 bool compare_results(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest, char *text,
                      size_t size)
@@ -351,6 +352,8 @@ bool compare_results(const struct cpu_case *c, const struct cpu_result *host, co
 
         if (host->vector == VECTOR_PF && host->cr2 >= USER_END)
             error &= ~1u;
+        if (host->vector == VECTOR_PF && compare_kernel)
+            error ^= 4;
         if (error)
             number(&r, "error", host->error, guest->error);
         if (host->vector == VECTOR_PF)

@@ -301,6 +301,24 @@ static bool user_visible(const struct x86_insn *insn)
     }
 }
 
+/* Those of them that do the same at privilege level 0, and leave nothing different behind. */
+static bool same_in_kernel(const struct x86_insn *insn)
+{
+    if (x86_classify(insn) == X86_PRIVILEGED)
+        return false;
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_POPF: case ZYDIS_MNEMONIC_POPFD: case ZYDIS_MNEMONIC_POPFQ: case ZYDIS_MNEMONIC_INT:
+    case ZYDIS_MNEMONIC_CLI: case ZYDIS_MNEMONIC_STI: case ZYDIS_MNEMONIC_IN: case ZYDIS_MNEMONIC_OUT:
+    case ZYDIS_MNEMONIC_INSB: case ZYDIS_MNEMONIC_INSW: case ZYDIS_MNEMONIC_INSD: case ZYDIS_MNEMONIC_OUTSB:
+    case ZYDIS_MNEMONIC_OUTSW: case ZYDIS_MNEMONIC_OUTSD:
+        return false;
+    case ZYDIS_MNEMONIC_MOV:    /* selectors */
+        return insn->operand[1].kind != OPERAND_SEG && user_visible(insn);
+    default:
+        return user_visible(insn);
+    }
+}
+
 /* XSAVE and its kin: EDX:EAX says of which components. */
 static bool names_components(uint16_t mnemonic)
 {
@@ -321,7 +339,7 @@ static bool acceptable(const struct generator *g, const struct x86_insn *insn)
     case ZYDIS_MNEMONIC_RDRAND: case ZYDIS_MNEMONIC_RDSEED:
         return false;
     }
-    if (x86_classify(insn) != X86_INNOCUOUS && !user_visible(insn))
+    if (x86_classify(insn) != X86_INNOCUOUS && !(g->options->kernel ? same_in_kernel(insn) : user_visible(insn)))
         return false;
     /* A Zen 5 broadcasts RSP as it was before the POP in front. */
     if (insn->has_evex && insn->operands > 1 && insn->operand[1].kind == OPERAND_GPR && insn->operand[1].reg == RSP)

@@ -22,6 +22,8 @@ struct guest {
 };
 
 static bool keep_vcpu;
+static bool kernel_mode;
+static uint64_t owner;          /* PTE_U, or 0 for the supervisor's pages */
 
 void guest_keep_vcpu(bool keep) { keep_vcpu = keep; }
 
@@ -30,22 +32,24 @@ static void map_window(struct guest *g, gva_t base)
     for (unsigned i = 0; i < WINDOW_PAGES; i++)
         if (window[i].access != WINDOW_NONE)
             engine_guest_map(&g->engine, base + i * 4096, DATA_GPA + window[i].page * 4096u,
-                             PTE_U | PTE_NX | (window[i].access == WINDOW_WRITE ? PTE_W : 0));
+                             owner | PTE_NX | (window[i].access == WINDOW_WRITE ? PTE_W : 0));
 }
 
-struct guest *guest_create(const char *engine, const char *model)
+struct guest *guest_create(const char *engine, const char *model, bool kernel)
 {
     struct guest *g = aligned_alloc(64, align_up(sizeof(*g), 64));
     struct engine_guest *e = &g->engine;
 
+    kernel_mode = kernel;
+    owner = kernel ? 0 : PTE_U;
     memset(g, 0, sizeof(*g));
     engine_guest_init(e, engine, model);
     for (unsigned i = 0; i < CODE_PAGES; i++)
-        engine_guest_map(e, CODE_BASE + i * 4096, CODE_GPA + i * 4096, PTE_U);
+        engine_guest_map(e, CODE_BASE + i * 4096, CODE_GPA + i * 4096, owner);
     map_window(g, WINDOW_LOW);
     map_window(g, WINDOW_HIGH);
-    engine_guest_map(e, EDGE_LOW, DATA_GPA + EDGE_PAGE * 4096, PTE_U | PTE_W | PTE_NX);
-    engine_guest_map(e, EDGE_HIGH, DATA_GPA + EDGE_PAGE * 4096 + 4096, PTE_U | PTE_W | PTE_NX);
+    engine_guest_map(e, EDGE_LOW, DATA_GPA + EDGE_PAGE * 4096, owner | PTE_W | PTE_NX);
+    engine_guest_map(e, EDGE_HIGH, DATA_GPA + EDGE_PAGE * 4096 + 4096, owner | PTE_W | PTE_NX);
     memset(e->ram + CODE_GPA, CODE_FILL, CODE_SIZE);
     return g;
 }
@@ -108,7 +112,9 @@ void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *r)
     memcpy(s->gpr, c->in.gpr, sizeof(s->gpr));
     s->rip = c->in.rip;
     s->rflags = c->in.rflags;
-    s->seg[SEG_CS] = engine_guest_segment(&g->engine, c->code_size == 8 ? SEL_CODE64 : SEL_CODE32);
+    s->seg[SEG_CS] = engine_guest_segment(&g->engine, kernel_mode ? SEL_KERNEL_CODE : c->code_size == 8 ? SEL_CODE64 : SEL_CODE32);
+    if (kernel_mode)
+        s->seg[SEG_SS] = engine_guest_segment(&g->engine, SEL_KERNEL_DATA);
     s->seg[SEG_FS].base = c->in.fs_base;
     s->seg[SEG_GS].base = c->in.gs_base;
     s->fpu = c->in.fpu;

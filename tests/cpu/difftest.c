@@ -271,11 +271,11 @@ static void print_figures(const struct options *o, double seconds)
         if (by_vector[i]) {
             printf("%s #%u %" PRIu64, ends++ ? "," : "", i, by_vector[i]);
         }
-    printf("\nengine %s, model %s, seed %" PRIu64 ", first case %" PRIu64 ": %" PRIu64 " cases compared, %" PRIu64
+    printf("\n%sengine %s, model %s, seed %" PRIu64 ", first case %" PRIu64 ": %" PRIu64 " cases compared, %" PRIu64
            " skipped, %" PRIu64 " instructions of %u mnemonics, %.1f s, %" PRIu64
            " known, %" PRIu64
            " unstable and %" PRIu64 " differences\n",
-           o->engine, o->model, o->generate.seed, o->first, compared, skipped, insns_generated(), mnemonics, seconds, excused, unstable, differences);
+           o->generate.kernel ? "kernel mode, " : "", o->engine, o->model, o->generate.seed, o->first, compared, skipped, insns_generated(), mnemonics, seconds, excused, unstable, differences);
 }
 
 static void print_mnemonics(void)
@@ -288,7 +288,7 @@ static void print_mnemonics(void)
 static const char help[] =
     "Usage: difftest [--engine NAME] [--model NAME] [--seed N|random] [--first N] [--count N] [--case N] [--seconds S]\n"
     "                [--percent32 P] [--percent-ac P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
-    "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep]\n"
+    "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep] [--kernel]\n"
     "                [--shape groups|stack|loops|vectors|mixed]\n";
 
 /* Mnemonics, comma-separated, in any case. */
@@ -329,13 +329,13 @@ static uint64_t parse_number(const char *text)
 
 int main(int argc, char **argv)
 {
-    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP, SHAPE };
+    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP, SHAPE, KERNEL };
     static const struct option names[] = {
         { "engine", 1, 0, ENGINE }, { "model", 1, 0, MODEL }, { "seed", 1, 0, SEED }, { "first", 1, 0, FIRST },
         { "count", 1, 0, COUNT }, { "case", 1, 0, CASE }, { "seconds", 1, 0, SECONDS }, { "percent32", 1, 0, PERCENT32 }, { "percent-ac", 1, 0, PERCENT_AC },
         { "max-insns", 1, 0, MAX }, { "only", 1, 0, ONLY }, { "show", 1, 0, SHOW }, { "no-minimize", 0, 0, NO_MINIMIZE },
         { "progress", 0, 0, PROGRESS }, { "mnemonics", 0, 0, MNEMONICS }, { "keep-vcpu", 0, 0, KEEP },
-        { "no-liveness", 0, 0, NO_LIVENESS }, { "lockstep", 0, 0, LOCKSTEP }, { "shape", 1, 0, SHAPE },
+        { "no-liveness", 0, 0, NO_LIVENESS }, { "lockstep", 0, 0, LOCKSTEP }, { "shape", 1, 0, SHAPE }, { "kernel", 0, 0, KERNEL },
         { 0 },
     };
     struct options o = { .engine = "interp", .model = "host", .count = 20000, .shown = 20, .minimize = true };
@@ -370,6 +370,7 @@ int main(int argc, char **argv)
                 return 2;
             }
             break;
+        case KERNEL: o.generate.kernel = compare_kernel = true; break;
         case LOCKSTEP: translate_options.lockstep = true; break;
         default: fputs(help, stderr); return 2;
         }
@@ -382,7 +383,9 @@ int main(int argc, char **argv)
     host = host_create(&skip);
     if (!host)
         return skip ? SKIPPED : 2;
-    guest = guest_create(o.engine, o.model);
+    if (o.generate.kernel)      /* there is no 32-bit kernel code here, and alignment is checked for programs alone */
+        o.generate.percent32 = o.generate.percent_ac = 0;
+    guest = guest_create(o.engine, o.model, o.generate.kernel);
     o.generate.model = guest_model(guest);
     if (guest_emulated(guest)) {
         fprintf(stderr, "skipped: this host's KVM emulates the guest, incompletely\n");

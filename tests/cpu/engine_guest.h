@@ -19,7 +19,7 @@
 
 #define GUEST_RAM_SIZE MIB(64)
 #define GUEST_FREE_GPA 0x100000u        /* physical memory below is the kernel's and of page tables */
-#define KERNEL_BASE 0xffff800000000000ull
+#define KERNEL_BASE 0xffffa00000000000ull       /* not an address that tests come to by design */
 #define ENGINE_GUEST_CPUS 4             /* local APICs; vCPUs beyond the first are the test's to make */
 #define GUEST_PORT 0x10                 /* any write ends engine_guest_run() */
 
