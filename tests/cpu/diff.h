@@ -119,14 +119,15 @@ struct generate_options {
 void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_t number);
 /* NULL-terminated. generate_shape() fills code and registers, x87 and vector state apart, of a 64-bit case (diff_shapes.c). */
 extern const char *const shape_names[];
+#define SHAPE_WRITES_CODE 6u    /* generate_options.shape of those that do */
 void generate_shape(struct cpu_case *c, unsigned shape, struct rng *r);
 /* Data memory that case number starts from. */
 void generate_data(uint8_t data[DATA_SIZE], const struct generate_options *o, uint64_t number);
 
 /* ---- the host processor (diff_host.c) ---- */
 struct host;
-/* NULL with a reason on stderr; *skip: the host lacks something that the test needs. */
-struct host *host_create(bool *skip);
+/* NULL with a reason on stderr; *skip: the host lacks something that the test needs. writes_code: cases may write the code pages. */
+struct host *host_create(bool *skip, bool writes_code);
 void host_destroy(struct host *h);
 /* The data memory for the cases that follow. */
 void host_set_data(struct host *h, const uint8_t data[DATA_SIZE]);
@@ -139,8 +140,8 @@ void host_finish(struct host *h, struct cpu_result *results);
 
 /* ---- the engine (diff_guest.c) ---- */
 struct guest;
-/* kernel: cases run at privilege level 0, in memory that is the supervisor's. */
-struct guest *guest_create(const char *engine, const char *model, bool kernel);
+/* kernel: cases run at privilege level 0, in memory that is the supervisor's. writes_code: they may write the code pages. */
+struct guest *guest_create(const char *engine, const char *model, bool kernel, bool writes_code);
 void guest_destroy(struct guest *g);
 void guest_set_data(struct guest *g, const uint8_t data[DATA_SIZE]);
 void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *result);

@@ -22,7 +22,7 @@ struct guest {
 };
 
 static bool keep_vcpu;
-static bool kernel_mode;
+static bool kernel_mode, code_written;
 static uint64_t owner;          /* PTE_U, or 0 for the supervisor's pages */
 
 void guest_keep_vcpu(bool keep) { keep_vcpu = keep; }
@@ -35,17 +35,18 @@ static void map_window(struct guest *g, gva_t base)
                              owner | PTE_NX | (window[i].access == WINDOW_WRITE ? PTE_W : 0));
 }
 
-struct guest *guest_create(const char *engine, const char *model, bool kernel)
+struct guest *guest_create(const char *engine, const char *model, bool kernel, bool writes_code)
 {
     struct guest *g = aligned_alloc(64, align_up(sizeof(*g), 64));
     struct engine_guest *e = &g->engine;
 
     kernel_mode = kernel;
+    code_written = writes_code;
     owner = kernel ? 0 : PTE_U;
     memset(g, 0, sizeof(*g));
     engine_guest_init(e, engine, model);
     for (unsigned i = 0; i < CODE_PAGES; i++)
-        engine_guest_map(e, CODE_BASE + i * 4096, CODE_GPA + i * 4096, owner);
+        engine_guest_map(e, CODE_BASE + i * 4096, CODE_GPA + i * 4096, owner | (writes_code ? PTE_W : 0));
     map_window(g, WINDOW_LOW);
     map_window(g, WINDOW_HIGH);
     engine_guest_map(e, EDGE_LOW, DATA_GPA + EDGE_PAGE * 4096, owner | PTE_W | PTE_NX);
@@ -77,7 +78,10 @@ static void load_code(struct guest *g, const struct cpu_case *c)
 {
     struct memory *m = &g->engine.machine.memory;
 
-    memory_fill(m, CODE_GPA + g->code_start, CODE_FILL, g->code_bytes);
+    if (code_written)
+        memory_fill(m, CODE_GPA, CODE_FILL, CODE_SIZE);
+    else
+        memory_fill(m, CODE_GPA + g->code_start, CODE_FILL, g->code_bytes);
     memory_write(m, CODE_GPA + c->start, c->code, c->bytes);
     g->code_start = c->start;
     g->code_bytes = c->bytes;

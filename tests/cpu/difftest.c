@@ -289,7 +289,7 @@ static const char help[] =
     "Usage: difftest [--engine NAME] [--model NAME] [--seed N|random] [--first N] [--count N] [--case N] [--seconds S]\n"
     "                [--percent32 P] [--percent-ac P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
     "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep] [--kernel]\n"
-    "                [--shape groups|stack|loops|vectors|mixed]\n";
+    "                [--shape groups|stack|loops|vectors|mixed|self]\n";
 
 /* Mnemonics, comma-separated, in any case. */
 static const bool *parse_mnemonics(const char *list)
@@ -379,13 +379,16 @@ int main(int argc, char **argv)
         fputs(help, stderr);
         return 2;
     }
+    /* Which flags are dead cannot be known of code that changes behind the instruction that changes it. */
+    if (o.generate.shape == SHAPE_WRITES_CODE)
+        translate_options.liveness = false;
     compare_flags_at_faults = strcmp(o.engine, "translate") != 0 || !translate_options.liveness;
-    host = host_create(&skip);
+    host = host_create(&skip, o.generate.shape == SHAPE_WRITES_CODE);
     if (!host)
         return skip ? SKIPPED : 2;
     if (o.generate.kernel)      /* there is no 32-bit kernel code here, and alignment is checked for programs alone */
         o.generate.percent32 = o.generate.percent_ac = 0;
-    guest = guest_create(o.engine, o.model, o.generate.kernel);
+    guest = guest_create(o.engine, o.model, o.generate.kernel, o.generate.shape == SHAPE_WRITES_CODE);
     o.generate.model = guest_model(guest);
     if (guest_emulated(guest)) {
         fprintf(stderr, "skipped: this host's KVM emulates the guest, incompletely\n");
