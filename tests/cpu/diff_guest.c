@@ -2,6 +2,8 @@
  * The engine under test: a machine (engine_guest.h) whose user address space is the one that the native side has. A case
  * starts by importing its state at privilege level 3; whatever exception ends it, its handler ends the run.
  */
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,6 +21,12 @@ struct guest {
     uint8_t data[DATA_SIZE];
     uint16_t code_start, code_bytes;    /* the last case's */
     unsigned cases;             /* of this vCPU */
+    /* With --interrupts; the lock is held while there is no vCPU. */
+    bool interrupted;
+    atomic_bool stop;
+    pthread_t interrupter;
+    pthread_mutex_t lock;
+    uint64_t interrupts;        /* of vCPUs before */
 };
 
 static bool keep_vcpu;
@@ -55,8 +63,58 @@ struct guest *guest_create(const char *engine, const char *model, bool kernel, b
     return g;
 }
 
+/* ---- interrupts ---- */
+
+static uint64_t interrupts_now(const struct guest *g)
+{
+    struct engine_counters counters;
+
+    g->engine.engine->counters(&g->engine.vcpu, &counters);
+    return counters.interrupts;
+}
+
+uint64_t guest_interrupts(const struct guest *g) { return g->interrupts + interrupts_now(g); }
+
+/* The next one shortly after each that was taken, at all distances in time. */
+static void *interrupt(void *opaque)
+{
+    struct guest *g = opaque;
+    struct rng r = { 1 };
+
+    while (!atomic_load(&g->stop)) {
+        pthread_mutex_lock(&g->lock);
+        g->engine.engine->signal(&g->engine.vcpu, LAPIC_NMI, 0);
+        pthread_mutex_unlock(&g->lock);
+        for (unsigned i = rng_below(&r, 2000); i > 0; i--)
+            __builtin_ia32_pause();
+    }
+    return NULL;
+}
+
+void guest_interrupt(struct guest *g)
+{
+    engine_guest_ignore_nmi(&g->engine);
+    pthread_mutex_init(&g->lock, NULL);
+    g->interrupted = pthread_create(&g->interrupter, NULL, interrupt, g) == 0;
+}
+
+static void renew(struct guest *g)
+{
+    if (g->interrupted)
+        pthread_mutex_lock(&g->lock);
+    g->interrupts += interrupts_now(g);
+    engine_guest_renew(&g->engine);
+    g->cases = 0;
+    if (g->interrupted)
+        pthread_mutex_unlock(&g->lock);
+}
+
 void guest_destroy(struct guest *g)
 {
+    if (g->interrupted) {
+        atomic_store(&g->stop, true);
+        pthread_join(g->interrupter, NULL);
+    }
     engine_guest_destroy(&g->engine);
     free(g);
 }
@@ -107,10 +165,8 @@ void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *r)
     struct guest_exception e;
     enum guest_end end;
 
-    if (g->cases++ >= CASES_PER_VCPU && !keep_vcpu) {
-        engine_guest_renew(&g->engine);
-        g->cases = 0;
-    }
+    if (g->cases++ >= CASES_PER_VCPU && !keep_vcpu)
+        renew(g);
     load_code(g, c);
     *s = g->engine.base;
     memcpy(s->gpr, c->in.gpr, sizeof(s->gpr));

@@ -288,7 +288,7 @@ static void print_mnemonics(void)
 static const char help[] =
     "Usage: difftest [--engine NAME] [--model NAME] [--seed N|random] [--first N] [--count N] [--case N] [--seconds S]\n"
     "                [--percent32 P] [--percent-ac P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
-    "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep] [--kernel]\n"
+    "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep] [--kernel] [--interrupts]\n"
     "                [--shape groups|stack|loops|vectors|mixed|self]\n";
 
 /* Mnemonics, comma-separated, in any case. */
@@ -329,17 +329,18 @@ static uint64_t parse_number(const char *text)
 
 int main(int argc, char **argv)
 {
-    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP, SHAPE, KERNEL };
+    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP, SHAPE, KERNEL, INTERRUPTS };
     static const struct option names[] = {
         { "engine", 1, 0, ENGINE }, { "model", 1, 0, MODEL }, { "seed", 1, 0, SEED }, { "first", 1, 0, FIRST },
         { "count", 1, 0, COUNT }, { "case", 1, 0, CASE }, { "seconds", 1, 0, SECONDS }, { "percent32", 1, 0, PERCENT32 }, { "percent-ac", 1, 0, PERCENT_AC },
         { "max-insns", 1, 0, MAX }, { "only", 1, 0, ONLY }, { "show", 1, 0, SHOW }, { "no-minimize", 0, 0, NO_MINIMIZE },
         { "progress", 0, 0, PROGRESS }, { "mnemonics", 0, 0, MNEMONICS }, { "keep-vcpu", 0, 0, KEEP },
         { "no-liveness", 0, 0, NO_LIVENESS }, { "lockstep", 0, 0, LOCKSTEP }, { "shape", 1, 0, SHAPE }, { "kernel", 0, 0, KERNEL },
+        { "interrupts", 0, 0, INTERRUPTS },
         { 0 },
     };
     struct options o = { .engine = "interp", .model = "host", .count = 20000, .shown = 20, .minimize = true };
-    bool skip, mnemonics = false;
+    bool skip, mnemonics = false, interrupts = false, none = false;
     double start;
 
     o.generate = (struct generate_options){ .seed = 1, .percent32 = 15, .percent_ac = 2 };
@@ -371,6 +372,7 @@ int main(int argc, char **argv)
             }
             break;
         case KERNEL: o.generate.kernel = compare_kernel = true; break;
+        case INTERRUPTS: interrupts = true; break;
         case LOCKSTEP: translate_options.lockstep = true; break;
         default: fputs(help, stderr); return 2;
         }
@@ -394,6 +396,8 @@ int main(int argc, char **argv)
         fprintf(stderr, "skipped: this host's KVM emulates the guest, incompletely\n");
         return SKIPPED;
     }
+    if (interrupts)
+        guest_interrupt(guest);
     start = now();
     run(&o);
     if (mnemonics)
@@ -407,7 +411,13 @@ int main(int argc, char **argv)
         printf("equal\n");
     }
     print_figures(&o, now() - start);
+    if (interrupts) {
+        printf("%" PRIu64 " NMIs were taken\n", guest_interrupts(guest));
+        none = guest_interrupts(guest) == 0;
+    }
     guest_destroy(guest);
     host_destroy(host);
+    if (none)
+        return 2;
     return differences ? 1 : 0;
 }
