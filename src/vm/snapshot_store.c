@@ -156,18 +156,35 @@ int snapshot_write_meta(int dirfd, const char *path, const json_t *meta)
     return err;
 }
 
+/* All of a small file; json_loadfd() would take a system call for each byte. */
+static json_t *read_json(int fd)
+{
+    struct stat st;
+    json_t *json = NULL;
+    ssize_t n = -1;
+    char *text;
+
+    if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) || st.st_size > (off_t)MAX_META)
+        return NULL;
+    text = malloc((size_t)st.st_size + 1);
+    if (text)
+        n = pread(fd, text, (size_t)st.st_size, 0);
+    if (n == st.st_size)
+        json = json_loadb(text, (size_t)n, JSON_REJECT_DUPLICATES, NULL);
+    free(text);
+    return json;
+}
+
 json_t *snapshot_read_meta(int root, const char *name, const char *path, bool quiet)
 {
     char file[VM_SNAPSHOT_NAME_MAX + 32];
-    struct stat st;
-    json_error_t error;
     json_t *meta = NULL;
     int fd;
 
     snprintf(file, sizeof(file), "%.*s/%s", VM_SNAPSHOT_NAME_MAX, name, SNAPSHOT_META);
     fd = openat(root, file, O_RDONLY | O_CLOEXEC);
-    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size <= (off_t)MAX_META)
-        meta = json_loadfd(fd, JSON_REJECT_DUPLICATES, &error);
+    if (fd >= 0)
+        meta = read_json(fd);
     if (fd >= 0)
         close(fd);
     if (meta && json_is_object(meta) && json_integer_value(json_object_get(meta, "version")) == META_VERSION)
