@@ -54,6 +54,11 @@ struct block_engine {
     void (*submit)(struct block *b);
     /* Waits until at least one part is done and reports what is. Parts are under way. */
     void (*wait)(struct block *b);
+
+    /* Disks that are no files (b->fd is -1); NULL: they are. Nothing is under way. */
+    int (*attach)(struct block *b);  /* the disk is this machine's. 0 or a negative errno (logged) */
+    void (*detach)(struct block *b); /* it is not any more */
+    int (*sync)(struct block *b);    /* what was written is on the server's disk. 0 or a negative errno */
 };
 
 /* Threads that do blocking calls: the whole engine on hosts without io_uring, else the rare
@@ -103,7 +108,9 @@ void block_save_wait_write(struct block *b);
 /* For engines. A part is done: io->result says how. Machine lock held. */
 void block_part_done(struct block *b, struct block_io *io);
 
-extern const struct block_engine block_engine_uring, block_engine_threads;
+extern const struct block_engine block_engine_uring, block_engine_threads, block_engine_nbd;
+/* Engine, size and alignment of a disk on a server. 0 or a negative errno (logged). */
+int block_nbd_open(struct block *b, const struct block_options *opt);
 
 /* Worker threads. 0 or a negative errno (logged). Stopping waits for what they do. */
 int block_workers_start(struct block *b);
