@@ -92,7 +92,7 @@ static void start_server(struct fixture *f, const char *const *more)
     f->server = fork();
     if (f->server == 0) {
         /* What it says of clients that go away is nobody's concern. */
-        if (chdir(f->dir) == 0 && freopen("/dev/null", "we", stderr))
+        if (chdir(f->dir) == 0 && freopen("/dev/null", "w", stderr))
             execvp(argv[0], (char **)argv);
         _exit(127);
     }
