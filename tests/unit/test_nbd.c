@@ -410,8 +410,8 @@ static void tls(void **state)
     /* Clients of an authority that the server does not know, or without a certificate, are refused. */
     static const char make[] =
         "set -e; cd '%s'; mkdir pki other; for d in pki other; do (cd $d; "
-        "openssl req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca-cert.pem -subj /CN=ca-$d -days 2; for n in server client; do "
-        "openssl req -newkey rsa:2048 -nodes -keyout $n-key.pem -out $n.csr -subj /CN=localhost; "
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout ca.key -out ca-cert.pem -subj /CN=ca-$d -days 2; for n in server client; do "
+        "openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout $n-key.pem -out $n.csr -subj /CN=localhost; "
         "openssl x509 -req -in $n.csr -CA ca-cert.pem -CAkey ca.key -CAcreateserial -out $n-cert.pem -days 2; done); done) 2>/dev/null >&2";
     struct fixture *f = *state;
     char command[1024] = "(", uri[192], dir[96], other[96];

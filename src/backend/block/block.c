@@ -34,6 +34,9 @@ static void finish(struct block *b, struct block_io *io, int status)
     struct block_request *req = io->req;
     if (!status && b->overlay && (req->op == BLOCK_WRITE || req->op == BLOCK_WRITE_ZEROES))
         overlay_mark(b->overlay, req->offset, io->total);
+    /* One that failed may have been done in part. */
+    if (b->dirty && req->op != BLOCK_READ && req->op != BLOCK_FLUSH)
+        block_dirty_mark(b, req->offset, io->total);
     if (status)
         log_guest_error("disk %s: %s at byte %llu failed: %s", b->path,
                         req->op == BLOCK_READ    ? "read"
@@ -722,6 +725,7 @@ void block_close(struct block *b)
         sync_all(b);
     b->engine->close(b);
     block_workers_stop(b);
+    block_dirty_stop(b);
     overlay_close(b->overlay);
     if (b->buffered_fd >= 0)
         close(b->buffered_fd);

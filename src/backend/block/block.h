@@ -94,6 +94,20 @@ bool block_is_overlay(const struct block *b);
 /* Hands what was written to the host's disk, so that a copy does not have to. Any thread; errors are the flushes' to tell. */
 void block_presync(struct block *b);
 /*
+ * Noting which parts were written, for a copy that is made while the disk is used (not of disks on servers). Bitmaps have a bit for
+ * each BLOCK_DIRTY_GRANULE bytes, lowest bit first. Machine lock held, except where said. start: 0, -EBUSY, -ENOMEM.
+ */
+#define BLOCK_DIRTY_GRANULE 65536u
+int block_dirty_start(struct block *b);
+void block_dirty_stop(struct block *b);
+/* Adds what was written and noted since the last time. */
+void block_dirty_fetch(struct block *b, uint64_t *bitmap);
+/* Sets the bits of what may be other than zero. */
+void block_contents(const struct block *b, uint64_t *bitmap);
+/* Reading beside the guest, by a descriptor of one's own: -errno (logged). The reading itself, any thread: 0 or -errno (silent). */
+int block_open_aside(const struct block *b);
+int block_read_aside(struct block *b, int fd, uint64_t offset, void *buf, size_t len);
+/*
  * A disk changes hands between two machines, as in a migration: block_unlock() hands what was written to the host's disk and gives the
  * lock up; nothing may be in flight or be submitted until block_lock() has succeeded. 0, or -EBUSY: another machine has
  * the lock (logged). A disk on a server has no lock: there the connection ends and begins. Machine lock held.

@@ -74,6 +74,7 @@ struct block {
     struct overlay *overlay; /* NULL: path is the disk itself */
     int buffered_fd;         /* the same file without O_DIRECT, for an overlay's bitmap; else -1 */
     struct block_save *save; /* a copy is being made; save.c's */
+    uint64_t *dirty;         /* what was written, when that is noted; dirty.c's */
     enum block_cache cache;
     bool readonly, device, can_discard;
     bool unlocked; /* another machine has it */
@@ -104,6 +105,8 @@ static inline unsigned block_write_unit(const struct block *b)
 /* save.c: whether a write may start; if not, start_call is scheduled when that has changed. And waiting for that. */
 bool block_save_may_write(struct block *b, uint64_t offset, uint64_t len);
 void block_save_wait_write(struct block *b);
+
+void block_dirty_mark(struct block *b, uint64_t offset, uint64_t len);
 
 /* For engines. A part is done: io->result says how. Machine lock held. */
 void block_part_done(struct block *b, struct block_io *io);

@@ -28,6 +28,7 @@
 #include "base/util.h"
 
 #define CONNECT_MS 5000u
+#define HANDOVER_MS 1000u
 #define RETRY_MS 500u
 #define ERROR_MAX 256
 /* Pieces of the guest's memory shorter than this are gathered. */
@@ -561,6 +562,11 @@ static int nbd_attach(struct block *b)
     if (d->h || d->connector_started)
         return 0;
     h = connect_once(d, &size, error, &err);
+    /* A server that takes one client only may not have noticed yet that the other machine is gone. */
+    for (uint64_t until = now_ms() + HANDOVER_MS; !h && b->unlocked && now_ms() < until;) {
+        nanosleep(&(struct timespec){ .tv_nsec = 20000000 }, NULL);
+        h = connect_once(d, &size, error, &err);
+    }
     if (!h) {
         log_error("disk %s: cannot open: %s", b->path, error);
         return err;
