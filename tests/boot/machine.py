@@ -19,6 +19,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import stacks  # noqa: E402
+
 ENGINE = os.environ.get("ENGINE", "interp")
 # Bounds are for the interpreter on a slow and busy host; a fast one never meets them.
 PATIENCE = float(os.environ.get("PATIENCE", "1"))
@@ -84,6 +88,7 @@ class Machine:
         argv = [*argv, *map(str, args)]
         self.console_log = open(self.folder / f"{name}-console.log", "wb")
         self.error_path = self.folder / f"{name}-stderr.log"
+        self.stacks_path = self.folder / f"{name}-stacks.log"
         self.started = time.monotonic()
         with open(self.error_path, "wb") as errors:
             errors.write(("+ " + " ".join(argv) + "\n").encode())
@@ -145,9 +150,15 @@ class Machine:
                 left = deadline - time.monotonic()
                 if self._ended or left <= 0:
                     why = "the machine ended" if self._ended else f"{seconds} s passed"
+                    self.note_stacks()
                     raise Failure(f"{why} before the console showed {pattern!r}; it ends with:\n"
                                   f"{self._text[-1500:]}\nand ringfort said:\n{self.errors[-1500:]}")
                 self._changed.wait(min(left, 1))
+
+    def note_stacks(self):
+        """Where the machine's threads are, for whoever looks at why it hangs: in a log beside the console's."""
+        if self.process.poll() is None:
+            self.stacks_path.write_text(stacks.stacks(self.process.pid))
 
     def type(self, text):
         self.process.stdin.write(text.encode())
@@ -158,6 +169,7 @@ class Machine:
         try:
             return self.process.wait(seconds * PATIENCE)
         except subprocess.TimeoutExpired:
+            self.note_stacks()
             raise Failure(f"still running after {seconds} s; the console ends with:\n{self.console[-1500:]}") from None
 
     def powered_off(self, seconds):
