@@ -26,8 +26,8 @@
 static const char help[] =
     "Usage: ringfort receive NAME --listen tcp:HOST:PORT|unix:PATH [flag...]\n\n"
     "Waits for a machine that 'ringfort migrate' sends here, and runs it under this name. The source says\n"
-    "what machine it is; its disks and kernel have to be found under the same paths. Disks that come along\n"
-    "(migrate --with-disks) become files in ~/.local/share/ringfort/machines/NAME.\n\n"
+    "what machine it is; its disks and kernel have to be found under the same paths. Disks that\n"
+    "come along (migrate --with-disks) become files in ~/.local/share/ringfort/machines/NAME.\n\n"
     "  --listen ADDRESS     where; HOST may be empty for all addresses of this host\n"
     "  --tls DIR            encrypted, with ca.pem, cert.pem and key.pem in DIR on both sides\n"
     "  --disks DIR          put disks that come along there instead, as NAME.disk0 and so on\n"
