@@ -28,6 +28,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from patience import Deadline
 from stacks import marked, stacks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,8 @@ SANITIZER_ENV = {
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
 }
 MESON_SKIPPED = 77
-# Meson's bounds (timeout:) are for an idle machine. A test that declares none worth mentioning gets this one.
+# Meson's bounds (timeout:) are for an idle machine, and all are stretched on a busy one (patience.py). A test that declares none worth
+# mentioning gets this one.
 USUAL_SECONDS = 300
 # How much slower the sanitizers may make a test that declares a longer one.
 SANITIZED_FACTOR = 2
@@ -104,18 +106,22 @@ def tell_where_it_is(mark, out):
 
 
 def end_processes(mark, process):
-    """What the test left running ends with it."""
+    """What the test left running ends with it, before another one begins."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    for pid in marked(MARK, mark):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
     process.wait()
+    for _ in range(20):             # one may start another while they are looked for
+        left = marked(MARK, mark)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_until_dead(pid, 10)
+        if not left:
+            break
 
 
 def run_test(test, tally):
     log = LOGS / (test.name.replace("/", "-") + ".log")
-    started = time.monotonic()
     mark = f"{os.getpid()}/{test.name}"
     env = {**os.environ, **test.env, MARK: mark, "PYTHONFAULTHANDLER": "1"}
     with open(log, "wb") as out:
@@ -123,15 +129,19 @@ def run_test(test, tally):
         out.flush()
         process = subprocess.Popen(test.command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
                                    cwd=test.workdir, env=env, start_new_session=True, preexec_fn=die_with_parent)
+        deadline = Deadline(test.seconds)
+        status = None
         try:
-            status = process.wait(test.seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-            out.seek(0, os.SEEK_END)
-            tell_where_it_is(mark, out)
+            while status is None and (left := deadline.left()):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(left)
+            waited = deadline.gone()
+            if status is None:
+                out.seek(0, os.SEEK_END)
+                tell_where_it_is(mark, out)
         finally:
             end_processes(mark, process)
-    took = f"{time.monotonic() - started:.1f} s"
+    took = f"{waited:.1f} s"
     text = log.read_text(errors="replace")
     if not test.reports:
         if status == 0:
@@ -139,20 +149,21 @@ def run_test(test, tally):
         elif status == MESON_SKIPPED:
             tally.add("SKIP", test.name, text.strip().splitlines()[-1])
         else:
-            tally.add("FAIL", test.name, verdict_of(status, test), log)
+            tally.add("FAIL", test.name, verdict_of(status, waited), log)
         return
     group = test.name.rpartition("/")[0]
-    failed = False
-    for verdict, name, note in re.findall(r"^(PASS|FAIL|SKIP) ([\w.+-]+)(?:: (.*))?$", text, re.M):
-        failed |= verdict == "FAIL"
+    results = re.findall(r"^(PASS|FAIL|SKIP) ([\w.+/-]+)(?:: (.*))?$", text, re.M)
+    for verdict, name, note in results:
         tally.add(verdict, f"{group}/{name}", note, log)
-    if status != 0 and not failed:
-        tally.add("FAIL", test.name, verdict_of(status, test), log)
+    if status != 0 and not any(verdict == "FAIL" for verdict, _, _ in results):
+        tally.add("FAIL", test.name, verdict_of(status, waited), log)
+    elif not results:
+        tally.add("FAIL", test.name, "no result was printed", log)
 
 
-def verdict_of(status, test):
+def verdict_of(status, waited):
     if status is None:
-        return f"not done after {test.seconds:.0f} s"
+        return f"not done after {waited:.0f} s"
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 

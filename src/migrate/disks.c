@@ -142,13 +142,14 @@ void disk_decoder_free(struct disk_decoder *d)
 
 int disk_decoder_take(struct disk_decoder *d, const struct frame *f, disk_sink_fn *sink, void *opaque, char error[CHANNEL_ERROR_MAX])
 {
-    const uint8_t *contents = f->data + HEADER;
+    const uint8_t *contents;
     uint64_t offset, len;
     size_t bytes;
     int err;
 
     if (f->length < HEADER || f->flags & ~FRAME_FLAG_ZSTD)
         goto damaged;
+    contents = f->data + HEADER;
     offset = load_le64(f->data + 8);
     len = load_le64(f->data + 16);
     bytes = f->length - HEADER;

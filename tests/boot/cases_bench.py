@@ -14,7 +14,7 @@ def bench(name, *args, seconds):
     if ENGINE != "translate":
         raise Skipped("runs with the tests of the translator")
     done = subprocess.run([ROOT / "bench" / name, "--judge", "least", *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, timeout=seconds * machine.PATIENCE)
+                          stderr=subprocess.STDOUT, text=True, timeout=seconds * machine.patience())
     log(done.stdout)
     check(done.returncode == 0, f"bench/{name} ended with status {done.returncode}:\n{done.stdout}")
 
