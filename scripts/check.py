@@ -5,17 +5,20 @@ Kinds of tests, by the beginning of their names:
   unit/ device/ cpu/ cli/ ...   programs that Meson knows, by their suites
   sanitize/...     the unit, device and fuzz tests again, built with ASan and UBSan
   boot/ENGINE/...  real kernels and the Debian server (tests/boot/run)
-Each test's output is build/logs/NAME.log. The last line is "N passed, N failed", with ", N skipped" where
-a host lacks what a test needs. Exit status: 0 when nothing failed.
+Each test's output is build/logs/NAME.log; that of one which is not done in time ends with its threads' stacks. The end of
+the logs of failed tests is repeated before the last line, which is "N passed, N failed", with ", N skipped" where a host lacks
+what a test needs. Exit status: 0 when nothing failed.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import ctypes
 import fnmatch
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -24,6 +27,9 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from patience import Deadline
+from stacks import marked, stacks
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build/logs"
@@ -35,6 +41,15 @@ SANITIZER_ENV = {
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
 }
 MESON_SKIPPED = 77
+# Meson's bounds (timeout:) are for an idle machine, and all are stretched on a busy one (patience.py). A test that declares none worth
+# mentioning gets this one.
+USUAL_SECONDS = 300
+# How much slower the sanitizers may make a test that declares a longer one.
+SANITIZED_FACTOR = 2
+# Marks a test's processes, wherever they went.
+MARK = "RINGFORT_CHECK"
+REPEATED_LINES, REPEATED_STACK_LINES = 30, 200
+NOT_DONE = "---- not done in time; its processes:"
 START = time.monotonic()
 
 
@@ -71,27 +86,62 @@ def die_with_parent():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
+def wait_until_dead(pid, seconds):
+    with contextlib.suppress(OSError):
+        fd = os.pidfd_open(pid)
+        select.select([fd], [], [], seconds)
+        os.close(fd)
+
+
+def tell_where_it_is(mark, out):
+    """Of a test that is not done: all threads' stacks, and in Python's own words where that is what hangs."""
+    out.write(f"\n{NOT_DONE}\n".encode())
+    for pid in marked(MARK, mark):
+        out.write(stacks(pid).encode())
+        out.flush()
+        with contextlib.suppress(OSError):
+            if "python" in os.readlink(f"/proc/{pid}/exe"):
+                os.kill(pid, signal.SIGABRT)
+                wait_until_dead(pid, 10)        # it writes its stack first
+
+
+def end_processes(mark, process):
+    """What the test left running ends with it, before another one begins."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for _ in range(20):             # one may start another while they are looked for
+        left = marked(MARK, mark)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_until_dead(pid, 10)
+        if not left:
+            break
+
+
 def run_test(test, tally):
     log = LOGS / (test.name.replace("/", "-") + ".log")
-    started = time.monotonic()
+    mark = f"{os.getpid()}/{test.name}"
+    env = {**os.environ, **test.env, MARK: mark, "PYTHONFAULTHANDLER": "1"}
     with open(log, "wb") as out:
         out.write(("+ " + shlex.join(map(str, test.command)) + "\n").encode())
         out.flush()
         process = subprocess.Popen(test.command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                                   cwd=test.workdir, env={**os.environ, **test.env}, start_new_session=True,
-                                   preexec_fn=die_with_parent)
+                                   cwd=test.workdir, env=env, start_new_session=True, preexec_fn=die_with_parent)
+        deadline = Deadline(test.seconds)
+        status = None
         try:
-            status = process.wait(test.seconds)
-        except subprocess.TimeoutExpired:
-            status = None
+            while status is None and (left := deadline.left()):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(left)
+            waited = deadline.gone()
+            if status is None:
+                out.seek(0, os.SEEK_END)
+                tell_where_it_is(mark, out)
         finally:
-            # What the test left running ends with it.
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait()
-    took = f"{time.monotonic() - started:.1f} s"
+            end_processes(mark, process)
+    took = f"{waited:.1f} s"
     text = log.read_text(errors="replace")
     if not test.reports:
         if status == 0:
@@ -99,21 +149,34 @@ def run_test(test, tally):
         elif status == MESON_SKIPPED:
             tally.add("SKIP", test.name, text.strip().splitlines()[-1])
         else:
-            tally.add("FAIL", test.name, verdict_of(status, test), log)
+            tally.add("FAIL", test.name, verdict_of(status, waited), log)
         return
     group = test.name.rpartition("/")[0]
-    failed = False
-    for verdict, name, note in re.findall(r"^(PASS|FAIL|SKIP) ([\w.+-]+)(?:: (.*))?$", text, re.M):
-        failed |= verdict == "FAIL"
+    results = re.findall(r"^(PASS|FAIL|SKIP) ([\w.+/-]+)(?:: (.*))?$", text, re.M)
+    for verdict, name, note in results:
         tally.add(verdict, f"{group}/{name}", note, log)
-    if status != 0 and not failed:
-        tally.add("FAIL", test.name, verdict_of(status, test), log)
+    if status != 0 and not any(verdict == "FAIL" for verdict, _, _ in results):
+        tally.add("FAIL", test.name, verdict_of(status, waited), log)
+    elif not results:
+        tally.add("FAIL", test.name, "no result was printed", log)
 
 
-def verdict_of(status, test):
+def verdict_of(status, waited):
     if status is None:
-        return f"not done after {test.seconds:.0f} s"
+        return f"not done after {waited:.0f} s"
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def repeat_logs(failures):
+    """The end of each failed test's log, as the logs do not leave every machine that runs this."""
+    for log in dict.fromkeys(log for _, _, log in failures if log and log.exists()):
+        names = ", ".join(name for name, _, l in failures if l == log)
+        said, _, where = log.read_text(errors="replace").partition(NOT_DONE)
+        last = said.splitlines()[-REPEATED_LINES:]
+        if where:
+            last += [NOT_DONE, *where.splitlines()[:REPEATED_STACK_LINES]]
+        print(f"\n---- {names}: the end of {log.relative_to(ROOT)}")
+        print("".join(f"  | {line[:300].rstrip()}\n" for line in last), end="")
 
 
 def build(variant, tally=None, name=None):
@@ -133,10 +196,8 @@ def meson_tests(folder):
                           check=True).stdout
     for t in json.loads(text):
         suite = t["suite"][0].rpartition(":")[2] if t["suite"] else "other"
-        seconds = t["timeout"] if t["timeout"] > 0 else 1200
-        # Meson's bounds are for an idle machine.
-        yield suite, Test(f"{suite}/{t['name']}", t["cmd"], 2 * seconds, dict(t["env"]), t["workdir"] or str(ROOT / folder),
-                          alone=not t["is_parallel"])
+        yield suite, Test(f"{suite}/{t['name']}", t["cmd"], max(USUAL_SECONDS, 2 * t["timeout"]), dict(t["env"]),
+                          t["workdir"] or str(ROOT / folder), alone=not t["is_parallel"])
 
 
 def boot_tests(engine, ringfort):
@@ -199,7 +260,8 @@ def main():
         tests = []
         for _, test in meson_tests("build-sanitize"):
             test.name = "sanitize/" + test.name
-            test.seconds *= 5
+            if test.seconds > USUAL_SECONDS:
+                test.seconds *= SANITIZED_FACTOR
             test.env = {**test.env, **SANITIZER_ENV}
             if test.name in wanted:
                 tests.append(test)
@@ -207,6 +269,7 @@ def main():
     run_all(boots, tally)
 
     if tally.failures:
+        repeat_logs(tally.failures)
         print("\nFailed:")
         for name, note, log in tally.failures:
             print(f"  {name}: {note}" + (f"\n      {log.relative_to(ROOT)}" if log else ""))

@@ -26,6 +26,8 @@
 /* How long the target may take to make the machine. */
 #define PATIENCE_MS 120000u
 #define MAX_ROUNDS 100u
+/* A local minimum is one among so many rounds: what the guest once left alone it may never leave alone again. */
+#define WINDOW 8u
 #define THROTTLE_STEP 20u
 #define THROTTLE_MAX 99u
 
@@ -111,6 +113,20 @@ static int because(struct migrate_source *s, int err, const char *reason)
 }
 
 /* ---- the control connection ---- */
+
+/* Taken away before it is closed: whoever cancels aborts what is there. */
+static void control_close(struct migrate_source *s)
+{
+    struct channel *c;
+
+    pthread_mutex_lock(&s->lock);
+    c = s->control;
+    s->control = NULL;
+    if (c)
+        s->closed_bytes += channel_bytes(c);
+    pthread_mutex_unlock(&s->lock);
+    channel_close(c);
+}
 
 static int control_send(struct migrate_source *s, unsigned type, const void *data, uint32_t length)
 {
@@ -289,9 +305,19 @@ static uint64_t estimate(const struct migrate_source *s, uint64_t pages)
     return OVERHEAD_MS + (s->progress.rate ? pages * GUEST_PAGE_SIZE * 1000 / s->progress.rate : 0);
 }
 
+static uint64_t least(const uint64_t pages[WINDOW])
+{
+    uint64_t best = UINT64_MAX;
+
+    for (unsigned i = 0; i < WINDOW; i++)
+        best = MIN(best, pages[i]);
+    return best;
+}
+
 /* What stalled pre-copy is tried with next. */
 enum remedy { GO_ON, SWITCH, POST_COPY };
 
+/* best: the fewest pages that one of the latest rounds left. */
 static enum remedy relieve(struct migrate_source *s, bool post_copy, uint64_t pages, uint64_t best)
 {
     unsigned *throttle = &s->progress.throttle;
@@ -317,10 +343,11 @@ static enum remedy relieve(struct migrate_source *s, bool post_copy, uint64_t pa
 /* Ends with todo holding what the last fetch found, the guest running. */
 static int pre_copy(struct migrate_source *s, bool can_post_copy, bool *post_copy)
 {
-    uint64_t pages, before, best = UINT64_MAX, fetched_at;
+    uint64_t pages, before, fetched_at, recent[WINDOW];
     unsigned stalls = 0;
     int err;
 
+    memset(recent, 0xff, sizeof(recent));
     *post_copy = false;
     all_with_contents(s);
     pages = bitmaps_count(s->memory, s->todo);
@@ -356,14 +383,14 @@ static int pre_copy(struct migrate_source *s, bool can_post_copy, bool *post_cop
             return 0;
         stalls = pages > before - before / 10 ? stalls + 1 : 0;
         if (stalls >= 2 || s->progress.round >= MAX_ROUNDS) {
-            enum remedy r = relieve(s, can_post_copy, pages, best);
+            enum remedy r = relieve(s, can_post_copy, pages, least(recent));
 
             *post_copy = r == POST_COPY;
             if (r != GO_ON)
                 return 0;
             stalls = 0;
         }
-        best = MIN(best, pages);
+        recent[s->progress.round % WINDOW] = pages;
     }
 }
 
@@ -443,6 +470,9 @@ static int ask_owner(struct migrate_source *s)
         ret = f.type == FRAME_STATUS && f.length == 4 && load_le32(f.data) >= OWNER_SOURCE && load_le32(f.data) <= OWNER_TARGET
                   ? (int)load_le32(f.data)
                   : -EPROTO;
+    /* So that it need not expect more questions: it would not know that its answer came too late. */
+    if (ret == OWNER_TARGET)
+        frame_send(c, FRAME_COMPLETE, 0, NULL, 0);
     frame_free(&f);
     channel_close(c);
     return ret;
@@ -476,10 +506,7 @@ static enum migrate_stage give_back(struct migrate_source *s, bool paused, bool 
     /* A target that has the state may hold the disks' locks, and may be told by a person to run the machine. */
     if (told) {
         source_streams_close(s);
-        channel_close(s->control);
-        pthread_mutex_lock(&s->lock);
-        s->control = NULL;
-        pthread_mutex_unlock(&s->lock);
+        control_close(s);
         for (unsigned tries = 0; tries < 3 && ask_owner(s) < 0; tries++)
             nap(100);
     }
@@ -532,7 +559,7 @@ static int push_rest(struct migrate_source *s)
     return ret;
 }
 
-/* A new set of connections for what the target still misses. 1: it misses nothing. */
+/* A new set of connections for what the target still misses. 1: it misses nothing. -EACCES: it knows nothing of the machine. */
 static int recover(struct migrate_source *s)
 {
     char error[CHANNEL_ERROR_MAX];
@@ -541,11 +568,8 @@ static int recover(struct migrate_source *s)
     int err;
 
     source_streams_close(s);
-    channel_close(s->control);
+    control_close(s);
     s->reason[0] = 0;
-    pthread_mutex_lock(&s->lock);
-    s->control = NULL;
-    pthread_mutex_unlock(&s->lock);
     err = source_connect(s, HELLO_RECOVER, 0, &c, s->reason);
     if (err)
         return err;
@@ -563,9 +587,15 @@ static int recover(struct migrate_source *s)
     else if (f.type != FRAME_READY)
         err = because(s, -EPROTO, "the target answers something else than was asked");
     frame_free(&f);
-    if (!err)
+    if (!err) {
         err = source_streams_open(s);
-    return err ? err : source_urgent_open(s);
+        if (!err)
+            err = source_urgent_open(s);
+        /* Whoever refuses these has not forgotten the machine. */
+        if (err == -EACCES)
+            err = -EAGAIN;
+    }
+    return err;
 }
 
 static enum migrate_stage post_copy_rest(struct migrate_source *s)
@@ -722,10 +752,9 @@ enum migrate_stage migrate_source_run(struct migrate_source *s, struct migrate_r
     result->rounds = s->progress.round;
     result->pages_requested = atomic_load(&s->requested);
     source_streams_close(s);
+    control_close(s);
     result->bytes = source_bytes(s);
     pthread_mutex_lock(&s->lock);
-    channel_close(s->control);
-    s->control = NULL;
     s->progress.stage = end;
     pthread_mutex_unlock(&s->lock);
     report(s);

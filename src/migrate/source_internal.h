@@ -44,7 +44,9 @@ struct migrate_source {
     unsigned working;                           /* streams that have not finished it */
     bool streams_end;
     bool broken;                                /* a stream failed */
-    char reason[CHANNEL_ERROR_MAX];             /* why */
+    char broken_reason[CHANNEL_ERROR_MAX];      /* why */
+
+    char reason[CHANNEL_ERROR_MAX];             /* why the migration fails; the migration's thread alone */
 
     /* Post-copy: the connection for pages that the guest waits for. */
     struct channel *urgent;

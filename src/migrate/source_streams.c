@@ -101,7 +101,7 @@ static void *stream_main(void *opaque)
         pthread_mutex_lock(&s->lock);
         if (err && !s->broken) {
             s->broken = true;
-            snprintf(s->reason, sizeof(s->reason), "%s", reason);
+            snprintf(s->broken_reason, sizeof(s->broken_reason), "%s", reason);
         }
         s->working--;
         pthread_cond_broadcast(&s->changed);
@@ -197,6 +197,8 @@ int source_streams_wait(struct migrate_source *s, unsigned ms)
     while (s->working && !s->broken && ret == 0)
         ret = pthread_cond_timedwait(&s->changed, &s->lock, &until);
     ret = s->broken ? -EIO : s->working ? 0 : 1;
+    if (s->broken)
+        snprintf(s->reason, sizeof(s->reason), "%s", s->broken_reason);
     pthread_mutex_unlock(&s->lock);
     return ret;
 }
@@ -271,7 +273,7 @@ static void *urgent_main(void *opaque)
     pthread_mutex_lock(&s->lock);
     if (!s->broken && !s->streams_end) {
         s->broken = true;
-        snprintf(s->reason, sizeof(s->reason), "%s", reason);
+        snprintf(s->broken_reason, sizeof(s->broken_reason), "%s", reason);
     }
     pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->lock);

@@ -56,7 +56,6 @@ struct migrate_target {
     bool acceptor_started;
     _Atomic bool cancelled;
     _Atomic bool activated;     /* it runs, or may at any moment */
-    _Atomic bool known;         /* the source knows that the machine is here, with all of its memory */
 
     struct memory *memory;
     struct postcopy *_Atomic postcopy;
@@ -71,7 +70,9 @@ struct migrate_target {
     struct channel *next;       /* one that the acceptor has for run() */
     struct target_stream stream[STREAMS];
     unsigned streams;           /* that the source announced */
+    bool streams_wanted;        /* of this control connection; those of an earlier one may still come */
     bool broken;
+    bool known;                 /* the source said that it knows that the machine is here */
     char reason[CHANNEL_ERROR_MAX];
 
     uint64_t closed_bytes;
@@ -200,7 +201,7 @@ static int take_stream(struct migrate_target *t, struct channel *c, const struct
     unsigned index = h->kind == HELLO_URGENT ? URGENT : h->index;
     struct target_stream *s;
 
-    if (!t->memory || index >= STREAMS || (h->kind == HELLO_STREAM && index >= t->streams) || t->stream[index].channel)
+    if (!t->memory || !t->streams_wanted || index >= STREAMS || (h->kind == HELLO_STREAM && index >= t->streams) || t->stream[index].channel)
         return -EINVAL;
     s = &t->stream[index];
     if (answer_hello(c, h))
@@ -218,15 +219,15 @@ static int take_stream(struct migrate_target *t, struct channel *c, const struct
     return 0;
 }
 
-/* The source asks whose the machine is. What is not the target's yet never will be. */
-static void answer_query(struct migrate_target *t, struct channel *c, const struct hello *h)
+/* The source asks whose the machine is. What is not the target's yet never will be. True: it was told that it is the target's. */
+static bool answer_query(struct migrate_target *t, struct channel *c, const struct hello *h)
 {
     uint8_t payload[4];
 
     if (t->owner == TAKEN && !atomic_load(&t->activated)) {
         /* Should that fail, the machine is the source's after all: it asks again. */
         refuse(c, "it is about to be activated");
-        return;
+        return false;
     }
     if (t->owner != TAKEN) {
         t->owner = GIVEN_UP;
@@ -235,12 +236,30 @@ static void answer_query(struct migrate_target *t, struct channel *c, const stru
             channel_abort(t->control);
     }
     store_le32(payload, t->owner == TAKEN ? OWNER_TARGET : OWNER_SOURCE);
-    if (answer_hello(c, h) == 0 && frame_send(c, FRAME_STATUS, 0, payload, 4) == 0 && !t->postcopy)
-        atomic_store(&t->known, true);
+    return answer_hello(c, h) == 0 && frame_send(c, FRAME_STATUS, 0, payload, 4) == 0 && t->owner == TAKEN;
 }
 
-/* Lock held. True: the connection is somebody's now. */
-static bool dispatch(struct migrate_target *t, struct channel *c, const struct hello *h)
+/* After the answer to a question: an answer that was sent may have been too late, or got lost, and then the source asks again. */
+static void hear_thanks(struct migrate_target *t, struct channel *c)
+{
+    char error[CHANNEL_ERROR_MAX];
+    struct frame f = { 0 };
+
+    channel_set_deadline(c, t->channel_options.connect_ms);
+    if (frame_recv(c, &f, error) == 0 && f.type == FRAME_COMPLETE) {
+        pthread_mutex_lock(&t->lock);
+        /* With memory missing the source comes back, to send it. */
+        t->known = !t->postcopy;
+        if (t->known && t->control)
+            channel_abort(t->control);
+        pthread_cond_broadcast(&t->changed);
+        pthread_mutex_unlock(&t->lock);
+    }
+    frame_free(&f);
+}
+
+/* Lock held. True: the connection is somebody's now. *asked: it is not, and its answer may be confirmed. */
+static bool dispatch(struct migrate_target *t, struct channel *c, const struct hello *h, bool *asked)
 {
     bool ours = t->owner != NOTHING && memcmp(h->session, t->hello.session, SESSION_SIZE) == 0;
 
@@ -265,17 +284,11 @@ static bool dispatch(struct migrate_target *t, struct channel *c, const struct h
         return false;
     case HELLO_QUERY:
         if (ours)
-            answer_query(t, c, h);
+            *asked = answer_query(t, c, h);
         else
             refuse(c, "the machine is not known here");
         return false;
     default: /* HELLO_RECOVER */
-        if (ours && t->owner == TAKEN && t->postcopy && !postcopy_missing(t->postcopy)) {
-            /* All is here, and only the word of that got lost. */
-            if (answer_hello(c, h) == 0 && frame_send(c, FRAME_COMPLETE, 0, NULL, 0) == 0)
-                atomic_store(&t->known, true);
-            return false;
-        }
         if (!ours || t->owner != TAKEN || !t->postcopy) {
             refuse(c, "the machine does not wait for memory here");
             return false;
@@ -297,7 +310,7 @@ static void greet(struct migrate_target *t, struct channel *c)
     char error[CHANNEL_ERROR_MAX];
     struct frame f = { 0 };
     struct hello h;
-    bool kept = false;
+    bool kept = false, asked = false;
     int err;
 
     /* One after the other: a slow stranger must not keep the source waiting for long. */
@@ -318,9 +331,11 @@ static void greet(struct migrate_target *t, struct channel *c)
         log_warn("a connection for a migration was turned away: %s", error);
     } else {
         pthread_mutex_lock(&t->lock);
-        kept = dispatch(t, c, &h);
+        kept = dispatch(t, c, &h, &asked);
         pthread_mutex_unlock(&t->lock);
     }
+    if (asked)
+        hear_thanks(t, c);
     if (!kept)
         channel_close(c);
 }
@@ -389,24 +404,26 @@ static void close_connections(struct migrate_target *t)
 {
     struct channel *control;
 
+    pthread_mutex_lock(&t->lock);
+    t->streams_wanted = false;
+    pthread_mutex_unlock(&t->lock);
     if (t->postcopy)
         postcopy_connect(t->postcopy, NULL);
     for (unsigned i = 0; i < STREAMS; i++) {
-        struct target_stream s;
+        struct target_stream *s = &t->stream[i];
 
         pthread_mutex_lock(&t->lock);
-        s = t->stream[i];
-        if (s.channel)
-            channel_abort(s.channel);
+        if (s->channel)
+            channel_abort(s->channel);
         pthread_mutex_unlock(&t->lock);
-        if (s.started)
-            pthread_join(s.thread, NULL);
+        if (!s->started)
+            continue;
+        pthread_join(s->thread, NULL);
         pthread_mutex_lock(&t->lock);
-        t->stream[i] = (struct target_stream){ 0 };
-        if (s.channel)
-            t->closed_bytes += channel_bytes(s.channel);
+        t->closed_bytes += channel_bytes(s->channel);
+        channel_close(s->channel);
+        *s = (struct target_stream){ 0 };
         pthread_mutex_unlock(&t->lock);
-        channel_close(s.channel);
     }
     pthread_mutex_lock(&t->lock);
     control = t->control;
@@ -469,20 +486,30 @@ bool migrate_target_take(struct migrate_target *t)
 
 /* ---- the stages ---- */
 
-/* Waits for the acceptor's next control connection. False: cancelled, or wait_ms (0: no bound) is over. */
-static bool next_control(struct migrate_target *t, unsigned wait_ms)
+/*
+ * Waits for the acceptor's next control connection. False: cancelled, or until (migrate_now_ms(); 0: no bound) has come, or
+ * the source knows all.
+ */
+static bool next_control(struct migrate_target *t, uint64_t until)
 {
-    struct timespec until;
-    int late = 0;
+    uint64_t now;
 
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_sec += wait_ms / 1000;
     pthread_mutex_lock(&t->lock);
-    while (!t->next && !atomic_load(&t->cancelled) && !late) {
-        if (wait_ms)
-            late = pthread_cond_timedwait(&t->changed, &t->lock, &until);
-        else
+    while (!t->next && !t->known && !atomic_load(&t->cancelled)) {
+        struct timespec at;
+
+        if (!until) {
             pthread_cond_wait(&t->changed, &t->lock);
+            continue;
+        }
+        now = migrate_now_ms();
+        if (now >= until)
+            break;
+        clock_gettime(CLOCK_REALTIME, &at);
+        at.tv_nsec += (long)((until - now) % 1000) * 1000000;
+        at.tv_sec += (time_t)((until - now) / 1000) + at.tv_nsec / 1000000000;
+        at.tv_nsec %= 1000000000;
+        pthread_cond_timedwait(&t->changed, &t->lock, &at);
     }
     t->control = t->next;
     t->next = NULL;
@@ -562,6 +589,7 @@ static int take_offer(struct migrate_target *t, const struct frame *f, char reas
     pthread_mutex_lock(&t->lock);
     t->memory = memory;
     t->streams = (unsigned)streams;
+    t->streams_wanted = true;
     pthread_mutex_unlock(&t->lock);
     t->progress.total_pages = memory_total(memory) >> GUEST_PAGE_SHIFT;
     post_copy = json_is_true(json_object_get(o, "post_copy")) &&
@@ -722,10 +750,16 @@ static int receive(struct migrate_target *t, struct frame *f, char reason[MIGRAT
 }
 
 /* The link broke when all was here and COMMIT was not. True: a person took it. */
-static bool wait_as_orphan(struct migrate_target *t, const char *reason)
+static bool wait_as_orphan(struct migrate_target *t, char reason[MIGRATE_TEXT])
 {
-    bool taken;
+    bool complete, taken;
 
+    pthread_mutex_lock(&t->lock);
+    /* In post-copy it is not complete, and was given up with the streams. */
+    complete = t->owner == PREPARED;
+    pthread_mutex_unlock(&t->lock);
+    if (!complete)
+        return false;
     log_error("migration: the source is gone (%s) after the machine was complete here and before it was handed over. It is kept, paused. If the source does not run it any more: `ringfort resume` it here; else `ringfort stop --force` it here",
               reason);
     t->ops->orphan(t->opaque);
@@ -736,63 +770,88 @@ static bool wait_as_orphan(struct migrate_target *t, const char *reason)
     while (t->owner == ORPHAN && !atomic_load(&t->cancelled))
         pthread_cond_wait(&t->changed, &t->lock);
     taken = t->owner == TAKEN;
+    if (t->owner == GIVEN_UP)
+        snprintf(reason, MIGRATE_TEXT, "the source goes on with the machine");
     if (!taken)
         t->owner = GIVEN_UP;
     pthread_mutex_unlock(&t->lock);
     return taken;
 }
 
+/* Post-copy: the link broke. 0: the source is there again, or nothing is missing (then t->control may be NULL). */
+static int reconnect(struct migrate_target *t, const char *reason)
+{
+    for (;;) {
+        /* The threads of the streams still take what had arrived, and that can be the last of it. */
+        close_connections(t);
+        t->progress.left_pages = postcopy_missing(t->postcopy);
+        if (!t->progress.left_pages)
+            return 0;
+        if (atomic_load(&t->cancelled))
+            return -ECANCELED;
+        log_warn("migration: the connection failed (%s) with %llu pages of memory still at the source; the guest waits for those that it needs, until the source connects again",
+                 reason, (unsigned long long)t->progress.left_pages);
+        if (!next_control(t, 0))
+            return -ECANCELED;
+        reason = "again";
+        if (missing_send(t->control, t->memory, postcopy_bitmaps(t->postcopy)))
+            continue;
+        pthread_mutex_lock(&t->lock);
+        t->streams_wanted = true;
+        pthread_mutex_unlock(&t->lock);
+        if (frame_send(t->control, FRAME_READY, 0, "{}", 2) == 0) {
+            log_warn("migration: the source is there again");
+            return 0;
+        }
+    }
+}
+
 /* Post-copy: until all memory is here, through as many connections as that takes. */
 static int receive_rest(struct migrate_target *t, struct frame *f, char reason[MIGRATE_TEXT])
 {
+    int err;
+
     set_stage(t, MIGRATE_POST_COPYING);
-    for (;;) {
-        int ready = channel_wait(t->control, 100), err = 0;
+    do {
+        int ready = t->control ? channel_wait(t->control, 100) : 0;
 
         t->progress.left_pages = postcopy_missing(t->postcopy);
         report(t);
         if (!t->progress.left_pages) {
-            frame_send(t->control, FRAME_COMPLETE, 0, NULL, 0);
+            if (t->control)
+                frame_send(t->control, FRAME_COMPLETE, 0, NULL, 0);
             return 0;
         }
-        if (ready > 0)
-            err = hear(t, f, reason);
-        else if (ready < 0)
-            err = ready;
-        if (!err && f->type == FRAME_PROGRESS)
+        err = ready > 0 ? hear(t, f, reason) : ready;
+        if (!err && ready > 0 && f->type == FRAME_PROGRESS)
             take_progress(t, f);
         if (!err)
             continue;
         pthread_mutex_lock(&t->lock);
         snprintf(reason, MIGRATE_TEXT, "%s", t->broken ? t->reason : channel_error(t->control));
         pthread_mutex_unlock(&t->lock);
-        if (atomic_load(&t->cancelled))
-            return -ECANCELED;
-        log_warn("migration: the connection failed (%s) with %llu pages of memory still at the source; the guest waits for those that it needs, until the source connects again",
-                 reason, (unsigned long long)t->progress.left_pages);
-        for (;;) {
-            close_connections(t);
-            if (!next_control(t, 0))
-                return -ECANCELED;
-            if (missing_send(t->control, t->memory, postcopy_bitmaps(t->postcopy)) == 0 &&
-                frame_send(t->control, FRAME_READY, 0, "{}", 2) == 0)
-                break;
-        }
-        log_warn("migration: the source is there again");
-    }
+        err = reconnect(t, reason);
+    } while (!err);
+    return err;
 }
 
-/* The source may still ask whether RUNNING was meant; it says COMPLETE when it knows. */
+/*
+ * Until the source says that it knows (COMPLETE), as it ends then: it may still ask whose the machine is, or connect again because
+ * it missed that all memory is here.
+ */
 static void wait_until_known(struct migrate_target *t, struct frame *f)
 {
     uint64_t until = migrate_now_ms() + (t->opt->settle_ms ? t->opt->settle_ms : DEFAULT_SETTLE_MS);
     char error[CHANNEL_ERROR_MAX];
 
-    while (t->control && !atomic_load(&t->cancelled) && hear(t, f, error) == 0)
-        if (f->type == FRAME_COMPLETE)
-            return;
-    while (migrate_now_ms() < until && !atomic_load(&t->cancelled) && !atomic_load(&t->known))
-        nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
+    do {
+        while (t->control && !atomic_load(&t->cancelled) && hear(t, f, error) == 0)
+            if (f->type == FRAME_COMPLETE)
+                return;
+        close_connections(t);
+        if (next_control(t, until))
+            frame_send(t->control, FRAME_COMPLETE, 0, NULL, 0);
+    } while (t->control);
 }
 
 enum migrate_stage migrate_target_run(struct migrate_target *t, struct migrate_result *result)
@@ -815,8 +874,6 @@ enum migrate_stage migrate_target_run(struct migrate_target *t, struct migrate_r
     if (err && prepared && err != -EACCES && !atomic_load(&t->cancelled)) {
         close_connections(t);
         err = wait_as_orphan(t, reason) ? activate(t, reason) : err;
-        if (t->owner == GIVEN_UP)
-            snprintf(reason, sizeof(reason), "the source goes on with the machine");
     }
     if (!err) {
         end = MIGRATE_DONE;
@@ -831,7 +888,8 @@ enum migrate_stage migrate_target_run(struct migrate_target *t, struct migrate_r
     }
     if (end == MIGRATE_DONE) {
         set_stage(t, MIGRATE_DONE);
-        if (t->control)
+        /* A person who took an orphan knows. */
+        if (t->control || t->postcopy)
             wait_until_known(t, &f);
     }
     close_connections(t);

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#define XXH_INLINE_ALL
+#include <xxhash.h>
 #include <zstd.h>
 
 #include "base/util.h"
@@ -14,6 +16,9 @@
 #define LEVEL 1
 #define WINDOW_LOG 27           /* 128 MiB; readers accept up to this by default */
 #define RECORD_HEADER 12u
+/* The frame behind the data's, of a kind that zstd skips: magic, length of the rest, checksum. */
+#define SEAL_MAGIC 0x184d2a5eu
+#define SEAL_SIZE 16u
 
 static int write_all(int fd, const uint8_t *p, size_t len)
 {
@@ -37,6 +42,7 @@ static bool is_zero(const uint8_t *p, size_t len) { return p[0] == 0 && memcmp(p
 struct packer {
     ZSTD_CCtx *zstd;
     int fd;
+    XXH3_state_t *seal;
     uint8_t *out;
     size_t out_size;
 };
@@ -56,6 +62,7 @@ static int put(struct packer *p, const void *data, size_t len, ZSTD_EndDirective
         err = write_all(p->fd, p->out, out.pos);
         if (err)
             return err;
+        XXH3_64bits_update(p->seal, p->out, out.pos);
     } while (how == ZSTD_e_end ? left != 0 : in.pos < in.size);
     return 0;
 }
@@ -87,6 +94,16 @@ static int put_pages(struct packer *p, uint64_t offset, const uint8_t *bytes, si
     return err;
 }
 
+static int put_seal(struct packer *p)
+{
+    uint8_t seal[SEAL_SIZE];
+
+    store_le32(seal, SEAL_MAGIC);
+    store_le32(seal + 4, SEAL_SIZE - 8);
+    store_le64(seal + 8, XXH3_64bits_digest(p->seal));
+    return write_all(p->fd, seal, sizeof(seal));
+}
+
 static int pack(struct packer *p, int from, uint8_t *buf, const _Atomic bool *cancel)
 {
     off_t size = lseek(from, 0, SEEK_END);
@@ -111,17 +128,20 @@ static int pack(struct packer *p, int from, uint8_t *buf, const _Atomic bool *ca
     }
     if (!err)
         err = put_record(p, 0, NULL, 0);
-    return err ? err : put(p, NULL, 0, ZSTD_e_end);
+    if (!err)
+        err = put(p, NULL, 0, ZSTD_e_end);
+    return err ? err : put_seal(p);
 }
 
 int snapshot_pack(int memory_fd, int packed_fd, const _Atomic bool *cancel)
 {
-    struct packer p = { .zstd = ZSTD_createCCtx(), .fd = packed_fd, .out_size = ZSTD_CStreamOutSize() };
+    struct packer p = { .zstd = ZSTD_createCCtx(), .fd = packed_fd, .seal = XXH3_createState(), .out_size = ZSTD_CStreamOutSize() };
     uint8_t *buf = malloc(SNAPSHOT_PACK_RECORD);
     int err = -ENOMEM;
 
     p.out = malloc(p.out_size);
-    if (p.zstd && p.out && buf && !ZSTD_isError(ZSTD_CCtx_setParameter(p.zstd, ZSTD_c_compressionLevel, LEVEL)) &&
+    if (p.zstd && p.out && p.seal && buf && XXH3_64bits_reset(p.seal) == XXH_OK &&
+        !ZSTD_isError(ZSTD_CCtx_setParameter(p.zstd, ZSTD_c_compressionLevel, LEVEL)) &&
         !ZSTD_isError(ZSTD_CCtx_setParameter(p.zstd, ZSTD_c_windowLog, WINDOW_LOG)) &&
         !ZSTD_isError(ZSTD_CCtx_setParameter(p.zstd, ZSTD_c_enableLongDistanceMatching, 1)) &&
         !ZSTD_isError(ZSTD_CCtx_setParameter(p.zstd, ZSTD_c_checksumFlag, 1)))
@@ -129,6 +149,7 @@ int snapshot_pack(int memory_fd, int packed_fd, const _Atomic bool *cancel)
     if (!err && fsync(packed_fd) < 0)
         err = -errno;
     ZSTD_freeCCtx(p.zstd);
+    XXH3_freeState(p.seal);
     free(p.out);
     free(buf);
     return err;
@@ -139,11 +160,26 @@ int snapshot_pack(int memory_fd, int packed_fd, const _Atomic bool *cancel)
 struct unpacker {
     ZSTD_DCtx *zstd;
     int fd;
+    XXH3_state_t *seal;
     uint8_t *buf;
     size_t size;
     ZSTD_inBuffer in;
     size_t hint;                /* zstd's last answer; 0: the frame is complete and its checksum was right */
 };
+
+/* More of the file, once u->in is used up. At its end u->in stays empty. */
+static int refill(struct unpacker *u)
+{
+    ssize_t n;
+
+    do
+        n = read(u->fd, u->buf, u->size);
+    while (n < 0 && errno == EINTR);
+    if (n < 0)
+        return -errno;
+    u->in = (ZSTD_inBuffer){ u->buf, (size_t)n, 0 };
+    return 0;
+}
 
 /* Exactly len bytes of what is inside. 0, -EINVAL: there are not so many, or they are damaged; or a negative errno. */
 static int get(struct unpacker *u, void *data, size_t len)
@@ -151,24 +187,46 @@ static int get(struct unpacker *u, void *data, size_t len)
     ZSTD_outBuffer out = { data, len, 0 };
 
     while (out.pos < out.size) {
-        size_t before = out.pos;
+        size_t before = out.pos, had;
+        int err = u->in.pos == u->in.size ? refill(u) : 0;
 
-        if (u->in.pos == u->in.size) {
-            ssize_t n = read(u->fd, u->buf, u->size);
-
-            if (n < 0 && errno == EINTR)
-                continue;
-            if (n < 0)
-                return -errno;
-            u->in = (ZSTD_inBuffer){ u->buf, (size_t)n, 0 };
-        }
-        size_t had = u->in.pos;
-
+        if (err)
+            return err;
+        had = u->in.pos;
         u->hint = ZSTD_decompressStream(u->zstd, &out, &u->in);
         if (ZSTD_isError(u->hint) || (out.pos == before && u->in.pos == had))
             return -EINVAL;
+        XXH3_64bits_update(u->seal, u->buf + had, u->in.pos - had);
     }
     return 0;
+}
+
+/*
+ * zstd's checksum is of what was packed, and some damage unpacks to just that: another distance, in data that repeats. It may be
+ * worse the next time, so the seal is of the packed bytes; and the file ends with it.
+ */
+static int check_seal(struct unpacker *u)
+{
+    uint8_t seal[SEAL_SIZE + 1];
+    size_t have = 0;
+
+    while (have < sizeof(seal)) {
+        size_t n;
+        int err = u->in.pos == u->in.size ? refill(u) : 0;
+
+        if (err)
+            return err;
+        n = MIN(u->in.size - u->in.pos, sizeof(seal) - have);
+        if (!n)
+            break;
+        memcpy(seal + have, u->buf + u->in.pos, n);
+        have += n;
+        u->in.pos += n;
+    }
+    return have == SEAL_SIZE && load_le32(seal) == SEAL_MAGIC && load_le32(seal + 4) == SEAL_SIZE - 8 &&
+                   load_le64(seal + 8) == XXH3_64bits_digest(u->seal)
+               ? 0
+               : -EINVAL;
 }
 
 /* The end: the last block and the checksum may still have to be read. */
@@ -177,7 +235,7 @@ static int get_end(struct unpacker *u)
     uint8_t none;
     int err = u->hint ? get(u, &none, 1) : 0;
 
-    return u->hint == 0 ? 0 : err ? err : -EINVAL;
+    return u->hint == 0 ? check_seal(u) : err ? err : -EINVAL;
 }
 
 /* Where the bytes of the memory file are in RAM; NULL when that is not RAM. */
@@ -218,13 +276,14 @@ static int unpack(struct unpacker *u, struct memory *m)
 
 int snapshot_unpack(int packed_fd, struct memory *m)
 {
-    struct unpacker u = { .zstd = ZSTD_createDCtx(), .fd = packed_fd, .size = ZSTD_DStreamInSize(), .hint = 1 };
+    struct unpacker u = { .zstd = ZSTD_createDCtx(), .fd = packed_fd, .seal = XXH3_createState(), .size = ZSTD_DStreamInSize(), .hint = 1 };
     int err = -ENOMEM;
 
     u.buf = malloc(u.size);
-    if (u.zstd && u.buf)
+    if (u.zstd && u.buf && u.seal && XXH3_64bits_reset(u.seal) == XXH_OK)
         err = unpack(&u, m);
     ZSTD_freeDCtx(u.zstd);
+    XXH3_freeState(u.seal);
     free(u.buf);
     return err;
 }

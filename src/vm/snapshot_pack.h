@@ -3,7 +3,8 @@
  * pages again that occurred before, and without pages of zeroes.
  *
  * The stream inside is a sequence of records: u64 offset in the memory file, u32 length in bytes (at most SNAPSHOT_PACK_RECORD, whole
- * pages), the bytes; a record of length 0 ends it. Little-endian. One thread; for the snapshot_*.c files only.
+ * pages), the bytes; a record of length 0 ends it. Behind it, and last in the file, is a frame that zstd skips, with the XXH3-64 of all bytes
+before: damage is refused also where it would unpack to the right pages. Little-endian. One thread; for the snapshot_*.c files only.
  */
 #ifndef RINGFORT_VM_SNAPSHOT_PACK_H
 #define RINGFORT_VM_SNAPSHOT_PACK_H

@@ -24,7 +24,7 @@ def refuse(folder, statuses, naming, *args):
     argv = [machine.ringfort(), "run", "--engine", machine.ENGINE, "--console", "none", *map(str, args)]
     try:
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              errors="replace", timeout=60 * machine.PATIENCE, check=False, cwd=folder)
+                              errors="replace", timeout=60 * machine.patience(), check=False, cwd=folder)
     except subprocess.TimeoutExpired:
         raise machine.Failure(f"still running after 60 s: {args}") from None
     check(done.returncode in statuses, f"exit status {done.returncode}, not {statuses}: {args}\n{done.stderr[-800:]}")

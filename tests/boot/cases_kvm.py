@@ -1,6 +1,10 @@
 """The KVM engine with hardware assistance, also where the host has none: in QEMU, whose TCG emulates AMD-V with nested paging.
 
 Debian's cloud kernel with its own kvm_amd runs in QEMU, `ringfort run --engine kvm` in that, and the same kernel in that.
+
+QEMU has one processor. Its emulated VMRUN leaves the vector of an injected interrupt marked as an exception to deliver, and
+when anything but an interrupt of that processor makes it leave its loop just then, it delivers the vector a second time: to a handler
+that has not swapped GS yet, and the second guest's kernel dies. Other processors' interrupts do that, dozens of times a second.
 """
 
 import hashlib
@@ -28,7 +32,7 @@ md5sum /disk
 """
 
 
-@case(600, kvm="only")
+@case(900, kvm="only")
 def nested(folder):
     """Engines that change in the middle of work, and a kernel's boot to power-off, by AMD-V at the speed of an emulator."""
     qemu = shutil.which("qemu-system-x86_64")
@@ -44,20 +48,20 @@ def nested(folder):
            "--add", f"script={folder}/script", "--output", str(image))
     numbers = "".join(f"{i}\n" for i in range(1, 100001)).encode()
     start = time.monotonic()
-    with Machine(folder, command=[qemu, "-accel", "tcg,thread=single", "-cpu", "max", "-machine", "q35", "-smp", "2", "-m", "512M",
+    with Machine(folder, command=[qemu, "-accel", "tcg,thread=single", "-cpu", "max", "-machine", "q35", "-smp", "1", "-m", "512M",
                                   "-kernel", str(kernel / "vmlinuz"), "-initrd", str(image), "-nodefaults", "-no-user-config",
                                   "-display", "none", "-serial", "stdio", "-no-reboot",
                                   "-append", 'console=ttyS0 quiet mitigations=off rf.cmd="sh /script"']) as m:
-        m.expect(r"^RF: command begins", 150)
+        m.expect(r"^RF: command begins", 200)
         begun = time.monotonic()
         if test.exists():
             m.expect(r"^switch: status 0\s", 240)
-        m.expect(r"auto takes kvm\b", 60)
+        m.expect(r"auto takes kvm\b", 100)
         m.expect(r"^  kvm +yes .*natively", 30)
         switched = time.monotonic()
         m.expect(r"^128\s", 240)
-        m.expect(r"^kvm-clock\s+2\s", 60)
-        m.expect(r"^run: status 0\s", 60)
+        m.expect(r"^kvm-clock\s+2\s", 180)
+        m.expect(r"^run: status 0\s", 100)
         m.expect(r'"engine": "kvm"', 10)
         # Notices to virtio devices reach the bus without an exit.
         exits, reads, writes = (int(n) for n in m.expect(

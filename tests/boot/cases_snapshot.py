@@ -52,7 +52,7 @@ class Host:
         try:
             done = subprocess.run([ringfort(), *args, *([] if status else ["-o", "json"])], env=self.env, text=True,
                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  timeout=seconds * machine.PATIENCE, check=False)
+                                  timeout=seconds * machine.patience(), check=False)
         except subprocess.TimeoutExpired:
             raise machine.Failure(f"ringfort {' '.join(args)} did not end within {seconds} s") from None
         check(done.returncode == status, f"ringfort {' '.join(args)} ended with status {done.returncode}: {done.stderr}")
@@ -128,7 +128,7 @@ def snapshot_restore_switch(folder):
         # Killed in the middle of a save: there is nothing of it, and the older ones are whole.
         with subprocess.Popen([ringfort(), "snapshot", "save", "second", "killed"], env=host.env, stdin=subprocess.DEVNULL,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as save:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 60 * machine.patience()
             while not list(host.snapshot("x").parent.glob(".new-killed*/memory")):
                 check(time.monotonic() < deadline and save.poll() is None, "the save does not begin")
             m.kill()
@@ -136,7 +136,7 @@ def snapshot_restore_switch(folder):
         check([s["name"] for s in host.run("snapshot", "ls")] == ["one", "two"], "a killed save left something in the list")
     # A snapshot of what was never let go is the same machine, byte by byte.
     with host.restore("two", "third", "--paused") as m:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 30 * machine.patience()
         while not any(x["name"] == "third" and x["state"] == "paused" for x in host.run("ls")):
             check(time.monotonic() < deadline, "the restored machine is not listed as paused")
             time.sleep(0.05)

@@ -20,9 +20,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import stacks  # noqa: E402
+from patience import Deadline, stretch  # noqa: E402
+
 ENGINE = os.environ.get("ENGINE", "interp")
-# Bounds are for the interpreter on a slow and busy host; a fast one never meets them.
+# Bounds are for the interpreter on a slow host, and stretched on a busy one (scripts/patience.py); a fast one never meets them.
 PATIENCE = float(os.environ.get("PATIENCE", "1"))
+
+
+def patience():
+    """What to multiply a bound by where Deadline does not fit."""
+    return PATIENCE * stretch()
 
 
 class Failure(Exception):
@@ -85,6 +95,7 @@ class Machine:
         argv = [*argv, *map(str, args)]
         self.console_log = open(self.folder / f"{name}-console.log", "wb")
         self.error_path = self.folder / f"{name}-stderr.log"
+        self.stacks_path = self.folder / f"{name}-stacks.log"
         self.started = time.monotonic()
         with open(self.error_path, "wb") as errors:
             errors.write(("+ " + " ".join(argv) + "\n").encode())
@@ -144,18 +155,24 @@ class Machine:
 
     def expect(self, pattern, seconds, since=0):
         """Waits until the console shows the regular expression past offset since; gives the match."""
-        deadline = time.monotonic() + seconds * PATIENCE
+        deadline = Deadline(seconds * PATIENCE)
         with self._changed:
             while True:
                 match = re.compile(pattern, re.M).search(self._text, since)
                 if match:
                     return match
-                left = deadline - time.monotonic()
+                left = deadline.left()
                 if self._ended or left <= 0:
-                    why = "the machine ended" if self._ended else f"{seconds} s passed"
+                    why = "the machine ended" if self._ended else f"{deadline.gone():.0f} s passed"
+                    self.note_stacks()
                     raise Failure(f"{why} before the console showed {pattern!r}; it ends with:\n"
                                   f"{self._text[-1500:]}\nand ringfort said:\n{self.errors[-1500:]}")
                 self._changed.wait(min(left, 1))
+
+    def note_stacks(self):
+        """Where the machine's threads are, for whoever looks at why it hangs: in a log beside the console's."""
+        if self.process.poll() is None:
+            self.stacks_path.write_text(stacks.stacks(self.process.pid))
 
     def type(self, text):
         self.process.stdin.write(text.encode())
@@ -163,10 +180,14 @@ class Machine:
 
     def wait(self, seconds):
         """The exit status (negative: a signal); a machine that does not end is a failure."""
-        try:
-            return self.process.wait(seconds * PATIENCE)
-        except subprocess.TimeoutExpired:
-            raise Failure(f"still running after {seconds} s; the console ends with:\n{self.console[-1500:]}") from None
+        deadline = Deadline(seconds * PATIENCE)
+        while left := deadline.left():
+            try:
+                return self.process.wait(left)
+            except subprocess.TimeoutExpired:
+                pass
+        self.note_stacks()
+        raise Failure(f"still running after {deadline.gone():.0f} s; the console ends with:\n{self.console[-1500:]}")
 
     def powered_off(self, seconds):
         status = self.wait(seconds)
@@ -240,7 +261,7 @@ class Server:
     def _run(argv, what, seconds, status):
         try:
             done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  text=True, errors="replace", timeout=seconds * PATIENCE, check=False)
+                                  text=True, errors="replace", timeout=seconds * patience(), check=False)
         except subprocess.TimeoutExpired as e:
             said = e.stdout.decode(errors="replace") if isinstance(e.stdout, bytes) else e.stdout or ""
             raise Failure(f"{what!r} in the guest did not end within {seconds} s; it said:\n{said[-1500:]}") from None

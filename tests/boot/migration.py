@@ -117,7 +117,7 @@ class Journey:
 
     def run(self, *args, seconds=60, status=0):
         done = subprocess.run([ringfort(), *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, env=self.environment, text=True, timeout=seconds * machine.PATIENCE)
+                              stderr=subprocess.PIPE, env=self.environment, text=True, timeout=seconds * machine.patience())
         if status is not None:
             check(done.returncode == status, f"'ringfort {' '.join(map(str, args))}' ended with {done.returncode}: {done.stderr}")
         return done
@@ -160,7 +160,7 @@ class Journey:
 
     def progress(self, seconds=60):
         """The current machine is the only one that runs, and its guest has found more pages right than ever."""
-        deadline = time.monotonic() + seconds * machine.PATIENCE
+        deadline = time.monotonic() + seconds * machine.patience()
         while True:
             text = self.run("logs", self.current, status=None).stdout
             lost = re.search(r"@lost.*", text)
@@ -215,7 +215,7 @@ class Journey:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         try:
-            client.wait(60 * machine.PATIENCE)
+            client.wait(60 * machine.patience())
         except subprocess.TimeoutExpired:
             raise Failure(f"'ringfort migrate' does not end after {fault}; the source said:\n{self.messages(source)[-800:]}\n"
                           f"the target said:\n{self.messages(name)[-800:]}") from None
@@ -230,7 +230,7 @@ class Journey:
 
     def settle(self, source, target, status):
         """What a person would do by what both sides say; afterwards one machine runs, or it is said that there is none."""
-        deadline = time.monotonic() + 60 * machine.PATIENCE
+        deadline = time.monotonic() + 60 * machine.patience()
         while True:
             there = self.machines()
             states = {n: there[n]["state"] for n in (source, target) if n in there}
