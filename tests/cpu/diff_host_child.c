@@ -25,7 +25,7 @@
 #include <sys/time.h>
 #include <unistd.h>
 
-#define TICK_US 20000           /* a case that sees two ticks is taken for endless */
+#define TICK_US 4000            /* a case that sees two ticks is taken for endless */
 #define SELECTOR_CODE64 0x33
 #define SELECTOR_CODE32 0x23
 #define SELECTOR_DATA 0x2b

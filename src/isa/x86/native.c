@@ -120,10 +120,14 @@ static bool raises_simd(const struct x86_insn *insn)
 /* The stubs run on the host, so where processors differ its vendor decides. */
 static bool host_is_amd(void)
 {
+    static _Atomic int8_t known;        /* 1: it is, -1: it is not. CPUID takes long where a hypervisor answers */
     unsigned eax, ebx = 0, ecx, edx;
 
-    __get_cpuid(0, &eax, &ebx, &ecx, &edx);
-    return ebx == signature_AMD_ebx || ebx == 0x6f677948;       /* "Auth", Hygon's "Hygo" */
+    if (!known) {
+        __get_cpuid(0, &eax, &ebx, &ecx, &edx);
+        known = ebx == signature_AMD_ebx || ebx == 0x6f677948 ? 1 : -1;         /* "Auth", Hygon's "Hygo" */
+    }
+    return known > 0;
 }
 
 static bool must_be_aligned(const struct x86_insn *insn, enum native_kind kind, unsigned size)
