@@ -283,7 +283,7 @@ static bool undefined_but_done(const struct cpu_case *c, const struct cpu_result
         return false;
     for (unsigned i = 0; i < 4 && at + 5 < c->bytes && c->code[at] != 0xc4 && c->code[at] != 0x62; i++)     /* prefixes */
         at++;
-    if (c->code[at] == 0x62 && c->code_size == 4)
+    if (c->code[at] == 0x62 && c->code_size < 8)
         return (c->code[at + 2] & 0x83) == 0x83 && c->code[at + 3] & 0x10 && (c->code[at + 4] == 0x7b || c->code[at + 4] == 0x2a);
     return c->code[at] == 0xc4 && (c->code[at + 1] & 0x1f) == 3 && !(c->code[at + 2] & 0x80) && c->code[at + 3] <= 1;
 }
@@ -338,7 +338,7 @@ bool compare_results(const struct cpu_case *c, const struct cpu_result *host, co
 
     /* KMOVD with VEX.W 1 writes 64 bits even in compatibility mode. */
     for (unsigned i = 0; i < c->insns; i++)
-        if (c->code_size == 4 && c->insn[i].mnemonic == ZYDIS_MNEMONIC_KMOVD)
+        if (c->code_size < 8 && c->insn[i].mnemonic == ZYDIS_MNEMONIC_KMOVD)
             gpr_mask = UINT32_MAX;
     if (text && size)
         *text = 0;

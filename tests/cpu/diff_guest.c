@@ -170,9 +170,14 @@ void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *r)
     load_code(g, c);
     *s = g->engine.base;
     memcpy(s->gpr, c->in.gpr, sizeof(s->gpr));
-    s->rip = c->in.rip;
+    s->rip = c->in.rip - (c->code_size == 2 ? CODE_BASE : 0);
     s->rflags = c->in.rflags;
     s->seg[SEG_CS] = engine_guest_segment(&g->engine, kernel_mode ? SEL_KERNEL_CODE : c->code_size == 8 ? SEL_CODE64 : SEL_CODE32);
+    if (c->code_size == 2) {
+        s->seg[SEG_CS] = (struct x86_seg){ .base = CODE_BASE, .limit = CODE16_LIMIT, .attr = 0xfb, .selector = SEL_CODE16 };
+        s->seg[SEG_DS] = (struct x86_seg){ .base = WINDOW_LOW, .limit = DATA16_LIMIT, .attr = 0xf3, .selector = SEL_DATA16 };
+        s->seg[SEG_ES] = s->seg[SEG_SS] = s->seg[SEG_DS];
+    }
     if (kernel_mode)
         s->seg[SEG_SS] = engine_guest_segment(&g->engine, SEL_KERNEL_DATA);
     s->seg[SEG_FS].base = c->in.fs_base;
@@ -190,7 +195,7 @@ void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *r)
     r->error = e.error;
     r->cr2 = s->cr2;
     memcpy(r->out.gpr, s->gpr, sizeof(s->gpr));
-    r->out.rip = e.rip;
+    r->out.rip = e.rip + (c->code_size == 2 ? CODE_BASE : 0);
     r->out.rflags = e.rflags;
     r->out.gpr[RSP] = e.rsp;
     r->out.fs_base = s->seg[SEG_FS].base;
