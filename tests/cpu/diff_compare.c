@@ -222,6 +222,15 @@ static bool image_wraps(const struct cpu_case *c, const struct cpu_result *host)
     return insn.addr_size == 4 ? (uint32_t)at > 0xfffff000u - 4096 : (uint16_t)at > 0xf000;
 }
 
+/* Of an image that is misaligned, beyond its segment's limit and in no memory at once, which comes first. */
+static bool image_beyond_limit(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest)
+{
+    struct x86_insn insn;
+
+    return c->code_size == 2 && host->out.rip == guest->out.rip && host->vector != guest->vector &&
+           decode_at(c, host->out.rip, &insn) && made_of_parts(insn.mnemonic);
+}
+
 /* MXCSR.MM, which no model offers. */
 static bool misaligned_mode(const struct cpu_result *host, const struct cpu_result *guest)
 {
@@ -311,6 +320,8 @@ const char *known_difference(const struct cpu_case *c, const struct cpu_result *
         return "undefined instruction at the end of code";
     if (image_wraps(c, host))
         return "image around 4 GiB";
+    if (image_beyond_limit(c, host, guest))
+        return "image beyond a segment's limit";
     if (misaligned_mode(host, guest))
         return "MXCSR.MM";
     if (gather_steps(c, host))
