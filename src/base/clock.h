@@ -58,8 +58,9 @@ static inline bool timer_armed(const struct timer *t) { return t->deadline != UI
 
 /*
  * The time stamp counter. tsc_frequency_hz() is the host counter's rate, found once
- * (error below 50 ppm). Any thread.
+ * (error below 50 ppm). It takes 5 ms from tsc_frequency_begin() on, or from the first question. Any thread.
  */
+void tsc_frequency_begin(void);
 uint64_t tsc_frequency_hz(void);
 uint64_t tsc_read(void);
 

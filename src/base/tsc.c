@@ -4,7 +4,7 @@
  * The rate is measured against CLOCK_MONOTONIC_RAW: a counter value and a time belong together
  * as well as the time spent between two counter reads around the clock read, so the tightest of
  * several pairs is used, and the two pairs are taken far enough apart that what is left is below 50
- * ppm.
+ * ppm. A program that takes the first pair when it starts (tsc_frequency_begin()) need not wait when it asks.
  */
 #include <pthread.h>
 #include <time.h>
@@ -62,23 +62,42 @@ static struct sample tightest_sample(void)
     return best;
 }
 
+static struct sample first;
+static pthread_once_t begun = PTHREAD_ONCE_INIT;
+
+static void begin(void)
+{
+    first = tightest_sample();
+}
+
+void tsc_frequency_begin(void)
+{
+    pthread_once(&begun, begin);
+}
+
 static void measure(void)
 {
-    const uint64_t shortest = 10000000, longest = 100000000;
-    struct sample a = tightest_sample(), b;
-    uint64_t elapsed, ticks;
-    do {
-        struct timespec pause = {.tv_nsec = 2000000};
-        nanosleep(&pause, NULL);
-        b = tightest_sample();
-        elapsed = b.ns - a.ns;
-        ticks = b.tsc - a.tsc;
+    const uint64_t shortest = 5000000, longest = 100000000;
+    tsc_frequency_begin();
+    const struct sample a = first;
+    for (;;) {
+        struct sample b = tightest_sample();
+        uint64_t elapsed = b.ns - a.ns, ticks = b.tsc - a.tsc;
         /* The error is at most half of both widths; 1/25000 is 40 ppm. */
-    } while (elapsed < shortest || ((a.width + b.width) / 2 > ticks / 25000 && elapsed < longest));
-    tsc_hz = (uint64_t)((unsigned __int128)ticks * 1000000000 / elapsed);
+        if (elapsed >= shortest && ((a.width + b.width) / 2 <= ticks / 25000 || elapsed >= longest)) {
+            tsc_hz = (uint64_t)((unsigned __int128)ticks * 1000000000 / elapsed);
+            return;
+        }
+        struct timespec pause = {.tv_nsec = elapsed < shortest ? (long)(shortest - elapsed) : 1000000};
+        nanosleep(&pause, NULL);
+    }
 }
 
 #else
+
+void tsc_frequency_begin(void)
+{
+}
 
 static void measure(void)
 {

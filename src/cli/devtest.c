@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/util.h"
 #include "board/pc/pc.h"
@@ -26,6 +27,7 @@ static int serve(const struct vm_config *config, const char *path)
     r = vm_parts_open(&parts, config, &m);
     if (r < 0)
         goto out;
+    parts.board.tsc_hz = tsc_frequency_hz();
     r = vm_parts_build(&parts, &m, &pc);
     if (r == 0)
         r = path ? devtest_serve(&m, path) : devtest_run_fds(&m, STDIN_FILENO, STDOUT_FILENO);

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/util.h"
 #include "vm/config_value.h"
@@ -52,6 +53,7 @@ int main(int argc, char **argv)
     const char *names[ARRAY_SIZE(verbs) + 2] = {NULL};
     const char *name = argc > 1 ? argv[1] : "";
 
+    tsc_frequency_begin();
     for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++) {
         names[i] = verbs[i].name;
         if (strcmp(name, verbs[i].name) == 0)

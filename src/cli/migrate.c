@@ -20,7 +20,10 @@ static const char help[] =
     "Usage: ringfort migrate NAME tcp:HOST:PORT|unix:PATH [flag...]\n\n"
     "Moves a running machine to where 'ringfort receive' waits for it. The guest goes on meanwhile and\n"
     "stands still only for the moment in which it changes hands. Until then every failure leaves it\n"
-    "running here; Ctrl-C gives up. Disks are shared by their path: both sides see the same files.\n\n"
+    "running here; Ctrl-C gives up. Disks are shared by their path: both sides see the same files;\n"
+    "or they are copied.\n\n"
+    "  --with-disks         copy the disks that are on this host, while the guest uses them; those on NBD\n"
+    "                       servers stay where they are\n"
     "  --downtime MS        how long the guest may stand still (default 300)\n"
     "  --bandwidth RATE     bytes per second at most: 100M, 1G (default: no limit)\n"
     "  --streams N          connections that carry memory, 1 to 16 (default 2)\n"
@@ -131,6 +134,8 @@ static int arguments(const struct verb *v, const struct verb_flag *flags, json_t
         json_object_set_new(args, "tls", json_string(tls));
     if (flags[5].given)
         json_object_set_new(args, "compress", json_true());
+    if (flags[6].given)
+        json_object_set_new(args, "with_disks", json_true());
     return 0;
 }
 
@@ -139,7 +144,7 @@ int cli_migrate(char **args)
     struct verb_flag flags[] = { { .name = "--downtime", .form = "MS" },    { .name = "--bandwidth", .form = "RATE" },
                                  { .name = "--streams", .form = "N" },      { .name = "--post-copy", .form = "WHEN" },
                                  { .name = "--tls", .form = "DIR" },        { .name = "--compress" },
-                                 { 0 } };
+                                 { .name = "--with-disks" },                { 0 } };
     struct verb v = { .name = "migrate", .min_words = 2, .max_words = 2, .what = "NAME ADDRESS", .help = help, .flags = flags };
     struct registry_entry m;
     struct bar bar = { 0 };

@@ -26,9 +26,11 @@
 static const char help[] =
     "Usage: ringfort receive NAME --listen tcp:HOST:PORT|unix:PATH [flag...]\n\n"
     "Waits for a machine that 'ringfort migrate' sends here, and runs it under this name. The source says\n"
-    "what machine it is; its disks and kernel have to be found under the same paths.\n\n"
+    "what machine it is; its disks and kernel have to be found under the same paths. Disks that\n"
+    "come along (migrate --with-disks) become files in ~/.local/share/ringfort/machines/NAME.\n\n"
     "  --listen ADDRESS     where; HOST may be empty for all addresses of this host\n"
     "  --tls DIR            encrypted, with ca.pem, cert.pem and key.pem in DIR on both sides\n"
+    "  --disks DIR          put disks that come along there instead, as NAME.disk0 and so on\n"
     "  --detach             return as soon as it listens, and go on in the background\n"
     "  --engine ENGINE      how processors run (default: as on the source)\n"
     "  --console CONSOLE    the serial port's other end (default: as on the source)\n"
@@ -39,7 +41,7 @@ static const char help[] =
     "  --help               show this text\n\n"
     "Exit status: as 'ringfort run'; 3 also when the machine did not arrive.\n";
 
-#define OWN_FLAGS 3u /* of those below; the rest are the configuration's */
+#define OWN_FLAGS 4u /* of those below; the rest are the configuration's */
 
 struct receiving {
     struct control *control;
@@ -151,15 +153,17 @@ out:
 int cli_receive(char **args)
 {
     struct verb_flag flags[] = { { .name = "--listen", .form = "ADDRESS" },   { .name = "--tls", .form = "DIR" },
-                                 { .name = "--detach" },                      { .name = "--engine", .form = "ENGINE" },
-                                 { .name = "--console", .form = "CONSOLE" },  { .name = "--net", .form = "KIND" },
-                                 { .name = "--log-level", .form = "LEVEL" },  { 0 } };
+                                 { .name = "--detach" },                      { .name = "--disks", .form = "DIR" },
+                                 { .name = "--engine", .form = "ENGINE" },    { .name = "--console", .form = "CONSOLE" },
+                                 { .name = "--net", .form = "KIND" },         { .name = "--log-level", .form = "LEVEL" },
+                                 { 0 } };
     struct verb v = { .name = "receive", .min_words = 1, .max_words = 1, .what = "NAME", .help = help, .flags = flags };
     const char *given[ARRAY_SIZE(flags)][2] = { { NULL } };
     struct vm_reception_options opt = { .flags = (const char *const (*)[2])given };
     struct detach detach = { .ready_fd = -1 };
     char error[CHANNEL_ERROR_MAX];
     struct vm_config config;
+    char disks[PATH_MAX];
     unsigned n = 0;
     int status;
 
@@ -195,6 +199,11 @@ int cli_receive(char **args)
     opt.name = v.words[0];
     opt.target.listen = flags[0].value;
     opt.target.tls_dir = flags[1].given ? flags[1].value : NULL;
+    if (flags[3].given && !realpath(flags[3].value, disks)) {
+        log_error("receive: --disks %s: %s", config_quote(flags[3].value), strerror(errno));
+        return VM_STATUS_USAGE;
+    }
+    opt.disks = flags[3].given ? disks : NULL;
     if (flags[2].given && detach_begin(&detach, v.words[0], &status))
         return status;
     return receive(&v, &opt, flags[2].given ? &detach : NULL);

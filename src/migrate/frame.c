@@ -11,6 +11,7 @@
 #include <xxhash.h>
 
 #include "base/util.h"
+#include "migrate/disks.h"
 #include "migrate/pages.h"
 
 #define MAGIC 0x314d4652u       /* "RFM1" */
@@ -37,6 +38,7 @@ static const struct {
     [FRAME_REQUEST] = { "request", 16 },
     [FRAME_COMPLETE] = { "complete", 8 },
     [FRAME_STATUS] = { "status", 8 },
+    [FRAME_DISK] = { "disk", DISK_MAX_PAYLOAD },
 };
 
 uint32_t frame_limit(unsigned type) { return type < FRAME_TYPES ? types[type].limit : 0; }

@@ -33,6 +33,7 @@ enum frame_type {
     FRAME_REQUEST,      /* ← post-copy: a page that the guest waits for; struct request */
     FRAME_COMPLETE,     /* ← post-copy: all pages have arrived */
     FRAME_STATUS,       /* ← answer to a HELLO that asks: u32 enum migrate_outcome */
+    FRAME_DISK,         /* → a part of a disk; disks.h */
     FRAME_TYPES
 };
 

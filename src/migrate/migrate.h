@@ -21,6 +21,8 @@
 #define MIGRATE_VERSION 1u
 #define MIGRATE_MAX_STREAMS 16u
 #define MIGRATE_TEXT 256u
+#define MIGRATE_MAX_DISKS 32u
+#define MIGRATE_DISK_GRANULE 65536u     /* bytes in which writes to disks are noted */
 
 enum migrate_post_copy { MIGRATE_POST_COPY_NEVER, MIGRATE_POST_COPY_AUTO, MIGRATE_POST_COPY_NOW };
 
@@ -58,11 +60,28 @@ struct migrate_result {
     char reason[MIGRATE_TEXT];  /* empty after DONE */
     uint64_t downtime_ms, total_ms, bytes;
     unsigned rounds;
+    uint64_t disk_bytes;        /* of disks that were copied: what is not zero, as often as it was sent */
     uint64_t pages_sent, pages_zero, pages_skipped, pages_requested;
     bool post_copy;
 };
 
 /* ---- source ---- */
+
+/* Disks that are copied to the target while the machine goes on. Bitmaps have a bit for each MIGRATE_DISK_GRANULE bytes. */
+struct migrate_disks {
+    unsigned count;             /* at most MIGRATE_MAX_DISKS */
+    uint64_t size[MIGRATE_MAX_DISKS];
+    void *opaque;
+    /* From here on writes are noted. 0 or a negative errno (logged). */
+    int (*start)(void *opaque);
+    void (*stop)(void *opaque);
+    /* Sets the bits of what may be other than zero. */
+    void (*contents)(void *opaque, unsigned disk, uint64_t *bitmap);
+    /* Sets the bits of what was written since it was asked last. Complete while the machine stands still. */
+    void (*written)(void *opaque, unsigned disk, uint64_t *bitmap);
+    /* Any thread, while the guest writes: such a part is noted as written afterwards. 0 or a negative errno. */
+    int (*read)(void *opaque, unsigned disk, uint64_t offset, void *buf, size_t len);
+};
 
 struct migrate_source_options {
     const char *name;           /* of the machine */
@@ -73,6 +92,7 @@ struct migrate_source_options {
     unsigned streams;           /* 1…MIGRATE_MAX_STREAMS */
     bool compress;
     enum migrate_post_copy post_copy;
+    const struct migrate_disks *disks;  /* NULL: none; both sides see the same */
     unsigned timeout_ms;        /* how long silence or an unreachable target is borne; 0: 10 s */
     unsigned settle_ms;         /* how long the target is asked who owns the machine, after COMMIT; 0: 30 s */
 };
@@ -141,6 +161,13 @@ struct migrate_target_ops {
      */
     void (*orphan)(void *opaque);
     void (*progress)(void *opaque, const struct migrate_progress *p);
+    /*
+     * Disks that come along, all zero at first. After prepare, any thread, several at a time; len bytes at a multiple of
+     * MIGRATE_DISK_GRANULE, buf NULL for zeroes. 0, -EPROTO: there is no such place, or another negative errno. disk_sync: what was
+     * written is on the host's disk.
+     */
+    int (*disk_write)(void *opaque, unsigned disk, uint64_t offset, const void *buf, size_t len);
+    int (*disk_sync)(void *opaque);
 };
 
 struct migrate_target;

@@ -292,11 +292,21 @@ static int send_round(struct migrate_source *s, uint64_t pages)
     return 0;
 }
 
+/* Of disks, in pages. */
+static uint64_t disk_pages(const struct migrate_source *s) { return disk_bitmaps_count(s->opt->disks, s->disk_todo) * DISK_PAGES; }
+
+static void fetch_disks(struct migrate_source *s)
+{
+    for (unsigned i = 0; s->opt->disks && i < s->opt->disks->count; i++)
+        s->opt->disks->written(s->opt->disks->opaque, i, s->disk_todo[i]);
+}
+
 static int fetch(struct migrate_source *s, uint64_t *pages)
 {
     int err = memory_dirty_fetch(s->memory, s->todo);
 
-    *pages = bitmaps_count(s->memory, s->todo);
+    fetch_disks(s);
+    *pages = bitmaps_count(s->memory, s->todo) + disk_pages(s);
     return err ? because(s, err, "the guest's writes cannot be logged") : 0;
 }
 
@@ -322,7 +332,8 @@ static enum remedy relieve(struct migrate_source *s, bool post_copy, uint64_t pa
 {
     unsigned *throttle = &s->progress.throttle;
 
-    if (post_copy && s->opt->post_copy == MIGRATE_POST_COPY_AUTO) {
+    /* What is left of disks does not follow: the guest stands still for it. */
+    if (post_copy && estimate(s, disk_pages(s)) <= s->opt->downtime_ms && s->opt->post_copy == MIGRATE_POST_COPY_AUTO) {
         log_info("migration: the guest dirties memory faster than it is sent: changing to post-copy");
         return POST_COPY;
     }
@@ -340,6 +351,43 @@ static enum remedy relieve(struct migrate_source *s, bool post_copy, uint64_t pa
     return GO_ON;
 }
 
+/*
+ * Disks go first, in rounds as long as these become shorter, since memory that is sent before a disk of gigabytes would have to be
+ * sent again.
+ */
+static int copy_disks(struct migrate_source *s)
+{
+    const struct migrate_disks *d = s->opt->disks;
+    uint64_t pages, before;
+    int err;
+
+    if (!d)
+        return 0;
+    err = d->start(d->opaque);
+    s->disks_logged = !err;
+    if (err)
+        return because(s, err, "writes to the machine's disks cannot be logged");
+    for (unsigned i = 0; i < d->count; i++)
+        d->contents(d->opaque, i, s->disk_todo[i]);
+    s->only_disks = s->fresh = true;
+    pages = disk_pages(s);
+    do {
+        before = pages;
+        s->progress.left_pages = pages;
+        s->progress.total_pages = pages;
+        log_info("migration: disks: %llu MiB to look at", (unsigned long long)(pages * GUEST_PAGE_SIZE >> 20));
+        err = send_round(s, pages);
+        if (err)
+            return err;
+        s->fresh = false;
+        fetch_disks(s);
+        pages = disk_pages(s);
+    } while (pages < before / 2 && estimate(s, pages) > s->opt->downtime_ms / 2);
+    s->only_disks = false;
+    s->progress.total_pages = memory_total(s->memory) >> GUEST_PAGE_SHIFT;
+    return 0;
+}
+
 /* Ends with todo holding what the last fetch found, the guest running. */
 static int pre_copy(struct migrate_source *s, bool can_post_copy, bool *post_copy)
 {
@@ -350,7 +398,7 @@ static int pre_copy(struct migrate_source *s, bool can_post_copy, bool *post_cop
     memset(recent, 0xff, sizeof(recent));
     *post_copy = false;
     all_with_contents(s);
-    pages = bitmaps_count(s->memory, s->todo);
+    pages = bitmaps_count(s->memory, s->todo) + disk_pages(s);
     fetched_at = migrate_now_ms();
     if (s->opt->post_copy == MIGRATE_POST_COPY_NOW) {
         *post_copy = true;
@@ -425,6 +473,12 @@ static int stop_and_copy(struct migrate_source *s, bool post_copy)
     if (err)
         return because(s, err, "the machine cannot be stopped");
     err = fetch(s, &pages);
+    /* Disks have to be complete in any case. */
+    if (!err && post_copy && disk_pages(s)) {
+        s->only_disks = true;
+        err = send_round(s, disk_pages(s));
+        s->only_disks = false;
+    }
     if (!err && post_copy) {
         err = missing_send(s->control, s->memory, s->todo);
         if (err)
@@ -660,6 +714,9 @@ static int run(struct migrate_source *s, bool *paused, bool *told, bool *given, 
     if (err)
         return err;
     set_stage(s, MIGRATE_PRE_COPY);
+    err = copy_disks(s);
+    if (err)
+        return err;
     err = memory_dirty_start(s->memory);
     s->logging = !err;
     if (err)
@@ -730,13 +787,16 @@ enum migrate_stage migrate_source_run(struct migrate_source *s, struct migrate_r
         s->channel_options.tls = channel_tls_load(s->opt->tls_dir, s->reason);
         err = s->channel_options.tls ? 0 : -EINVAL;
     }
-    if (!err && (bitmaps_alloc(s->memory, s->todo) || page_hashes_init(&s->hashes, s->memory)))
+    if (!err && (bitmaps_alloc(s->memory, s->todo) || page_hashes_init(&s->hashes, s->memory) ||
+                 disk_bitmaps_alloc(s->opt->disks, s->disk_todo)))
         err = because(s, -ENOMEM, "out of memory");
     if (!err)
         err = run(s, &paused, &told, &given, &post_copy);
     end = conclude(s, err, paused, told, given);
     if (s->logging)
         memory_dirty_stop(s->memory);
+    if (s->disks_logged)
+        s->opt->disks->stop(s->opt->disks->opaque);
     if (end == MIGRATE_DONE && !result->downtime_ms)
         result->downtime_ms = migrate_now_ms() - s->stopped_ms;
     if (end == MIGRATE_DONE && post_copy)
@@ -750,6 +810,7 @@ enum migrate_stage migrate_source_run(struct migrate_source *s, struct migrate_r
         snprintf(result->reason, sizeof(result->reason), "%s", s->reason);
     result->total_ms = migrate_now_ms() - s->began_ms;
     result->rounds = s->progress.round;
+    result->disk_bytes = atomic_load(&s->disk_bytes);
     result->pages_requested = atomic_load(&s->requested);
     source_streams_close(s);
     control_close(s);
@@ -759,6 +820,7 @@ enum migrate_stage migrate_source_run(struct migrate_source *s, struct migrate_r
     pthread_mutex_unlock(&s->lock);
     report(s);
     bitmaps_free(s->todo);
+    disk_bitmaps_free(s->disk_todo);
     page_hashes_destroy(&s->hashes);
     channel_tls_free(s->channel_options.tls);
     s->channel_options.tls = NULL;

@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "migrate/disks.h"
 #include "migrate/limit.h"
 #include "migrate/migrate.h"
 #include "migrate/pages.h"
@@ -21,6 +22,7 @@ struct source_stream {
     bool started;
     struct channel *channel;
     struct page_encoder *encoder;
+    struct disk_encoder *disk_encoder;          /* NULL: no disks */
 };
 
 struct migrate_source {
@@ -32,6 +34,10 @@ struct migrate_source {
     struct hello hello;
     struct page_hashes hashes;
     uint64_t *todo[MEMORY_MAX_REGIONS];         /* this round's pages; streams clear them by atomic operations */
+    uint64_t *disk_todo[MIGRATE_MAX_DISKS];     /* the same of disks */
+    bool only_disks;                            /* this round */
+    bool fresh;                                 /* the target has nothing of the disks yet */
+    bool disks_logged;                          /* their log is ours to stop */
     struct limit limit;
 
     /* Guarded by lock. */
@@ -56,7 +62,8 @@ struct migrate_source {
 
     _Atomic bool cancelled;                     /* by a person */
     _Atomic bool stop;                          /* streams give up */
-    _Atomic uint64_t handled;                   /* pages of this round that are done */
+    _Atomic uint64_t handled;                   /* pages of this round that are done, and DISK_PAGES for each granule of a disk */
+    _Atomic uint64_t disk_bytes;
     uint64_t closed_bytes;                      /* of connections that are closed */
 
     struct migrate_progress progress;

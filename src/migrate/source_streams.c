@@ -45,6 +45,41 @@ static int fence(struct source_stream *t, uint64_t number, char reason[CHANNEL_E
     return err;
 }
 
+static int send_granule(struct source_stream *t, unsigned disk, uint64_t granule, char reason[CHANNEL_ERROR_MAX])
+{
+    struct migrate_source *s = t->source;
+    uint32_t length;
+    unsigned flags;
+    int err;
+    uint8_t *buffer = disk_encoder_put(t->disk_encoder, disk, granule, s->fresh, &length, &flags, &err);
+
+    if (err)
+        snprintf(reason, CHANNEL_ERROR_MAX, "a disk cannot be read: %s", strerror(-err));
+    if (err || !length)
+        return err;
+    atomic_fetch_add_explicit(&s->disk_bytes, length, memory_order_relaxed);
+    limit_take(&s->limit, length + FRAME_HEADER_SIZE, &s->stop);
+    return frame_send_in_place(t->channel, FRAME_DISK, flags, buffer, length);
+}
+
+/* This stream's part of the disks. */
+static int send_disks(struct source_stream *t, char reason[CHANNEL_ERROR_MAX])
+{
+    struct migrate_source *s = t->source;
+    const struct migrate_disks *d = s->opt->disks;
+    int err = 0;
+
+    for (unsigned i = 0; i < d->count && !err; i++)
+        for (size_t w = t->index; w < disk_bitmap_words(d->size[i]) && !err; w += s->streams)
+            for (uint64_t bits = __atomic_exchange_n(&s->disk_todo[i][w], 0, __ATOMIC_ACQ_REL); bits && !err; bits &= bits - 1) {
+                err = send_granule(t, i, w * 64 + (uint64_t)__builtin_ctzll(bits), reason);
+                atomic_fetch_add_explicit(&s->handled, DISK_PAGES, memory_order_relaxed);
+                if (!err && atomic_load(&s->stop))
+                    err = -ECANCELED;
+            }
+    return err;
+}
+
 /* This stream's part of the round. */
 static int send_round(struct source_stream *t, uint64_t number, char reason[CHANNEL_ERROR_MAX])
 {
@@ -53,7 +88,7 @@ static int send_round(struct source_stream *t, uint64_t number, char reason[CHAN
     size_t w = t->index;
     int err = 0;
 
-    while (region < s->memory->regions && !err) {
+    while (!s->only_disks && region < s->memory->regions && !err) {
         uint64_t bits, handled = 0;
 
         if (w >= memory_bitmap_words(&s->memory->region[region])) {
@@ -73,8 +108,11 @@ static int send_round(struct source_stream *t, uint64_t number, char reason[CHAN
             err = err ? err : -ECANCELED;
         w += s->streams;
     }
+    if (!err && t->disk_encoder)
+        err = send_disks(t, reason);
     if (err) {
-        snprintf(reason, CHANNEL_ERROR_MAX, "%s", channel_error(t->channel));
+        if (!reason[0])
+            snprintf(reason, CHANNEL_ERROR_MAX, "%s", channel_error(t->channel));
         return err;
     }
     return fence(t, number, reason);
@@ -161,7 +199,9 @@ int source_streams_open(struct migrate_source *s)
         t->source = s;
         t->index = i;
         t->encoder = page_encoder_create(s->memory, s->hashes.region[0] ? &s->hashes : NULL, s->opt->compress);
-        err = t->encoder ? source_connect(s, HELLO_STREAM, i, &t->channel, s->reason) : -ENOMEM;
+        if (s->opt->disks)
+            t->disk_encoder = disk_encoder_create(s->opt->disks, s->opt->compress);
+        err = t->encoder && (t->disk_encoder || !s->opt->disks) ? source_connect(s, HELLO_STREAM, i, &t->channel, s->reason) : -ENOMEM;
         if (!err)
             err = -pthread_create(&t->thread, NULL, stream_main, t);
         if (err) {
@@ -322,6 +362,7 @@ void source_streams_close(struct migrate_source *s)
             s->closed_bytes += channel_bytes(t->channel);
         channel_close(t->channel);
         page_encoder_free(t->encoder);
+        disk_encoder_free(t->disk_encoder);
         *t = (struct source_stream){ 0 };
     }
     if (s->urgent) {

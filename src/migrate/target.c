@@ -18,6 +18,7 @@
 
 #include "base/log.h"
 #include "base/util.h"
+#include "migrate/disks.h"
 #include "migrate/pages.h"
 #include "migrate/postcopy.h"
 #include "migrate/protocol.h"
@@ -26,6 +27,8 @@
 #define DEFAULT_SETTLE_MS 60000u
 /* How many times the bound on a transfer the source may be silent: it drains and syncs disks meanwhile. */
 #define SILENCES 3
+/* Of disks, on one stream, until they are handed to the host's disk. */
+#define SYNC_BYTES MIB(32)
 #define URGENT MIGRATE_MAX_STREAMS      /* index of the urgent connection */
 #define STREAMS (MIGRATE_MAX_STREAMS + 1)
 
@@ -44,6 +47,7 @@ struct target_stream {
     pthread_t thread;
     bool started;
     struct channel *channel;
+    uint64_t unsynced;          /* bytes of disks since the last sync */
 };
 
 struct migrate_target {
@@ -130,14 +134,49 @@ static int store_page(void *opaque, unsigned region, uint64_t page, const uint8_
     return 0;
 }
 
-static int stream_frame(struct migrate_target *t, struct target_stream *s, struct page_decoder *d, const struct frame *f,
-                        char error[CHANNEL_ERROR_MAX])
+static bool receives(struct migrate_target *t)
+{
+    bool yes;
+
+    pthread_mutex_lock(&t->lock);
+    yes = t->owner == RECEIVING;
+    pthread_mutex_unlock(&t->lock);
+    return yes;
+}
+
+/* Now and then, so that little is left when the guest stands still and when somebody waits for the fence. */
+static int sync_disks(struct migrate_target *t, struct target_stream *s, char error[CHANNEL_ERROR_MAX])
+{
+    int err = s->unsynced ? t->ops->disk_sync(t->opaque) : 0;
+
+    s->unsynced = 0;
+    if (err)
+        snprintf(error, CHANNEL_ERROR_MAX, "a disk cannot be written: %s", strerror(-err));
+    return err;
+}
+
+static int take_disk(struct migrate_target *t, struct target_stream *s, struct disk_decoder *d, const struct frame *f,
+                     char error[CHANNEL_ERROR_MAX])
+{
+    int err = disk_decoder_take(d, f, t->ops->disk_write, t->opaque, error);
+
+    s->unsynced += f->length;
+    return err || s->unsynced < SYNC_BYTES ? err : sync_disks(t, s, error);
+}
+
+static int stream_frame(struct migrate_target *t, struct target_stream *s, struct page_decoder *d, struct disk_decoder *disks,
+                        const struct frame *f, char error[CHANNEL_ERROR_MAX])
 {
     int err;
 
     if (f->type == FRAME_PAGES)
         return page_decoder_take(d, f, store_page, t, error);
+    if (f->type == FRAME_DISK && t->ops->disk_write && receives(t))
+        return take_disk(t, s, disks, f, error);
     if (f->type == FRAME_FENCE && f->length == 8) {
+        err = sync_disks(t, s, error);
+        if (err)
+            return err;
         err = frame_send(s->channel, FRAME_FENCE, 0, f->data, 8);
         if (err)
             snprintf(error, CHANNEL_ERROR_MAX, "%s", channel_error(s->channel));
@@ -152,9 +191,10 @@ static void *stream_main(void *opaque)
     struct target_stream *s = opaque;
     struct migrate_target *t = s->target;
     struct page_decoder *d = page_decoder_create(t->memory);
+    struct disk_decoder *disks = disk_decoder_create();
     char error[CHANNEL_ERROR_MAX] = "out of memory";
     struct frame f = { 0 };
-    int err = d ? 0 : -ENOMEM;
+    int err = d && disks ? 0 : -ENOMEM;
 
     while (!err) {
         /* Between rounds there is silence; whether the source lives the control connection tells. */
@@ -164,17 +204,18 @@ static void *stream_main(void *opaque)
         else
             err = frame_recv(s->channel, &f, error);
         if (!err)
-            err = stream_frame(t, s, d, &f, error);
+            err = stream_frame(t, s, d, disks, &f, error);
     }
     frame_free(&f);
     page_decoder_free(d);
+    disk_decoder_free(disks);
     pthread_mutex_lock(&t->lock);
     /* Once all is here the connections may go. */
     if (t->owner != TAKEN || (t->postcopy && postcopy_missing(t->postcopy))) {
         set_broken(t, error);
         if (t->control && err != -ECANCELED) {
             /* Whoever reads the control connection is to look. What it was goes to the source first. */
-            if (err == -EPROTO || err == -ENOMEM)
+            if (err == -EPROTO || err == -ENOMEM || err == -ENOSPC || err == -EIO || err == -EFBIG || err == -EDQUOT)
                 refuse(t->control, error);
             channel_abort(t->control);
         }

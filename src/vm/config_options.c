@@ -355,6 +355,7 @@ static const char *translate_help(const char *head)
 static void free_disk(struct vm_disk_config *d)
 {
     free((char *)d->block.path);
+    free((char *)d->block.tls);
     free(d->serial);
 }
 
@@ -375,6 +376,19 @@ static int read_disk(const struct config_origin *o, const json_t *object, struct
     if (r == 0 && (v = json_object_get(object, "cache")))
         r = config_choice(o, "cache", v, "a cache mode", cache_names, &cache);
     d->block.cache = (enum block_cache)cache;
+    if (r == 0 && (v = json_object_get(object, "tls"))) {
+        char *tls = NULL;
+        r = config_string(o, v, false, &tls);
+        d->block.tls = tls;
+    }
+    if (r == 0 && (v = json_object_get(object, "reconnect"))) {
+        uint64_t seconds = 0;
+        r = config_uint(o, "reconnect", v, 0, 3600, &seconds);
+        d->block.reconnect_s = (unsigned)seconds;
+    }
+    if (r == 0 && !block_is_uri(path) && (d->block.tls || json_object_get(object, "reconnect")))
+        r = config_bad(o, "%s is on this host; tls and reconnect are for disks on an NBD server, as path=nbd://HOST/EXPORT",
+                       config_quote(path));
     if (r == 0 && (v = json_object_get(object, "serial"))) {
         r = config_string(o, v, false, &d->serial);
         for (const char *p = d->serial; r == 0 && *p; p++)
@@ -389,12 +403,16 @@ static int read_disk(const struct config_origin *o, const json_t *object, struct
 
 static int set_disk(struct vm_config *c, const struct config_origin *o, const json_t *v)
 {
-    static const char *const keys[] = {"path", "readonly", "cache", "serial", NULL};
-    json_t *object;
+    static const char *const keys[] = {"path", "readonly", "cache", "serial", "tls", "reconnect", NULL};
+    json_t *object, *uri = NULL;
+    /* A URI cannot be mistaken for anything else, whatever it has of "=". */
+    if (json_is_string(v) && block_is_uri(json_string_value(v)))
+        v = uri = json_sprintf("path=%s", json_string_value(v));
     int r = config_object(o, v, "a disk", NULL, keys, &object);
+    json_decref(uri);
     if (r < 0)
         return r;
-    struct vm_disk_config d = {.block.cache = BLOCK_CACHE_WRITEBACK}, *slot = NULL;
+    struct vm_disk_config d = {.block = {.cache = BLOCK_CACHE_WRITEBACK, .reconnect_s = BLOCK_RECONNECT_S}}, *slot = NULL;
     r = read_disk(o, object, &d);
     json_decref(object);
     if (r == 0 && !(slot = append(&c->disks, &c->disk_count, sizeof(*slot))))
@@ -416,6 +434,10 @@ static json_t *get_disk(const struct vm_config *c)
                       (int)d->block.readonly, "cache", cache_names[d->block.cache]);
         if (d->serial)
             json_object_set_new(object, "serial", json_string_nocheck(d->serial));
+        if (d->block.tls)
+            json_object_set_new(object, "tls", json_string_nocheck(d->block.tls));
+        if (block_is_uri(d->block.path))
+            json_object_set_new(object, "reconnect", json_integer(d->block.reconnect_s));
         json_array_append_new(list, object);
     }
     return list;
@@ -713,12 +735,16 @@ const struct config_option config_options[] = {
      set_translate,
      get_translate,
      NULL},
-    {{"disk", "path=FILE[,...]",
-      "virtio disk on a raw image or block device; options:\n"
+    {{"disk", "path=FILE|URI[,...]",
+      "virtio disk on a raw image or block device, or on an NBD server:\n"
+      "nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH; options:\n"
       "readonly=on|off  (default off)\n"
       "cache=writeback|none|unsafe  host page cache, O_DIRECT, or\n"
       "                 page cache and flushes ignored (default writeback)\n"
-      "serial=TEXT      serial number, at most 20 characters",
+      "serial=TEXT      serial number, at most 20 characters\n"
+      "tls=DIR          certificates for nbds://, nbds+unix://\n"
+      "reconnect=S      seconds that requests wait for a server that is\n"
+      "                 away (default 30)",
       true},
      set_disk,
      get_disk,

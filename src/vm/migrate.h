@@ -2,7 +2,7 @@
  * A virtual machine on its way to another process or host: what of vm and its devices migrate/ needs.
  *
  * docs/migration.md has the stages and who owns the machine in each. Disks are shared by their path: both sides open them, and
- * the lock on them changes hands with the machine.
+ * the lock on them changes hands with the machine; or they are copied (migrate_disks.h).
  */
 #ifndef RINGFORT_VM_MIGRATE_H
 #define RINGFORT_VM_MIGRATE_H
@@ -14,8 +14,8 @@ struct vm_config;
 
 struct vm_migration;
 
-/* progress: in the thread of vm_migration_run(). opt is borrowed. NULL: out of memory (logged). */
-struct vm_migration *vm_migration_create(struct vm *vm, const struct migrate_source_options *opt,
+/* with_disks: copy those on this host. progress: in the thread of vm_migration_run(). opt is copied. NULL: out of memory, or a disk (logged). */
+struct vm_migration *vm_migration_create(struct vm *vm, const struct migrate_source_options *opt, bool with_disks,
                                          void (*progress)(void *opaque, const struct migrate_progress *p), void *opaque);
 /*
  * Sends the machine; may take long, in a thread that may wait. After MIGRATE_DONE the machine is not this process's any more: the caller
@@ -40,6 +40,7 @@ struct vm_reception_options {
     struct migrate_target_options target;
     /* Changes to the source's configuration: names and values of flags, as of vm_config_set_flag(); ends with NULL. */
     const char *const (*flags)[2];
+    const char *disks;          /* folder for disks that are copied; NULL: the machine's own */
 };
 
 struct vm_reception;

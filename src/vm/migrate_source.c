@@ -15,6 +15,7 @@
 #include "isa/x86/cpuid.h"
 #include "vm/config.h"
 #include "vm/migrate.h"
+#include "vm/migrate_disks.h"
 #include "vm/migrate_state.h"
 #include "vm/vm_internal.h"
 
@@ -23,6 +24,8 @@
 struct vm_migration {
     struct vm *vm;
     struct migrate_source *source;
+    struct migrate_source_options opt;
+    struct source_disks *disks; /* NULL: none is copied */
     void (*progress)(void *opaque, const struct migrate_progress *p);
     void *opaque;
     bool released;              /* the disks' locks */
@@ -64,15 +67,29 @@ json_t *vm_migrate_devices(struct machine *m)
     return list;
 }
 
+/* What the guest knows of its disks, in the order of the configuration. */
+static json_t *describe_disks(struct vm *vm, const struct source_disks *copied)
+{
+    json_t *list = json_array();
+
+    for (unsigned i = 0; i < vm->parts.board.disk_count; i++) {
+        const struct block *b = vm->parts.disks[i].backend;
+
+        json_array_append_new(list, json_pack("{s:I, s:b, s:b}", "size", (json_int_t)block_size(b), "discard", block_can_discard(b),
+                                              "copied", source_disks_has(copied, i)));
+    }
+    return list;
+}
+
 static char *describe(void *opaque)
 {
     struct vm_migration *m = opaque;
     struct vm *vm = m->vm;
     char *config = vm_config_text(vm->config), *text;
-    json_t *o = config ? json_pack("{s:s, s:o, s:I, s:s, s:o, s:s, s:o}", "name", vm->config->name, "config",
+    json_t *o = config ? json_pack("{s:s, s:o, s:I, s:s, s:o, s:s, s:o, s:o}", "name", vm->config->name, "config",
                                    json_loads(config, 0, NULL), "tsc_hz", (json_int_t)vm->parts.board.tsc_hz, "cpu_model",
                                    vm->model->name, "cpuid", vm_migrate_cpuid(vm->model), "engine", vm->engine->name, "devices",
-                                   vm_migrate_devices(&vm->machine))
+                                   vm_migrate_devices(&vm->machine), "disks", describe_disks(vm, m->disks))
                        : NULL;
 
     free(config);
@@ -233,10 +250,11 @@ static const struct migrate_source_ops ops = { describe, do_pause, do_resume, sa
 
 /* ---- all of it ---- */
 
-struct vm_migration *vm_migration_create(struct vm *vm, const struct migrate_source_options *opt,
+struct vm_migration *vm_migration_create(struct vm *vm, const struct migrate_source_options *opt, bool with_disks,
                                          void (*fn)(void *opaque, const struct migrate_progress *p), void *opaque)
 {
     struct vm_migration *m = calloc(1, sizeof(*m));
+    int err = 0;
 
     if (!m) {
         log_error("out of memory");
@@ -247,7 +265,12 @@ struct vm_migration *vm_migration_create(struct vm *vm, const struct migrate_sou
     m->opaque = opaque;
     pthread_mutex_init(&m->lock, NULL);
     pthread_cond_init(&m->changed, NULL);
-    m->source = migrate_source_create(opt, &ops, m, &vm->machine.memory);
+    m->opt = *opt;
+    if (with_disks)
+        m->disks = source_disks_create(vm, &err);
+    if (m->disks)
+        m->opt.disks = source_disks_ops(m->disks);
+    m->source = err ? NULL : migrate_source_create(&m->opt, &ops, m, &vm->machine.memory);
     if (!m->source) {
         vm_migration_free(m);
         return NULL;
@@ -277,6 +300,7 @@ void vm_migration_free(struct vm_migration *m)
         return;
     end_throttle(m);
     migrate_source_free(m->source);
+    source_disks_free(m->disks);
     pthread_mutex_destroy(&m->lock);
     pthread_cond_destroy(&m->changed);
     free(m);

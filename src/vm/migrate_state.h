@@ -2,7 +2,7 @@
  * What both sides of a machine's migration agree on, above what migrate/ carries: the description is JSON with
  *
  *     name, config (as a configuration file, names of files absolute), tsc_hz, cpu_model, cpuid (hexadecimal), engine, devices
- *     (id: version)
+ *     (id: version), disks (size in bytes, discard)
  *
  * and the state is u32 version, u32 flags, then the stream of vm_save().
  */

@@ -23,6 +23,7 @@
 #include "isa/x86/cpuid.h"
 #include "vm/config.h"
 #include "vm/migrate.h"
+#include "vm/migrate_disks.h"
 #include "vm/migrate_state.h"
 #include "vm/status.h"
 #include "vm/vm_internal.h"
@@ -49,6 +50,7 @@ struct vm_reception {
     enum migrate_stage end;
     struct migrate_result result;
     bool stay_paused;
+    struct target_disks *disks; /* that are copied; NULL: none */
     pthread_t announcer;
     bool announcing;
 };
@@ -106,8 +108,16 @@ static int configure(struct vm_reception *r, const json_t *description)
         memcpy(c->nets[i].mac, source.nets[i].mac, sizeof(c->nets[i].mac));
         c->nets[i].mac_given = true;
     }
-    for (unsigned i = 0; !err && i < c->disk_count; i++)
+    for (unsigned i = 0; !err && i < c->disk_count; i++) {
+        const json_t *disk = json_array_get(json_object_get(description, "disks"), i);
+        json_int_t size = json_integer_value(json_object_get(disk, "size"));
+
         c->disks[i].block.unlocked = true;
+        c->disks[i].block.size = size > 0 ? (uint64_t)size : 0;
+        c->disks[i].block.can_discard = json_is_true(json_object_get(disk, "discard"));
+    }
+    if (!err)
+        err = target_disks_create(json_object_get(description, "disks"), c, r->opt->disks, &r->disks);
     vm_config_destroy(&source);
     free(text);
     return err ? err : vm_config_check_host(c);
@@ -313,7 +323,15 @@ static void abandon(void *opaque)
 
     if (r->vm)
         vm_end_because(r->vm, VM_STATUS_BACKEND, "migration");
+    target_disks_remove(r->disks);
 }
+
+static int disk_write(void *opaque, unsigned disk, uint64_t offset, const void *buf, size_t len)
+{
+    return target_disks_write(((struct vm_reception *)opaque)->disks, disk, offset, buf, len);
+}
+
+static int disk_sync(void *opaque) { return target_disks_sync(((struct vm_reception *)opaque)->disks); }
 
 static void orphan(void *opaque)
 {
@@ -322,7 +340,8 @@ static void orphan(void *opaque)
     vm_migrate_unlock_disks(r->vm);
 }
 
-static const struct migrate_target_ops ops = { prepare, in_kernel, load, activate, abandon, orphan, NULL };
+static const struct migrate_target_ops ops = { prepare, in_kernel, load,       activate,  abandon,
+                                              orphan,  NULL,      disk_write, disk_sync };
 
 /* ---- life ---- */
 
@@ -430,6 +449,7 @@ void vm_reception_free(struct vm_reception *r)
     migrate_target_free(r->target);
     if (r->ready >= 0)
         close(r->ready);
+    target_disks_free(r->disks);
     vm_config_destroy(&r->config);
     pthread_mutex_destroy(&r->lock);
     pthread_cond_destroy(&r->changed);

@@ -91,7 +91,6 @@ int vm_parts_open(struct vm_parts *p, const struct vm_config *c, struct machine 
     }
     p->board.memory_bytes = c->memory;
     p->board.cpus = c->cpus;
-    p->board.tsc_hz = tsc_frequency_hz();
     p->board.kernel = c->kernel;
     p->board.initrds = (const char *const *)c->initrds;
     p->board.initrd_count = c->initrd_count;

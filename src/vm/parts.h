@@ -16,7 +16,7 @@ struct net;
 struct vm_config;
 
 struct vm_parts {
-    /* Complete after vm_parts_open(); borrows from the configuration and from here. */
+    /* Complete after vm_parts_open() but for tsc_hz, which is the caller's; borrows from the configuration and from here. */
     struct pc_config board;
     /* What board points to. Consoles are owned; disks and nets go to their devices in
      * vm_parts_build(). */

@@ -9,6 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "backend/block/block.h"
 #include "base/log.h"
 #include "base/state.h"
 #include "base/util.h"
@@ -24,7 +25,7 @@ static json_t *absolute(json_t *path)
     const char *text = json_string_value(path);
     char folder[PATH_MAX];
 
-    if (!text || *text == '/' || !getcwd(folder, sizeof(folder)))
+    if (!text || *text == '/' || block_is_uri(text) || !getcwd(folder, sizeof(folder)))
         return json_incref(path);
     return json_sprintf("%s/%s", folder, text);
 }
@@ -43,7 +44,12 @@ char *vm_config_text(const struct vm_config *c)
     for (i = 0; i < json_array_size(json_object_get(root, "initrd")); i++)
         json_array_set_new(json_object_get(root, "initrd"), i, absolute(json_array_get(json_object_get(root, "initrd"), i)));
     json_array_foreach(json_object_get(root, "disk"), i, v)
-        json_object_set_new(v, "path", absolute(json_object_get(v, "path")));
+        for (size_t k = 0; k < 2; k++) {
+            const char *key = k ? "tls" : "path";
+
+            if (json_object_get(v, key))
+                json_object_set_new(v, key, absolute(json_object_get(v, key)));
+        }
     text = json_dumps(root, JSON_PRESERVE_ORDER);
     if (!text)
         log_error("out of memory");

@@ -134,63 +134,8 @@ int vm_snapshot_config(struct vm_snapshot *s, struct vm_config *c)
 
 /* ---- disks ---- */
 
-struct machine_folder {
-    int root, dir;
-    char root_path[PATH_MAX], path[PATH_MAX];
-};
-
-static void close_folder(struct machine_folder *f)
-{
-    if (f->dir >= 0)
-        close(f->dir);
-    if (f->root >= 0)
-        close(f->root);
-}
-
-/* What is there of a machine of that name gets out of the way. */
-static int keep_former(struct machine_folder *f, const char *name)
-{
-    char kept[256];
-    time_t now = time(NULL);
-
-    for (unsigned i = 0; i < 1000; i++) {
-        snprintf(kept, sizeof(kept), "%.128s.until-%lld-%u", name, (long long)now, i);
-        if (renameat(f->root, name, f->root, kept) == 0) {
-            log_warn("the disks of the former machine %s are kept in %s/%s; remove that folder when nobody needs them", name,
-                     f->root_path, kept);
-            return 0;
-        }
-        if (errno == ENOENT)
-            return 0;
-        if (errno != EEXIST && errno != ENOTEMPTY)
-            break;
-    }
-    return -errno;
-}
-
-static int make_folder(struct machine_folder *f, const char *name)
-{
-    int err = 0;
-
-    f->dir = -1;
-    f->root = snapshot_open_root("machines", f->root_path);
-    if (f->root < 0)
-        return f->root;
-    snprintf(f->path, sizeof(f->path), "%.2000s/%.128s", f->root_path, name);
-    err = keep_former(f, name);
-    if (!err && mkdirat(f->root, name, 0700) < 0)
-        err = -errno;
-    if (!err)
-        f->dir = openat(f->root, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (!err && f->dir < 0)
-        err = -errno;
-    if (err)
-        log_error("%s: cannot make this folder: %s", f->path, strerror(-err));
-    return err;
-}
-
 /* The disk's overlay in the machine's folder, on a link to the snapshot's copy. */
-static int make_overlay(struct vm_snapshot *s, struct machine_folder *f, struct vm_disk_config *d, unsigned index)
+static int make_overlay(struct vm_snapshot *s, int folder, const char *folder_path, struct vm_disk_config *d, unsigned index)
 {
     char disk[32], base[64], *path = NULL;
     uint64_t random = 0, size;
@@ -200,18 +145,18 @@ static int make_overlay(struct vm_snapshot *s, struct machine_folder *f, struct 
     if (getrandom(&random, sizeof(random), 0) != sizeof(random))
         return -EIO;
     snprintf(base, sizeof(base), SNAPSHOT_BASE_PREFIX "%016llx", (unsigned long long)random);
-    if (linkat(s->dir, disk, f->dir, base, 0) < 0) {
+    if (linkat(s->dir, disk, folder, base, 0) < 0) {
         err = -errno;
         log_error("%s/%s: cannot use it for the restored machine: %s", s->path, disk, strerror(-err));
         return err;
     }
     err = block_image_size(s->dir, disk, &size);
     if (!err)
-        err = block_overlay_create(f->dir, disk, base, size);
-    if (!err && asprintf(&path, "%s/%s", f->path, disk) < 0)
+        err = block_overlay_create(folder, disk, base, size);
+    if (!err && asprintf(&path, "%s/%s", folder_path, disk) < 0)
         err = -ENOMEM;
     if (err) {
-        log_error("%s/%s: cannot make the restored machine's disk: %s", f->path, disk, strerror(-err));
+        log_error("%s/%s: cannot make the restored machine's disk: %s", folder_path, disk, strerror(-err));
         return err;
     }
     free((char *)d->block.path);
@@ -221,22 +166,20 @@ static int make_overlay(struct vm_snapshot *s, struct machine_folder *f, struct 
 
 static int make_disks(struct vm_snapshot *s, struct vm_config *c)
 {
-    struct machine_folder f = { -1, -1, "", "" };
-    int err = 0;
-    bool any = false;
+    char path[PATH_MAX];
+    int folder = -1, err = 0;
 
     for (unsigned i = 0; i < c->disk_count && !err; i++) {
         if (c->disks[i].block.readonly)
             continue;
-        if (!any)
-            err = make_folder(&f, c->name);
-        any = true;
-        if (!err)
-            err = make_overlay(s, &f, &c->disks[i], i);
+        if (folder < 0)
+            folder = snapshot_make_machine_folder(c->name, path);
+        err = folder < 0 ? folder : make_overlay(s, folder, path, &c->disks[i], i);
     }
-    if (any && !err)
-        err = snapshot_link_bases(s->dir, f.dir, s->path);
-    close_folder(&f);
+    if (folder >= 0 && !err)
+        err = snapshot_link_bases(s->dir, folder, s->path);
+    if (folder >= 0)
+        close(folder);
     return err;
 }
 

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -70,6 +71,48 @@ int snapshot_open_root(const char *kind, char path[PATH_MAX])
         err = -errno;
     if (err)
         log_error("%s: cannot open this folder: %s", path, strerror(-err));
+    return err ? err : fd;
+}
+
+/* What is there of a machine of that name gets out of the way. */
+static int keep_former(int root, const char *root_path, const char *name)
+{
+    char kept[256];
+    time_t now = time(NULL);
+
+    for (unsigned i = 0; i < 1000; i++) {
+        snprintf(kept, sizeof(kept), "%.128s.until-%lld-%u", name, (long long)now, i);
+        if (renameat(root, name, root, kept) == 0) {
+            log_warn("the disks of the former machine %s are kept in %s/%s; remove that folder when nobody needs them", name,
+                     root_path, kept);
+            return 0;
+        }
+        if (errno == ENOENT)
+            return 0;
+        if (errno != EEXIST && errno != ENOTEMPTY)
+            break;
+    }
+    return -errno;
+}
+
+int snapshot_make_machine_folder(const char *name, char path[PATH_MAX])
+{
+    char root_path[PATH_MAX];
+    int root = snapshot_open_root("machines", root_path), fd = -1, err;
+
+    if (root < 0)
+        return root;
+    snprintf(path, PATH_MAX, "%.2000s/%.128s", root_path, name);
+    err = keep_former(root, root_path, name);
+    if (!err && mkdirat(root, name, 0700) < 0)
+        err = -errno;
+    if (!err)
+        fd = openat(root, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (!err && fd < 0)
+        err = -errno;
+    close(root);
+    if (err)
+        log_error("%s: cannot make this folder: %s", path, strerror(-err));
     return err ? err : fd;
 }
 
@@ -156,18 +199,35 @@ int snapshot_write_meta(int dirfd, const char *path, const json_t *meta)
     return err;
 }
 
+/* All of a small file; json_loadfd() would take a system call for each byte. */
+static json_t *read_json(int fd)
+{
+    struct stat st;
+    json_t *json = NULL;
+    ssize_t n = -1;
+    char *text;
+
+    if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) || st.st_size > (off_t)MAX_META)
+        return NULL;
+    text = malloc((size_t)st.st_size + 1);
+    if (text)
+        n = pread(fd, text, (size_t)st.st_size, 0);
+    if (n == st.st_size)
+        json = json_loadb(text, (size_t)n, JSON_REJECT_DUPLICATES, NULL);
+    free(text);
+    return json;
+}
+
 json_t *snapshot_read_meta(int root, const char *name, const char *path, bool quiet)
 {
     char file[VM_SNAPSHOT_NAME_MAX + 32];
-    struct stat st;
-    json_error_t error;
     json_t *meta = NULL;
     int fd;
 
     snprintf(file, sizeof(file), "%.*s/%s", VM_SNAPSHOT_NAME_MAX, name, SNAPSHOT_META);
     fd = openat(root, file, O_RDONLY | O_CLOEXEC);
-    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size <= (off_t)MAX_META)
-        meta = json_loadfd(fd, JSON_REJECT_DUPLICATES, &error);
+    if (fd >= 0)
+        meta = read_json(fd);
     if (fd >= 0)
         close(fd);
     if (meta && json_is_object(meta) && json_integer_value(json_object_get(meta, "version")) == META_VERSION)

@@ -4,9 +4,12 @@ migrate is the short test; migrate-storm, only when asked for, does MIGRATE_ROUN
 """
 
 import os
+import shutil
+import subprocess
+import time
 
 from cases import case
-from machine import ENGINE, check, log, patience
+from machine import ENGINE, Skipped, check, log, patience
 from migration import ENGINES, Journey
 
 
@@ -58,6 +61,127 @@ def migrate(report, folder):
             report.part("migrate/post-copy", post_copy)
             report.part("migrate/refused", refused)
             report.part("migrate/faults", faults)
+
+
+# What the guest writes, and what it leaves alone.
+DISK_MIB, WRITTEN_MIB = 48, 16
+
+
+def make_disk(path):
+    """Zero where the guest writes; contents and a hole behind that."""
+    with open(path, "wb") as f:
+        f.seek((WRITTEN_MIB + 4) << 20)
+        f.write(os.urandom(3 << 20))
+        f.truncate(DISK_MIB << 20)
+
+
+def tail(path):
+    with open(path, "rb") as f:
+        f.seek(WRITTEN_MIB << 20)
+        return f.read()
+
+
+@case(seconds=420, parts=True)
+def migrate_disks(report, folder):
+    """A guest that checks what it writes to its disk, whose disk moves along, or is on a server."""
+    if ENGINE != "translate":
+        report.line("SKIP", "migrate-disks", "runs with the tests of the translator")
+        return
+    disk = folder / "disk.img"
+    make_disk(disk)
+    with Journey(folder, workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda", extra=("--disk", f"path={disk}")) as journey:
+        def place(name):
+            return folder / "data/ringfort/machines" / name / "disk0"
+
+        def along():
+            journey.start(ENGINE)
+            name = journey.current
+            figures = journey.hop(ENGINE, "--with-disks")
+            log(f"migrate-disks: {figures['disk_bytes']} bytes of disks, stood still for {figures['downtime_ms']} ms")
+            check(figures["disk_bytes"] > 3 << 20, f"bad figures: {figures}")
+            check(figures["downtime_ms"] <= 1000 * patience(), f"the guest stood still for {figures['downtime_ms']} ms")
+            check(tail(place(journey.current)) == tail(disk), "what the guest left alone is not the same there")
+            check(place(journey.current).stat().st_blocks * 512 < (WRITTEN_MIB + 8) << 20, "holes were filled")
+            # Nothing of the machine is where it was, so this disk has no part in what follows.
+            disk.write_bytes(b"")
+            check(name not in journey.machines(), "the source is still there")
+            journey.hop("interp", "--with-disks", "--streams", "4", "--compress")
+            journey.hop(ENGINE, "--with-disks", "--post-copy", "now")
+            os.makedirs(folder / "elsewhere")
+            journey.hop(ENGINE, "--with-disks", target_flags=("--disks", f"{folder}/elsewhere"))
+            check(list(folder.glob("elsewhere/*.disk0")), "the disk is not where it was to be put")
+
+        def faults():
+            for fault in ("kill-target", "cut", "cut-for-a-while", "kill-source"):
+                outcome = journey.hop_with_fault(ENGINE, fault, "--with-disks")
+                log(f"migrate-disks: {fault}: {outcome}")
+                if outcome == "lost":
+                    check(fault.startswith("kill"), f"{fault} lost the machine")
+                    make_disk(disk)
+                    journey.start(ENGINE)
+                else:
+                    journey.progress()
+
+        if report.part("migrate-disks/along", along):
+            report.part("migrate-disks/faults", faults)
+
+    def on_a_server():
+        """The disk stays; each side has a connection while the machine is its. The server is killed once, too."""
+        if not shutil.which("nbdkit"):
+            raise Skipped("there is no nbdkit on this host")
+        make_disk(disk)
+        here = folder / "nbd"
+        here.mkdir()
+        server = Nbdkit(folder, disk)
+        uri = f"nbd+unix:///?socket={server.path}"
+        with server, Journey(here, workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda", extra=("--disk", uri)) as journey:
+            journey.start(ENGINE)
+            journey.hop("interp")
+            server.stop()
+            time.sleep(0.5)
+            server.start()
+            journey.progress()
+            check("connected again" in journey.messages(journey.current), "nothing is said of the broken connection")
+            # Nothing to be copied: it is where it is.
+            figures = journey.hop(ENGINE, "--with-disks", "--post-copy", "now")
+            check(figures["disk_bytes"] == 0, f"bad figures: {figures}")
+            for fault in ("kill-target", "cut-for-a-while"):
+                outcome = journey.hop_with_fault(ENGINE, fault)
+                log(f"migrate-disks: on a server, {fault}: {outcome}")
+                if outcome == "lost":
+                    break
+                journey.progress()
+            check("cannot be copied" in journey.run("snapshot", "save", journey.current, "s", status=None).stderr or outcome == "lost",
+                  "a snapshot without its disk is taken")
+
+    report.part("migrate-disks/on-a-server", on_a_server)
+
+
+class Nbdkit:
+    """An NBD server that takes one client at a time."""
+
+    def __init__(self, folder, disk):
+        self.path, self.disk, self.process = folder / "nbd.sock", disk, None
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def start(self):
+        self.process = subprocess.Popen(["nbdkit", "-f", "--exit-with-parent", "-U", self.path, "--filter=limit", "file", self.disk,
+                                         "limit=1"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 20
+        while not self.path.exists():
+            check(time.monotonic() < deadline and self.process.poll() is None, "nbdkit does not start")
+            time.sleep(0.01)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+        self.path.unlink(missing_ok=True)
 
 
 @case(seconds=48 * 3600, wanted=True)

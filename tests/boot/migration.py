@@ -22,13 +22,15 @@ ENGINES = ("interp", "translate")
 
 
 def guest_image(folder):
-    """An initrd with memcheck, to be joined with that of busybox."""
+    """An initrd with memcheck and diskcheck, to be joined with that of busybox."""
     root = folder / "root"
     (root / "bin").mkdir(parents=True, exist_ok=True)
-    subprocess.run(["gcc", "-O2", "-static", "-o", root / "bin/memcheck", machine.ROOT / "tests/boot/memcheck.c"], check=True)
+    programs = ("memcheck", "diskcheck")
+    for name in programs:
+        subprocess.run(["gcc", "-O2", "-static", "-o", root / "bin" / name, machine.ROOT / f"tests/boot/{name}.c"], check=True)
     archive = folder / "memcheck.cpio"
     with open(archive, "wb") as out:
-        subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input=b".\nbin\nbin/memcheck\n", stdout=out, cwd=root, check=True)
+        subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input="\n".join([".", "bin", *(f"bin/{p}" for p in programs), ""]).encode(), stdout=out, cwd=root, check=True)
     return archive
 
 
@@ -100,7 +102,8 @@ class Journey:
     def __init__(self, folder, memory="128M", workload="memcheck 32 3000", seed=1, extra=()):
         self.folder, self.memory, self.workload, self.extra = folder, memory, workload, extra
         self.random = random.Random(seed)
-        self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "XDG_STATE_HOME": str(folder)}
+        self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "XDG_STATE_HOME": str(folder),
+                            "XDG_DATA_HOME": str(folder / "data")}
         self.image = guest_image(folder)
         self.count, self.checked, self.current = 0, 0, None
         self.pids = set()

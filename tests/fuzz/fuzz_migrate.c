@@ -13,6 +13,7 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "memory/memory.h"
+#include "migrate/disks.h"
 #include "migrate/pages.h"
 #include "migrate/protocol.h"
 
@@ -20,6 +21,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 static struct memory memory;
 static struct page_decoder *decoder;
+static struct disk_decoder *disks;
 static uint64_t *bitmap[MEMORY_MAX_REGIONS];
 static volatile unsigned sink_byte;
 
@@ -31,6 +33,15 @@ static int sink(void *opaque, unsigned region, uint64_t page, const uint8_t *con
         for (unsigned i = 0; i < GUEST_PAGE_SIZE; i += 64)
             sink_byte += contents[i];
     return 0;
+}
+
+static int disk_sink(void *opaque, unsigned disk, uint64_t offset, const void *buf, size_t len)
+{
+    if (!len || len > MIGRATE_DISK_GRANULE || offset % MIGRATE_DISK_GRANULE)
+        abort();
+    for (size_t i = 0; buf && i < len; i += 64)
+        sink_byte += ((const uint8_t *)buf)[i];
+    return disk < 4 && offset < MIB(1) ? 0 : -EPROTO;
 }
 
 static void take(const struct frame *f)
@@ -45,6 +56,9 @@ static void take(const struct frame *f)
         break;
     case FRAME_PAGES:
         err = page_decoder_take(decoder, f, sink, NULL, error);
+        break;
+    case FRAME_DISK:
+        err = disk_decoder_take(disks, f, disk_sink, NULL, error);
         break;
     case FRAME_MISSING:
         err = missing_take(f, &memory, bitmap, error);
@@ -84,7 +98,7 @@ static void stream(const uint8_t *data, size_t size)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static const unsigned types[] = { FRAME_PAGES, FRAME_PAGES, FRAME_MISSING, FRAME_HELLO };
+    static const unsigned types[8] = { FRAME_PAGES, FRAME_PAGES, FRAME_MISSING, FRAME_HELLO, FRAME_DISK, FRAME_DISK, FRAME_PAGES, FRAME_MISSING };
     struct frame f;
 
     log_set_level(-1);
@@ -93,6 +107,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             memory_add_ram(&memory, GIB(4), 70 * GUEST_PAGE_SIZE) || bitmaps_alloc(&memory, bitmap))
             abort();
         decoder = page_decoder_create(&memory);
+        disks = disk_decoder_create();
     }
     if (!size)
         return 0;
@@ -101,7 +116,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         return 0;
     }
     /* In memory of exactly its size, for the address sanitizer. */
-    f = (struct frame){ .type = types[data[0] & 3], .flags = data[0] >> 7, .length = (uint32_t)(size - 1), .data = malloc(size) };
+    f = (struct frame){ .type = types[data[0] & 7], .flags = data[0] >> 7, .length = (uint32_t)(size - 1), .data = malloc(size) };
     memcpy(f.data, data + 1, size - 1);
     f.data[size - 1] = 0;
     if (f.length <= frame_limit(f.type))

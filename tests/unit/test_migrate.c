@@ -35,6 +35,8 @@
 
 #define PAGES 1024u
 #define WORDS (GUEST_PAGE_SIZE / 8)
+/* A disk of pages: some granules, and a part of one. */
+#define BLOCKS (8 * (MIGRATE_DISK_GRANULE / GUEST_PAGE_SIZE) + 1)
 
 static char folder[64];
 static unsigned rounds = 60;
@@ -54,7 +56,12 @@ static uint64_t next(uint64_t *x)
 struct machine {
     struct memory memory;
     bool made;
-    uint64_t seq[PAGES];        /* what each page holds: its number of writes */
+    struct {                    /* what is saved: what each page and block holds, as its number of writes */
+        uint64_t page[PAGES], block[BLOCKS];
+    } seq;
+    bool disk_moves;            /* the disk is used, and copied */
+    uint64_t disk[BLOCKS][WORDS];
+    _Atomic uint64_t written;   /* granules */
     uint64_t random;
     unsigned pause_us;          /* between two writes */
     unsigned hot_pages;         /* that are written; 0: none by the thread */
@@ -83,10 +90,10 @@ static void check_page(struct machine *m, uint64_t page)
 
     memory_read(&m->memory, page * GUEST_PAGE_SIZE, have, sizeof(have));
     for (unsigned i = 0; i < WORDS; i++)
-        if (have[i] != word(page, m->seq[page], i)) {
+        if (have[i] != word(page, m->seq.page[page], i)) {
             if (!m->bad++)
                 fprintf(stderr, "page %llu holds %llx, not write %llu\n", (unsigned long long)page, (unsigned long long)have[i],
-                        (unsigned long long)m->seq[page]);
+                        (unsigned long long)m->seq.page[page]);
             return;
         }
 }
@@ -96,13 +103,35 @@ static void write_page(struct machine *m, uint64_t page)
     uint64_t want[WORDS];
 
     check_page(m, page);
-    m->seq[page]++;
+    m->seq.page[page]++;
     /* Now and then a page is emptied, or written as it was. */
-    if (m->seq[page] % 16 == 0)
-        m->seq[page] = 0;
+    if (m->seq.page[page] % 16 == 0)
+        m->seq.page[page] = 0;
     for (unsigned i = 0; i < WORDS; i++)
-        want[i] = word(page, m->seq[page], i);
+        want[i] = word(page, m->seq.page[page], i);
     memory_write(&m->memory, page * GUEST_PAGE_SIZE, want, sizeof(want));
+}
+
+static void check_block(struct machine *m, uint64_t block)
+{
+    for (unsigned i = 0; i < WORDS; i++)
+        if (m->disk[block][i] != word(block, m->seq.block[block], i)) {
+            if (!m->bad++)
+                fprintf(stderr, "block %llu holds %llx, not write %llu\n", (unsigned long long)block,
+                        (unsigned long long)m->disk[block][i], (unsigned long long)m->seq.block[block]);
+            return;
+        }
+}
+
+static void write_block(struct machine *m, uint64_t block)
+{
+    check_block(m, block);
+    m->seq.block[block]++;
+    if (m->seq.block[block] % 8 == 0)
+        m->seq.block[block] = 0;
+    for (unsigned i = 0; i < WORDS; i++)
+        __atomic_store_n(&m->disk[block][i], word(block, m->seq.block[block], i), __ATOMIC_RELAXED);
+    atomic_fetch_or(&m->written, 1ull << (block * GUEST_PAGE_SIZE / MIGRATE_DISK_GRANULE));
 }
 
 static void *machine_main(void *opaque)
@@ -118,6 +147,8 @@ static void *machine_main(void *opaque)
         m->in_write = true;
         pthread_mutex_unlock(&m->lock);
         write_page(m, next(&m->random) % m->hot_pages);
+        if (m->disk_moves)
+            write_block(m, next(&m->random) % MIN(BLOCKS, m->hot_pages));
         if (m->pause_us || m->throttled)
             nanosleep(&(struct timespec){ .tv_nsec = (long)(m->pause_us + m->throttled * 10) * 1000 }, NULL);
         pthread_mutex_lock(&m->lock);
@@ -189,6 +220,8 @@ static void check_machine(struct machine *m)
 {
     for (uint64_t page = 0; page < PAGES; page++)
         check_page(m, page);
+    for (uint64_t block = 0; block < BLOCKS && m->disk_moves; block++)
+        check_block(m, block);
     assert_int_equal(m->bad, 0);
 }
 
@@ -212,9 +245,44 @@ static int op_save(void *opaque, void **data, size_t *len)
 
     *len = sizeof(m->seq);
     *data = malloc(*len);
-    memcpy(*data, m->seq, *len);
+    memcpy(*data, &m->seq, *len);
     return 0;
 }
+
+static int disks_start(void *opaque)
+{
+    atomic_store(&((struct machine *)opaque)->written, 0);
+    return 0;
+}
+
+static void disks_stop(void *opaque) {}
+static void disks_contents(void *opaque, unsigned disk, uint64_t *bitmap) { *bitmap |= 0x1ff; }
+static void disks_written(void *opaque, unsigned disk, uint64_t *bitmap) { *bitmap |= atomic_exchange(&((struct machine *)opaque)->written, 0); }
+
+static int disks_read(void *opaque, unsigned disk, uint64_t offset, void *buf, size_t len)
+{
+    const uint64_t *from = (uint64_t *)((struct machine *)opaque)->disk + offset / 8;
+    uint64_t *to = buf;
+
+    for (size_t i = 0; i < len / 8; i++)
+        to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+    return 0;
+}
+
+static int op_disk_write(void *opaque, unsigned disk, uint64_t offset, const void *buf, size_t len)
+{
+    struct machine *m = opaque;
+
+    if (!m->disk_moves || disk || offset > sizeof(m->disk) || len > sizeof(m->disk) - offset)
+        return -EPROTO;
+    if (buf)
+        memcpy((uint8_t *)m->disk + offset, buf, len);
+    else
+        memset((uint8_t *)m->disk + offset, 0, len);
+    return 0;
+}
+
+static int op_disk_sync(void *opaque) { return 0; }
 
 static void op_release(void *opaque) {}
 static int op_reclaim(void *opaque) { return 0; }
@@ -264,7 +332,7 @@ static int op_load(void *opaque, const void *data, size_t len, char reason[MIGRA
         return refuse(m->refuse_load, reason);
     if (len != sizeof(m->seq))
         return refuse("a state of another length", reason);
-    memcpy(m->seq, data, len);
+    memcpy(&m->seq, data, len);
     /* Loading may touch memory, also such that comes when touched, or that will not come any more. */
     memory_read(&m->memory, 3 * GUEST_PAGE_SIZE, &first, sizeof(first));
     return 0;
@@ -283,7 +351,7 @@ static int op_activate(void *opaque, char reason[MIGRATE_TEXT])
 static void op_abandon(void *opaque) { ((struct machine *)opaque)->abandoned = true; }
 static void op_orphan(void *opaque) { ((struct machine *)opaque)->orphaned = true; }
 
-static const struct migrate_target_ops target_ops = { op_prepare, op_in_kernel, op_load, op_activate, op_abandon, op_orphan, op_progress };
+static const struct migrate_target_ops target_ops = { op_prepare, op_in_kernel, op_load, op_activate, op_abandon, op_orphan, op_progress, op_disk_write, op_disk_sync };
 
 /* ---- a link that can break ---- */
 
@@ -446,6 +514,7 @@ static void relay_end(struct relay *r)
 
 struct trip {
     struct migrate_source_options options;
+    struct migrate_disks disks;
     struct migrate_target_options target_options;
     struct machine a, b;
     struct migrate_source *source;
@@ -480,6 +549,15 @@ static struct trip *trip_make(void)
         write_page(&t->a, page);
     memory_fill(&t->a.memory, (PAGES - 1) * GUEST_PAGE_SIZE, 0, GUEST_PAGE_SIZE);
     return t;
+}
+
+static void trip_with_disk(struct trip *t)
+{
+    t->a.disk_moves = t->b.disk_moves = true;
+    t->disks = (struct migrate_disks){ 1, { sizeof(t->a.disk) }, &t->a, disks_start, disks_stop, disks_contents, disks_written, disks_read };
+    t->options.disks = &t->disks;
+    for (uint64_t block = 0; block < BLOCKS; block += 2)
+        write_block(&t->a, block);
 }
 
 static void trip_target(struct trip *t, const char *tls)
@@ -545,8 +623,11 @@ static void test_pre_copy(void **state)
 
         t->options.streams = (unsigned[]){ 1, 2, 5, 16 }[i];
         t->options.compress = i & 1;
+        if (i >= 1)
+            trip_with_disk(t);
         trip_target(t, NULL);
         trip_source(t);
+        assert_int_equal(t->sent.disk_bytes != 0, i >= 1);
         assert_true(t->sent.rounds >= 1 && t->sent.bytes > 0);
         assert_int_equal(t->a.stages & 0x3f, 0x3f);
         assert_arrived(t);
@@ -834,6 +915,11 @@ static void test_faults(void **state)
             fault = FAULT_CUT_FOR_A_WHILE;
         if (post_copy && next(&x) % 2)
             at = 1 + next(&x) % 30000;
+        if (next(&x) % 2) {
+            trip_with_disk(t);
+            /* All of it once, and what is written meanwhile. */
+            at += at > 2000000 ? sizeof(t->a.disk) + next(&x) % 3 * MIGRATE_DISK_GRANULE : 0;
+        }
         t->a.hot_pages = 4;
         t->a.pause_us = 2000;
         t->options.post_copy = post_copy ? MIGRATE_POST_COPY_NOW : MIGRATE_POST_COPY_NEVER;

@@ -34,6 +34,9 @@ static void finish(struct block *b, struct block_io *io, int status)
     struct block_request *req = io->req;
     if (!status && b->overlay && (req->op == BLOCK_WRITE || req->op == BLOCK_WRITE_ZEROES))
         overlay_mark(b->overlay, req->offset, io->total);
+    /* One that failed may have been done in part. */
+    if (b->dirty && req->op != BLOCK_READ && req->op != BLOCK_FLUSH)
+        block_dirty_mark(b, req->offset, io->total);
     if (status)
         log_guest_error("disk %s: %s at byte %llu failed: %s", b->path,
                         req->op == BLOCK_READ    ? "read"
@@ -381,6 +384,20 @@ void block_drain(struct block *b)
     }
 }
 
+bool block_is_uri(const char *path)
+{
+    static const char *const schemes[] = {"nbd://", "nbds://", "nbd+unix://", "nbds+unix://"};
+    for (unsigned i = 0; i < ARRAY_SIZE(schemes); i++)
+        if (strncmp(path, schemes[i], strlen(schemes[i])) == 0)
+            return true;
+    return false;
+}
+
+bool block_can_save(const struct block *b)
+{
+    return b->fd >= 0;
+}
+
 bool block_is_overlay(const struct block *b)
 {
     return b->overlay;
@@ -575,6 +592,36 @@ static bool device_can_discard(int fd)
     return false;
 }
 
+static int open_local(struct block *b, const struct block_options *opt,
+                      const struct block_engine *engine)
+{
+    int ret = open_file(b, opt);
+    if (!ret)
+        ret = find_size(b);
+    if (!ret && !opt->unlocked)
+        ret = lock_file(b);
+    if (!ret)
+        ret = find_alignment(b);
+    if (!ret)
+        ret = look_at_format(b);
+    if (!ret && opt->size && b->size != opt->size) {
+        log_error("disk %s: it has %llu bytes, and the machine's has %llu: it is another one", b->path,
+                  (unsigned long long)b->size, (unsigned long long)opt->size);
+        ret = -EINVAL;
+    }
+    if (ret)
+        return ret;
+    b->can_discard = !b->readonly && (!b->device || device_can_discard(b->fd));
+    b->engine = engine ? engine : &block_engine_uring;
+    ret = b->engine->open(b);
+    if (ret && !engine) {
+        log_debug("disk %s: no io_uring here (%s), using threads", b->path, strerror(-ret));
+        b->engine = &block_engine_threads;
+        ret = b->engine->open(b);
+    }
+    return ret;
+}
+
 int block_open_with(struct loop *loop, const struct block_options *opt,
                     const struct block_engine *engine, struct block **out)
 {
@@ -600,33 +647,11 @@ int block_open_with(struct loop *loop, const struct block_options *opt,
     /* A file size limit shall be an error of write(), not the end of the process. */
     signal(SIGXFSZ, SIG_IGN);
 
-    int ret = open_file(b, opt);
-    if (!ret)
-        ret = find_size(b);
-    if (!ret && !opt->unlocked)
-        ret = lock_file(b);
-    if (!ret)
-        ret = find_alignment(b);
-    if (!ret)
-        ret = look_at_format(b);
-    if (ret)
-        goto out;
-    b->can_discard = !b->readonly && (!b->device || device_can_discard(b->fd));
-    b->engine = engine ? engine : &block_engine_uring;
-    ret = b->engine->open(b);
-    if (ret && !engine) {
-        log_debug("disk %s: no io_uring here (%s), using threads", b->path, strerror(-ret));
-        b->engine = &block_engine_threads;
-        ret = b->engine->open(b);
+    int ret = block_is_uri(b->path) ? block_nbd_open(b, opt) : open_local(b, opt, engine);
+    if (!ret) {
+        *out = b;
+        return 0;
     }
-    if (ret) {
-        b->engine = NULL;
-        goto out;
-    }
-    *out = b;
-    return 0;
-
-out:
     overlay_close(b->overlay);
     if (b->buffered_fd >= 0)
         close(b->buffered_fd);
@@ -647,6 +672,8 @@ static void sync_all(struct block *b)
     int ret = 0;
     if (!b->readonly && b->overlay)
         ret = block_overlay_sync(b);
+    else if (b->engine->sync)
+        ret = b->engine->sync(b);
     else if (!b->readonly && b->cache != BLOCK_CACHE_UNSAFE && fdatasync(b->fd) < 0)
         ret = -errno;
     if (ret)
@@ -656,7 +683,7 @@ static void sync_all(struct block *b)
 
 int block_lock(struct block *b)
 {
-    int ret = lock_file(b);
+    int ret = b->engine->attach ? b->engine->attach(b) : lock_file(b);
     if (ret || !b->unlocked)
         return ret;
     /* Who had it until now has put more into an overlay than was there when it was opened. */
@@ -681,7 +708,10 @@ void block_unlock(struct block *b)
     if (!b->unlocked)
         sync_all(b);
     b->unlocked = true;
-    fcntl(b->fd, F_OFD_SETLK, &fl);
+    if (b->engine->detach)
+        b->engine->detach(b);
+    else
+        fcntl(b->fd, F_OFD_SETLK, &fl);
 }
 
 void block_close(struct block *b)
@@ -690,15 +720,17 @@ void block_close(struct block *b)
         return;
     block_drain(b);
     loop_cancel(b->loop, &b->start_call);
-    b->engine->close(b);
-    block_workers_stop(b);
     /* What another machine has by now is not to be touched. */
     if (!b->unlocked)
         sync_all(b);
+    b->engine->close(b);
+    block_workers_stop(b);
+    block_dirty_stop(b);
     overlay_close(b->overlay);
     if (b->buffered_fd >= 0)
         close(b->buffered_fd);
-    close(b->fd);
+    if (b->fd >= 0)
+        close(b->fd);
     free(b->path);
     free(b);
 }

@@ -21,11 +21,22 @@ struct block;
 enum block_cache { BLOCK_CACHE_WRITEBACK, BLOCK_CACHE_NONE, BLOCK_CACHE_UNSAFE };
 
 struct block_options {
-    const char *path;           /* raw image file, block device, or overlay */
+    const char *path;           /* raw image file, block device, overlay, or URI of a disk on an NBD server */
     bool readonly;
     enum block_cache cache;
     bool unlocked;              /* open without locking: another machine has it until block_lock() */
+    /* What that machine knows of it: bytes (0: not known), whether it discards. A file of another size is refused. */
+    uint64_t size;
+    bool can_discard;
+    /* NBD: folder of certificates for nbds (NULL: libnbd's own); how long requests wait for a server that is away, in seconds. */
+    const char *tls;
+    unsigned reconnect_s;
 };
+
+#define BLOCK_RECONNECT_S 30u   /* when nothing else is said */
+
+/* Whether a path is the URI of a disk on a server: nbd://HOST[:PORT]/EXPORT, nbds://…, nbd+unix:///EXPORT?socket=PATH, nbds+unix. */
+bool block_is_uri(const char *path);
 
 enum block_op { BLOCK_READ, BLOCK_WRITE, BLOCK_FLUSH, BLOCK_DISCARD, BLOCK_WRITE_ZEROES };
 
@@ -49,7 +60,7 @@ struct block_request {
 /*
  * Opens and locks (OFD lock: shared when read-only, exclusive otherwise; a disk in use by another machine is an error).
  * Logs one line naming the file and the cause. *out on 0; -errno otherwise: -ENOENT, -EACCES, -EBUSY (in use),
- * -EINVAL (not a regular file or block device, empty, or not a multiple of 512 bytes).
+ * -EINVAL (not a regular file or block device, empty, or not a multiple of 512 bytes). A server that does not answer is waited for for 5 s.
  */
 int block_open(struct loop *loop, const struct block_options *opt, struct block **out);
 /* Waits for what is in flight (its done() runs before), syncs unless cache=unsafe or read-only, closes. */
@@ -76,14 +87,30 @@ int block_image_size(int dirfd, const char *name, uint64_t *size);
 int block_save_begin(struct block *b, int fd, const _Atomic bool *cancel);
 int block_save_wait(struct block *b, uint64_t *bytes);
 void block_save_end(struct block *b);
+/* Whether it can be copied so: disks on servers cannot. */
+bool block_can_save(const struct block *b);
 /* Whether the disk is an overlay: a copy of it needs the files below it. */
 bool block_is_overlay(const struct block *b);
 /* Hands what was written to the host's disk, so that a copy does not have to. Any thread; errors are the flushes' to tell. */
 void block_presync(struct block *b);
 /*
+ * Noting which parts were written, for a copy that is made while the disk is used (not of disks on servers). Bitmaps have a bit for
+ * each BLOCK_DIRTY_GRANULE bytes, lowest bit first. Machine lock held, except where said. start: 0, -EBUSY, -ENOMEM.
+ */
+#define BLOCK_DIRTY_GRANULE 65536u
+int block_dirty_start(struct block *b);
+void block_dirty_stop(struct block *b);
+/* Adds what was written and noted since the last time. */
+void block_dirty_fetch(struct block *b, uint64_t *bitmap);
+/* Sets the bits of what may be other than zero. */
+void block_contents(const struct block *b, uint64_t *bitmap);
+/* Reading beside the guest, by a descriptor of one's own: -errno (logged). The reading itself, any thread: 0 or -errno (silent). */
+int block_open_aside(const struct block *b);
+int block_read_aside(struct block *b, int fd, uint64_t offset, void *buf, size_t len);
+/*
  * A disk changes hands between two machines, as in a migration: block_unlock() hands what was written to the host's disk and gives the
  * lock up; nothing may be in flight or be submitted until block_lock() has succeeded. 0, or -EBUSY: another machine has
- * the lock (logged). Machine lock held.
+ * the lock (logged). A disk on a server has no lock: there the connection ends and begins. Machine lock held.
  */
 void block_unlock(struct block *b);
 int block_lock(struct block *b);

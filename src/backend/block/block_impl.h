@@ -54,6 +54,11 @@ struct block_engine {
     void (*submit)(struct block *b);
     /* Waits until at least one part is done and reports what is. Parts are under way. */
     void (*wait)(struct block *b);
+
+    /* Disks that are no files (b->fd is -1); NULL: they are. Nothing is under way. */
+    int (*attach)(struct block *b);  /* the disk is this machine's. 0 or a negative errno (logged) */
+    void (*detach)(struct block *b); /* it is not any more */
+    int (*sync)(struct block *b);    /* what was written is on the server's disk. 0 or a negative errno */
 };
 
 /* Threads that do blocking calls: the whole engine on hosts without io_uring, else the rare
@@ -69,6 +74,7 @@ struct block {
     struct overlay *overlay; /* NULL: path is the disk itself */
     int buffered_fd;         /* the same file without O_DIRECT, for an overlay's bitmap; else -1 */
     struct block_save *save; /* a copy is being made; save.c's */
+    uint64_t *dirty;         /* what was written, when that is noted; dirty.c's */
     enum block_cache cache;
     bool readonly, device, can_discard;
     bool unlocked; /* another machine has it */
@@ -100,10 +106,14 @@ static inline unsigned block_write_unit(const struct block *b)
 bool block_save_may_write(struct block *b, uint64_t offset, uint64_t len);
 void block_save_wait_write(struct block *b);
 
+void block_dirty_mark(struct block *b, uint64_t offset, uint64_t len);
+
 /* For engines. A part is done: io->result says how. Machine lock held. */
 void block_part_done(struct block *b, struct block_io *io);
 
-extern const struct block_engine block_engine_uring, block_engine_threads;
+extern const struct block_engine block_engine_uring, block_engine_threads, block_engine_nbd;
+/* Engine, size and alignment of a disk on a server. 0 or a negative errno (logged). */
+int block_nbd_open(struct block *b, const struct block_options *opt);
 
 /* Worker threads. 0 or a negative errno (logged). Stopping waits for what they do. */
 int block_workers_start(struct block *b);

@@ -187,7 +187,7 @@ void block_save_wait_write(struct block *b)
 
 void block_presync(struct block *b)
 {
-    if (fdatasync(b->fd) < 0)
+    if (b->fd >= 0 && fdatasync(b->fd) < 0)
         log_debug("disk %s: %s", b->path, strerror(errno));
 }
 

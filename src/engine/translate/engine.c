@@ -26,7 +26,7 @@ static struct jump_table *table_of(struct translator *t, const struct x86_tlb_sp
     return &t->jumps[space ? 1 + (space - t->it.cpu.tlbs->space) : 0];
 }
 
-/* An empty entry has an address of another index, so no look-up finds it. */
+/* An empty entry has an address of another index, so no look-up finds it: 0 in all but the first, as new memory has. */
 static void empty_entry(struct jump_table *table, unsigned i)
 {
     uint64_t rip = i ? 0 : 1;
@@ -285,10 +285,8 @@ static int translate_create(struct vcpu *vcpu)
     err = translate_returns_create(t);
     if (err)
         goto out;
-    for (unsigned i = 0; i < 1 + X86_TLB_SPACES; i++) {
-        t->jumps[i].count = TRANSLATE_JUMPS_NOTED + 1;
-        empty_table(&t->jumps[i]);
-    }
+    for (unsigned i = 0; i < 1 + X86_TLB_SPACES; i++)
+        empty_entry(&t->jumps[i], 0);
     t->it.block_hooks = &block_hooks;
     err = interp_setup(&t->it, vcpu, &cpu_hooks);
     t->it.cpu.native_mxcsr_host = 0x1f80;

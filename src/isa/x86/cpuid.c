@@ -86,13 +86,41 @@ static struct model models[] = {
 
 /* ---- building ---- */
 
-static void host_cpuid(uint32_t leaf, uint32_t subleaf, uint32_t r[4])
+/*
+ * What the host's CPUID said, since in a virtual machine each CPUID leaves the machine, which takes tens of microseconds, and
+ * each feature asks. Filled while the models are built; then only read.
+ */
+static struct {
+    struct x86_cpuid_leaf leaf[MAX_LEAVES];
+    unsigned count;
+    bool full;
+} host;
+
+static void ask_host(uint32_t leaf, uint32_t subleaf, uint32_t r[4])
 {
     unsigned max = __get_cpuid_max(leaf & 0x80000000u, NULL);
 
     memset(r, 0, 4 * sizeof(r[0]));
     if (max >= leaf)
         __cpuid_count(leaf, subleaf, r[EAX], r[EBX], r[ECX], r[EDX]);
+}
+
+static void host_cpuid(uint32_t leaf, uint32_t subleaf, uint32_t r[4])
+{
+    for (unsigned i = 0; i < host.count; i++) {
+        const struct x86_cpuid_leaf *l = &host.leaf[i];
+
+        if (l->leaf == leaf && l->subleaf == subleaf) {
+            r[EAX] = l->eax;
+            r[EBX] = l->ebx;
+            r[ECX] = l->ecx;
+            r[EDX] = l->edx;
+            return;
+        }
+    }
+    ask_host(leaf, subleaf, r);
+    if (!host.full && host.count < MAX_LEAVES)
+        host.leaf[host.count++] = (struct x86_cpuid_leaf){ leaf, subleaf, r[EAX], r[EBX], r[ECX], r[EDX] };
 }
 
 static bool host_has(const struct feature *f)
@@ -334,6 +362,7 @@ static void build_all(void)
     host_vendor = r[EBX] == text4("Auth") || r[EBX] == text4("Hygo") ? AMD : INTEL;
     for (unsigned i = 0; i < ARRAY_SIZE(models); i++)
         build(&models[i]);
+    host.full = true;
 }
 
 /* ---- questions ---- */

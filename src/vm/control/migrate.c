@@ -40,7 +40,7 @@ static void progress(void *opaque, const struct migrate_progress *p)
                                            (json_int_t)p->elapsed_ms));
 }
 
-static int read_arguments(struct control_request *r, struct migrate_source_options *o, json_t **answer)
+static int read_arguments(struct control_request *r, struct migrate_source_options *o, bool *with_disks, json_t **answer)
 {
     const char *post_copy = "auto";
     char error[CHANNEL_ERROR_MAX];
@@ -59,6 +59,8 @@ static int read_arguments(struct control_request *r, struct migrate_source_optio
         status = control_arg_string(r, "tls", &o->tls_dir, answer);
     if (!status)
         status = control_arg_bool(r, "compress", &o->compress, answer);
+    if (!status)
+        status = control_arg_bool(r, "with_disks", with_disks, answer);
     if (status)
         return status;
     o->streams = (unsigned)streams;
@@ -77,10 +79,11 @@ static int read_arguments(struct control_request *r, struct migrate_source_optio
 
 static json_t *describe(const struct migrate_result *m)
 {
-    return json_pack("{s:I, s:I, s:i, s:I, s:b, s:I, s:I, s:I, s:I}", "downtime_ms", (json_int_t)m->downtime_ms, "total_ms",
+    return json_pack("{s:I, s:I, s:i, s:I, s:b, s:I, s:I, s:I, s:I, s:I}", "downtime_ms", (json_int_t)m->downtime_ms, "total_ms",
                      (json_int_t)m->total_ms, "rounds", (int)m->rounds, "bytes", (json_int_t)m->bytes, "post_copy", m->post_copy,
                      "pages_sent", (json_int_t)m->pages_sent, "pages_zero", (json_int_t)m->pages_zero, "pages_skipped",
-                     (json_int_t)m->pages_skipped, "pages_requested", (json_int_t)m->pages_requested);
+                     (json_int_t)m->pages_skipped, "pages_requested", (json_int_t)m->pages_requested, "disk_bytes",
+                     (json_int_t)m->disk_bytes);
 }
 
 /* It is another process's now; this one has nothing left to do. */
@@ -93,14 +96,17 @@ static int do_migrate(struct control_request *r, json_t **answer)
     struct migrate_result result;
     enum migrate_stage end;
     char why[512] = "";
-    int status = read_arguments(r, &options, answer);
+    bool with_disks = false;
+    int status = read_arguments(r, &options, &with_disks, answer);
 
     if (status)
         return status;
-    s.migration = vm_migration_create(r->vm, &options, progress, &s);
-    if (!s.migration)
-        return control_refuse(answer, 500, "out of memory");
     log_keep_error(why, sizeof(why));
+    s.migration = vm_migration_create(r->vm, &options, with_disks, progress, &s);
+    if (!s.migration) {
+        log_keep_error(NULL, 0);
+        return control_refuse(answer, 500, "%s", why[0] ? why : "out of memory");
+    }
     control_job_on_cancel(r->job, cancel, &s);
     end = vm_migration_run(s.migration, &result);
     control_job_on_cancel(r->job, NULL, NULL);
@@ -119,6 +125,6 @@ static int do_migrate(struct control_request *r, json_t **answer)
 }
 
 const struct control_route control_migrate_routes[] = {
-    {"POST", "/v1/migrate", "to downtime bandwidth streams post_copy tls compress", ROUTE_JOB, do_migrate, NULL},
+    {"POST", "/v1/migrate", "to downtime bandwidth streams post_copy tls compress with_disks", ROUTE_JOB, do_migrate, NULL},
     {0},
 };

@@ -1,0 +1,86 @@
+/*
+ * Runs in a guest that is moved about: writes a disk at random and checks what it finds there.
+ *
+ * diskcheck MIB RATE DEVICE: the first MIB of it, which are zero at first; RATE blocks of 4 KiB a second (0: as fast as it goes), past the
+ * guest's page cache. Each block holds its number and how often it was written, which is kept in memory too; so a disk and a memory
+ * that are not of one moment are found. Prints "@check N" each second of guest time, and "@lost …" for the first block that is wrong.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define BLOCK 4096u
+#define WORDS (BLOCK / 8)
+
+static uint64_t word(uint64_t block, uint64_t seq, unsigned i)
+{
+    return seq ? (block * 0x9e3779b97f4a7c15ull + seq * 0xbf58476d1ce4e5b9ull) ^ i : 0;
+}
+
+static double now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t blocks = strtoull(argc > 1 ? argv[1] : "16", NULL, 0) * 256, rate = strtoull(argc > 2 ? argv[2] : "0", NULL, 0);
+    uint64_t x = 88172645463325252ull, checked = 0, batch = rate ? rate / 20 + 1 : 100, *seq = calloc(blocks, 8);
+    int fd = open(argc > 3 ? argv[3] : "/dev/vda", O_RDWR | O_DIRECT);
+    uint64_t *buf = aligned_alloc(BLOCK, BLOCK);
+    double said = now();
+
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    if (fd < 0 || !seq || !buf) {
+        printf("@lost: no disk\n");
+        return 1;
+    }
+    printf("@begin\n");
+    for (;;) {
+        double start = now();
+
+        for (uint64_t n = 0; n < batch; n++) {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            uint64_t block = x % blocks;
+
+            if (pread(fd, buf, BLOCK, (off_t)(block * BLOCK)) != BLOCK) {
+                printf("@lost: block %llu cannot be read\n", (unsigned long long)block);
+                return 1;
+            }
+            for (unsigned i = 0; i < WORDS; i++)
+                if (buf[i] != word(block, seq[block], i)) {
+                    printf("@lost block %llu word %u holds %llx, not write %llu\n", (unsigned long long)block, i,
+                           (unsigned long long)buf[i], (unsigned long long)seq[block]);
+                    return 1;
+                }
+            seq[block]++;
+            for (unsigned i = 0; i < WORDS; i++)
+                buf[i] = word(block, seq[block], i);
+            if (pwrite(fd, buf, BLOCK, (off_t)(block * BLOCK)) != BLOCK || (n % 32 == 0 && fdatasync(fd))) {
+                printf("@lost: block %llu cannot be written\n", (unsigned long long)block);
+                return 1;
+            }
+            checked++;
+        }
+        if (now() - said >= 1) {
+            said = now();
+            printf("@check %llu\n", (unsigned long long)checked);
+        }
+        if (rate) {
+            double rest = (double)batch / (double)rate - (now() - start);
+
+            if (rest > 0)
+                usleep((useconds_t)(rest * 1e6));
+        }
+    }
+}
