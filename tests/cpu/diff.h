@@ -162,7 +162,7 @@ bool guest_emulated(const struct guest *g);
 /* What its engine can show of the model. */
 const struct x86_cpu_model *guest_model(const struct guest *g);
 uint64_t guest_instructions(const struct guest *g);
-/* From now on NMIs come all the time. guest_interrupts(): how many were taken. */
+/* From now on NMIs and kicks come all the time. guest_interrupts(): how many were taken. */
 void guest_interrupt(struct guest *g);
 uint64_t guest_interrupts(const struct guest *g);
 /* One vCPU for all cases, so that its caches and the memory for prepared code fill up. Before the first case. */

@@ -75,7 +75,9 @@ static uint64_t interrupts_now(const struct guest *g)
 
 uint64_t guest_interrupts(const struct guest *g) { return g->interrupts + interrupts_now(g); }
 
-/* The next one shortly after each that was taken, at all distances in time. */
+/*
+ * One after the other, at all distances in time. Kicks among them: then the state is taken out of the engine and put in again.
+ */
 static void *interrupt(void *opaque)
 {
     struct guest *g = opaque;
@@ -83,7 +85,10 @@ static void *interrupt(void *opaque)
 
     while (!atomic_load(&g->stop)) {
         pthread_mutex_lock(&g->lock);
-        g->engine.engine->signal(&g->engine.vcpu, LAPIC_NMI, 0);
+        if (rng_percent(&r, 20))
+            g->engine.engine->kick(&g->engine.vcpu);
+        else
+            g->engine.engine->signal(&g->engine.vcpu, LAPIC_NMI, 0);
         pthread_mutex_unlock(&g->lock);
         for (unsigned i = rng_below(&r, 2000); i > 0; i--)
             __builtin_ia32_pause();
@@ -164,6 +169,7 @@ void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *r)
     struct x86_state *s = &g->state;
     struct guest_exception e;
     enum guest_end end;
+    bool ended = false;
 
     if (g->cases++ >= CASES_PER_VCPU && !keep_vcpu)
         renew(g);
@@ -183,10 +189,12 @@ void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *r)
     s->seg[SEG_FS].base = c->in.fs_base;
     s->seg[SEG_GS].base = c->in.gs_base;
     s->fpu = c->in.fpu;
-    end = engine_guest_run(&g->engine, s);
+    do
+        end = engine_guest_run(&g->engine, s);
+    while (end == GUEST_ENDED && !(ended = engine_guest_exception(&g->engine, s, &e)) && g->interrupted);
 
     collect_data(g, r);
-    if (end != GUEST_ENDED || !engine_guest_exception(&g->engine, s, &e)) {
+    if (end != GUEST_ENDED || !ended) {
         r->end = end == GUEST_EXPIRED ? END_TIMEOUT : END_CRASH;
         return;
     }
