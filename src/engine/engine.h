@@ -39,6 +39,7 @@ struct engine_counters {
     uint64_t entries;                   /* into translated code from the run loop */
     uint64_t checks_missed, groups_missed;      /* inline checks of the soft TLB; those that several accesses share */
     uint64_t interpreted_ops;           /* instructions that translated code had interpreted */
+    uint64_t jumps_missed;      /* targets of indirect and far jumps that the jump table did not have yet, or any more */
     uint64_t returns_missed, return_overflows;  /* returns that the return stack did not predict; its overflows */
 };
 

@@ -22,9 +22,22 @@ void tlb_init(struct tlb_set *set)
     tlb_flush_index(set, TLB_ENTRIES - 1);
 }
 
+/* Entries whose bits in tlb_set.used belong together. */
+#define CHUNK (TLB_ENTRIES / 64)
+
+/* The first entry in use from index i on, or TLB_ENTRIES. Steps over the chunks where nothing is. */
+static unsigned next_used(const struct tlb_set *set, unsigned i)
+{
+    while (i < TLB_ENTRIES && !(set->used >> (i / CHUNK) & 1))
+        i = (i / CHUNK + 1) * CHUNK;
+    return i;
+}
+
 void tlb_flush(struct tlb_set *set)
 {
-    memset(set, 0, sizeof(*set));
+    for (unsigned i = next_used(set, 0); i < TLB_ENTRIES; i = next_used(set, i + CHUNK))
+        memset(&set->entry[i], 0, CHUNK * sizeof(set->entry[0]));
+    set->used = 0;
     tlb_init(set);
 }
 
@@ -44,7 +57,7 @@ void tlb_flush_page(struct tlb_set *set, gva_t va)
 
 void tlb_flush_range(struct tlb_set *set, gva_t start, uint64_t size)
 {
-    for (unsigned i = 0; i < TLB_ENTRIES; i++) {
+    for (unsigned i = next_used(set, 0); i < TLB_ENTRIES; i = next_used(set, i + 1)) {
         const struct tlb_entry *e = &set->entry[i];
         for (unsigned kind = TLB_READ; kind <= TLB_EXEC; kind++) {
             gva_t page = -e->tag[kind];
@@ -68,11 +81,12 @@ void tlb_fill(struct tlb_set *set, gva_t va, const void *host_page, enum tlb_kin
         e->addend = addend;
     }
     e->tag[kind] = -page;
+    set->used |= 1ull << (index / CHUNK);
 }
 
 void tlb_drop_writes_to(struct tlb_set *set, const void *host_page)
 {
-    for (unsigned i = 0; i < TLB_ENTRIES; i++) {
+    for (unsigned i = next_used(set, 0); i < TLB_ENTRIES; i = next_used(set, i + 1)) {
         struct tlb_entry *e = &set->entry[i];
         gva_t page = -e->tag[TLB_WRITE];
         if (tlb_index(page) == i && page + e->addend == (uint64_t)(uintptr_t)host_page)
@@ -82,6 +96,6 @@ void tlb_drop_writes_to(struct tlb_set *set, const void *host_page)
 
 void tlb_drop_writes(struct tlb_set *set)
 {
-    for (unsigned i = 0; i < TLB_ENTRIES; i++)
+    for (unsigned i = next_used(set, 0); i < TLB_ENTRIES; i = next_used(set, i + 1))
         set->entry[i].tag[TLB_WRITE] = tlb_never(i);
 }

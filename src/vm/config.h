@@ -91,8 +91,10 @@ struct vm_config {
     unsigned device_count;
     char *console; /* the serial port's; a spec for console_open(); never NULL */
     enum vm_on_crash on_crash;
-    char *trace_exec;       /* file for trace_open(), NULL: none */
+    char *trace_exec;       /* for trace_open(), with what follows; NULL: none */
     bool trace_registers;
+    uint64_t trace_size;
+    unsigned trace_files;
     char *stats; /* file for vm_stats_write(), NULL: none */
     enum log_level log_level;
     uint64_t flags_given; /* config.c's own: bit i: option i came from a flag */

@@ -16,6 +16,7 @@
 #include "base/util.h"
 #include "device/testdev.h"
 #include "engine/engine.h"
+#include "engine/interp/trace_options.h"
 #include "isa/x86/cpuid.h"
 
 #define MAX_NAMES 16
@@ -202,26 +203,38 @@ static json_t *get_engine(const struct vm_config *c)
 
 static int set_trace_exec(struct vm_config *c, const struct config_origin *o, const json_t *v)
 {
-    static const char *const keys[] = {"path", "registers", NULL};
+    static const char *const keys[] = {"path", "registers", "size", "files", NULL};
     json_t *object;
+    uint64_t n = TRACE_DEFAULT_FILES;
     int r = config_object(o, v, "a trace", "path", keys, &object);
     if (r < 0)
         return r;
     const json_t *path = json_object_get(object, "path");
     const json_t *registers = json_object_get(object, "registers");
+    const json_t *size = json_object_get(object, "size");
+    const json_t *files = json_object_get(object, "files");
     r = path ? config_string(o, path, false, &c->trace_exec)
              : config_bad(o, "lacks the file; did you mean %s?", config_form(o, "trace.txt"));
     if (r == 0 && registers)
         r = config_bool(o, "registers", registers, &c->trace_registers);
+    c->trace_size = TRACE_DEFAULT_SIZE;
+    if (r == 0 && size)
+        r = config_size(o, "size", size, TRACE_MIN_SIZE, INT64_MAX, &c->trace_size);
+    if (r == 0 && files)
+        r = config_uint(o, "files", files, 1, TRACE_MAX_FILES, &n);
+    c->trace_files = (unsigned)n;
     json_decref(object);
     return r;
 }
 
 static json_t *get_trace_exec(const struct vm_config *c)
 {
-    return c->trace_exec ? json_pack("{s:o, s:b}", "path", json_string_nocheck(c->trace_exec),
-                                     "registers", (int)c->trace_registers)
-                         : NULL;
+    char size[24];
+    if (!c->trace_exec)
+        return NULL;
+    config_format_size(c->trace_size, size);
+    return json_pack("{s:o, s:b, s:s, s:I}", "path", json_string_nocheck(c->trace_exec), "registers", (int)c->trace_registers,
+                     "size", size, "files", (json_int_t)c->trace_files);
 }
 
 /* ---- the translator's switches: the table is the engine's ---- */
@@ -773,7 +786,8 @@ const struct config_option config_options[] = {
      NULL},
     {{"trace-exec", "FILE[,...]",
       "write down what interp or translate executes, block by\n"
-      "block; with registers=on their values before each",
+      "block; with registers=on their values before each;\n"
+      "size=SIZE,files=N: so long, and so many (512M, 2)",
       false},
      set_trace_exec,
      get_trace_exec,

@@ -176,6 +176,7 @@ void vm_stats_add_vcpu(struct vm_stats *s, const struct engine_counters *c, uint
         {"engine_counters/checks_missed", c->checks_missed},
         {"engine_counters/groups_missed", c->groups_missed},
         {"engine_counters/interpreted_ops", c->interpreted_ops},
+        {"engine_counters/jumps_missed", c->jumps_missed},
         {"engine_counters/returns_missed", c->returns_missed},
         {"engine_counters/return_overflows", c->return_overflows},
     };

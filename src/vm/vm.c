@@ -338,7 +338,7 @@ static int choose(struct vm *vm)
     const char *missing;
 
     translate_options = c->translate;
-    if (trace_open(c->trace_exec, c->trace_registers))
+    if (trace_open(&(struct trace_options){c->trace_exec, c->trace_registers, c->trace_size, c->trace_files}))
         return -EINVAL;
     vm->engine = strcmp(c->engine, "auto") == 0 ? engine_choose() : engine_find(c->engine);
     vm->model = x86_cpu_model_find(c->cpu_model);

@@ -1,5 +1,6 @@
 """Kernels of a few bytes, written here: Multiboot entry and modules, isa-debug-exit, triple fault, reset."""
 
+import re
 import signal
 import struct
 import subprocess
@@ -103,3 +104,31 @@ def tiny_kernels(report, folder):
             check(status == 1, f"exit status {status} instead of 1: {m.errors}")
 
     report.part("tiny-halted-for-ever", no_progress)
+
+    def traces():
+        """--trace-exec keeps the last instructions, in files of bounded size."""
+        # mov ecx, 20000; l: dec ecx; jnz l; mov dx, 0x501; mov al, 3; out dx, al
+        code = b"\xb9\x20\x4e\x00\x00\x49\x75\xfd\x66\xba\x01\x05\xb0\x03\xee\xf4"
+        trace = folder / "trace.txt"
+        status, errors = status_of(folder, code, "--trace-exec", f"{trace},size=64K,files=3")
+        check(status == 7, f"exit status {status} instead of 7: {errors}")
+        files = sorted(f.name for f in folder.glob("trace.txt*"))
+        check(files == ["trace.txt", "trace.txt.1", "trace.txt.2"], f"there are {files}")
+        for name in files[1:]:
+            size = (folder / name).stat().st_size
+            check(65536 <= size < 65536 + 4096, f"{name} has {size} bytes")
+        lines = trace.read_text().splitlines()
+        check(re.fullmatch(r"0 k [0-9a-f]{16}  out dx, al", lines[-1]), f"it ends with {lines[-3:]}")
+        # What is in the files follows one after the other, without a line lost in between.
+        both = (folder / "trace.txt.1").read_text() + trace.read_text()
+        loop = re.findall(r"(?:dec|sub|jnz)\b", both)
+        check(len(loop) > 1000 and all(a != b for a, b in zip(loop, loop[1:])), "lines are missing, or twice there")
+
+        status, errors = status_of(folder, code, "--trace-exec", f"{folder}/once.txt,size=64K,files=1")
+        check(status == 7, f"exit status {status} instead of 7: {errors}")
+        size = (folder / "once.txt").stat().st_size
+        check(size < 65536 + 4096 and "the trace ends" in errors, f"{size} bytes, and it says {errors!r}")
+        check(not (folder / "once.txt.1").exists(), "files=1 made a second file")
+
+    if machine.ENGINE != "kvm":
+        report.part("tiny-trace", traces)

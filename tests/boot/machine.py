@@ -4,6 +4,7 @@ Everything waits for an event with a bound; nothing sleeps for luck. A machine d
 The program is $RINGFORT or the one in build/; the engine is $ENGINE (interp).
 """
 
+import bisect
 import ctypes
 import functools
 import json
@@ -102,6 +103,7 @@ class Machine:
             self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                                             preexec_fn=die_with_parent, env=self.environment())
         self._text = ""
+        self._arrivals = []     # (offset in the text, time.monotonic()) of each piece of it
         self._ended = False
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -127,6 +129,7 @@ class Machine:
             self.console_log.write(chunk)
             self.console_log.flush()
             with self._changed:
+                self._arrivals.append((len(self._text), time.monotonic()))
                 self._text += chunk.decode("utf-8", "replace")
                 self._changed.notify_all()
         with self._changed:
@@ -137,6 +140,11 @@ class Machine:
     def console(self):
         with self._changed:
             return self._text
+
+    def arrived(self, offset):
+        """When the host saw this byte of the console, by time.monotonic()."""
+        with self._changed:
+            return self._arrivals[bisect.bisect_right(self._arrivals, (offset, float("inf"))) - 1][1]
 
     @property
     def errors(self):
@@ -195,13 +203,13 @@ class Machine:
         return json.loads(self.stats_file.read_text())
 
 
-def busybox(folder, *args, kernel="cloud", command="", i386=False, **options):
-    """A machine with one of Debian's kernels and the busybox initramfs, which runs a shell command."""
+def busybox(folder, *args, kernel="cloud", command="", i386=False, cmdline="", **options):
+    """A machine with one of Debian's kernels and the busybox initramfs, which runs a shell command. cmdline: more of the kernel's."""
     images = script("kernel", kernel)
     initrd = script("initramfs", "--kernel", kernel, *(["--i386"] if i386 else []))
     check('"' not in command, "the command cannot hold double quotes")
     return Machine(folder, "--kernel", images / "vmlinuz", "--initrd", initrd,
-                   "--cmdline", f'console=ttyS0 rf.cmd="{command}"', *args, **options)
+                   "--cmdline", f'console=ttyS0 {cmdline} rf.cmd="{command}"', *args, **options)
 
 
 class Server:

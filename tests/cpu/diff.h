@@ -3,6 +3,7 @@
  * oracle) and in a Ringfort engine, and everything that user code can see compared.
  *
  *   diff_generate.c   makes cases: instructions and the state they start from
+ *   diff_encode.c     the bytes of instructions
  *   diff_shapes.c     longer cases of a certain shape
  *   diff_host.c       runs them natively in a child process
  *   diff_guest.c      runs them in a small Ringfort machine
@@ -110,21 +111,23 @@ struct generate_options {
     unsigned percent32;         /* of cases in compatibility mode */
     unsigned percent_ac;        /* of cases with alignment checking */
     unsigned max_insns;         /* instructions of a case before fix-ups; 0: the usual mix */
+    bool kernel;                /* the engine runs the cases at privilege level 0: nothing that means something else there */
     unsigned shape;             /* 0: random instructions; else 1 + index of shape_names */
     const struct x86_cpu_model *model;  /* instructions and registers that the engine's processor has; NULL: the host's */
-    const char *only;           /* mnemonics, comma-separated: each case has one of them; NULL: all */
+    const bool *only;           /* by ZydisMnemonic: the ones that cases consist of; NULL: all. The same in all calls. */
 };
 void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_t number);
 /* NULL-terminated. generate_shape() fills code and registers, x87 and vector state apart, of a 64-bit case (diff_shapes.c). */
 extern const char *const shape_names[];
+#define SHAPE_WRITES_CODE 6u    /* generate_options.shape of those that do */
 void generate_shape(struct cpu_case *c, unsigned shape, struct rng *r);
 /* Data memory that case number starts from. */
-void generate_data(uint8_t data[DATA_SIZE], uint64_t seed, uint64_t number);
+void generate_data(uint8_t data[DATA_SIZE], const struct generate_options *o, uint64_t number);
 
 /* ---- the host processor (diff_host.c) ---- */
 struct host;
-/* NULL with a reason on stderr; *skip: the host lacks something that the test needs. */
-struct host *host_create(bool *skip);
+/* NULL with a reason on stderr; *skip: the host lacks something that the test needs. writes_code: cases may write the code pages. */
+struct host *host_create(bool *skip, bool writes_code);
 void host_destroy(struct host *h);
 /* The data memory for the cases that follow. */
 void host_set_data(struct host *h, const uint8_t data[DATA_SIZE]);
@@ -137,7 +140,8 @@ void host_finish(struct host *h, struct cpu_result *results);
 
 /* ---- the engine (diff_guest.c) ---- */
 struct guest;
-struct guest *guest_create(const char *engine, const char *model);
+/* kernel: cases run at privilege level 0, in memory that is the supervisor's. writes_code: they may write the code pages. */
+struct guest *guest_create(const char *engine, const char *model, bool kernel, bool writes_code);
 void guest_destroy(struct guest *g);
 void guest_set_data(struct guest *g, const uint8_t data[DATA_SIZE]);
 void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *result);
@@ -146,12 +150,17 @@ bool guest_emulated(const struct guest *g);
 /* What its engine can show of the model. */
 const struct x86_cpu_model *guest_model(const struct guest *g);
 uint64_t guest_instructions(const struct guest *g);
+/* From now on NMIs come all the time. guest_interrupts(): how many were taken. */
+void guest_interrupt(struct guest *g);
+uint64_t guest_interrupts(const struct guest *g);
 /* One vCPU for all cases, so that its caches and the memory for prepared code fill up. Before the first case. */
 void guest_keep_vcpu(bool keep);
 
 /* ---- comparison (diff_compare.c) ---- */
 /* Whether arithmetic flags in the frame of a fault count: not where an engine keeps only those that code can come to read. */
 extern bool compare_flags_at_faults;
+/* The guest was at privilege level 0, which error codes of page faults say. */
+extern bool compare_kernel;
 /* True when equal. text: NULL, or where differences are described (always terminated). */
 bool compare_results(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest, char *text,
                      size_t size);

@@ -1,7 +1,7 @@
 /*
  * Random cases.
  *
- * Instructions come from random bytes in the shape of each encoding space, and the decoder says which of them are
+ * Instructions come from random bytes in the shape of each encoding space (diff_encode.c), and the decoder says which of them are
  * instructions; so what is tested does not depend on a list that somebody has to keep. Then they are
  * steered: registers get values that make memory operands land in the data window, also where it hurts (page borders,
  * pages without permission, addresses that are not canonical), branches lead to other instructions of the
@@ -17,6 +17,7 @@
 
 #include "base/util.h"
 #include "diff.h"
+#include "diff_encode.h"
 #include "isa/x86/cpuid.h"
 #include "isa/x86/insn.h"
 #include "isa/x86/xsave.h"
@@ -40,7 +41,8 @@ struct generator {
     const struct generate_options *options;
     struct cpu_case *c;
     uint8_t use[16];
-    uint64_t value[16];
+    uint64_t value[16];         /* of known registers, where code has been generated up to */
+    uint64_t initial[16];       /* of all but free ones */
     uint32_t vectors_set;       /* vector registers that have their value already */
     struct patch patch[MAX_INSNS * 2];
     unsigned patches;
@@ -49,10 +51,12 @@ struct generator {
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static ZydisDecoder decoder64, decoder32;
 static const struct x86_cpu_model *host_model;
+static uint64_t host_xcr0;
+static struct encode_pool pool64, pool32;       /* with generate_options.only */
 
 static void setup(void)
 {
-    unsigned eax, ebx = 0, ecx, edx;
+    unsigned eax, ebx = 0, ecx = 0, edx;
     ZydisDecoder *d[2] = { &decoder64, &decoder32 };
 
     __get_cpuid(0, &eax, &ebx, &ecx, &edx);
@@ -65,6 +69,16 @@ static void setup(void)
         ZydisDecoderEnableMode(d[i], ZYDIS_DECODER_MODE_CLDEMOTE, ZYAN_FALSE);
     }
     host_model = x86_cpu_model_find("host");
+    __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+    if (ecx & bit_OSXSAVE)
+        __asm__("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
+    host_xcr0 = ecx & bit_OSXSAVE ? (uint64_t)edx << 32 | eax : 3;
+}
+
+/* State components that only the native side has: no case asks for them. */
+static uint64_t native_components(const struct generate_options *o)
+{
+    return o->model ? host_xcr0 & ~o->model->xcr0_allowed : 0;
 }
 
 /* ---- values ---- */
@@ -220,10 +234,11 @@ static void any_fpu(struct generator *g, struct x86_fpu *f)
 
 /* ---- data memory ---- */
 
-void generate_data(uint8_t data[DATA_SIZE], uint64_t seed, uint64_t number)
+void generate_data(uint8_t data[DATA_SIZE], const struct generate_options *o, uint64_t number)
 {
-    struct rng r = { seed * 0x9e3779b97f4a7c15u + number / BATCH * 0xd1342543de82ef95u + 77 };
+    struct rng r = { o->seed * 0x9e3779b97f4a7c15u + number / BATCH * 0xd1342543de82ef95u + 77 };
 
+    pthread_once(&once, setup);
     rng64(&r);
     for (unsigned i = 0; i < DATA_SIZE; i += 64) {
         unsigned kind = rng_below(&r, 8);
@@ -248,252 +263,7 @@ void generate_data(uint8_t data[DATA_SIZE], uint64_t seed, uint64_t number)
     store_le16(image, 0x37f);
     store_le32(image + 24, 0x1f80 | (rng64(&r) & 0xe07f));
     memset(image + 512, 0, 64);
-    store_le64(image + 512, rng64(&r) & x86_xsave_host_components());
-}
-
-/* ---- bytes in the shape of each encoding space ---- */
-
-struct bytes {
-    uint8_t b[24];
-    unsigned n;
-};
-
-static void put(struct bytes *o, unsigned b) { o->b[o->n++] = (uint8_t)b; }
-
-static void prefixes(struct generator *g, struct bytes *o, unsigned percent66, unsigned percent_rep)
-{
-    static const uint8_t segments[] = { 0x64, 0x65, 0x64, 0x65, 0x2e, 0x36, 0x3e, 0x26 };
-    struct rng *r = &g->rng;
-
-    if (rng_percent(r, percent66))
-        put(o, 0x66);
-    if (rng_percent(r, percent_rep))
-        put(o, rng_percent(r, 50) ? 0xf2 : 0xf3);
-    if (rng_percent(r, 5))
-        put(o, 0x67);
-    if (rng_percent(r, 6))
-        put(o, RNG_PICK(r, segments));
-}
-
-static void rex(struct generator *g, struct bytes *o)
-{
-    if (g->c->code_size == 8 && rng_percent(&g->rng, 60))
-        put(o, 0x40 | (rng64(&g->rng) >> 60));
-}
-
-/* ModRM with registers in 40 of 100 cases; the rest is random. */
-static void modrm(struct generator *g, struct bytes *o)
-{
-    uint64_t v = rng64(&g->rng);
-    unsigned m = rng_percent(&g->rng, 40) ? 3 : (unsigned)(v >> 8) % 3;
-
-    put(o, (v & 0x3f) | m << 6);
-    for (unsigned i = 0; i < 12; i++)
-        put(o, v >> (16 + i * 4));
-}
-
-static void encode_one_byte(struct generator *g, struct bytes *o)
-{
-    prefixes(g, o, 20, 4);
-    if (rng_percent(&g->rng, 3))
-        put(o, 0xf0);
-    rex(g, o);
-    put(o, rng64(&g->rng) >> 56);
-    modrm(g, o);
-}
-
-static void encode_two_byte(struct generator *g, struct bytes *o)
-{
-    prefixes(g, o, 30, 35);
-    rex(g, o);
-    put(o, 0x0f);
-    put(o, rng64(&g->rng) >> 56);
-    modrm(g, o);
-}
-
-static void encode_three_byte(struct generator *g, struct bytes *o)
-{
-    prefixes(g, o, 60, 15);
-    rex(g, o);
-    put(o, 0x0f);
-    put(o, rng_percent(&g->rng, 70) ? 0x38 : 0x3a);
-    put(o, rng64(&g->rng) >> 56);
-    modrm(g, o);
-}
-
-static void encode_vex(struct generator *g, struct bytes *o)
-{
-    uint64_t v = rng64(&g->rng);
-    unsigned vvvv = rng_percent(&g->rng, 35) ? 0x78 : (unsigned)(v & 0x78);
-
-    if (rng_percent(&g->rng, 8))
-        prefixes(g, o, 0, 0);
-    if (rng_percent(&g->rng, 25)) {
-        put(o, 0xc5);
-        put(o, (v & 0x87) | vvvv | (g->c->code_size == 8 ? 0 : 0xc0));
-    } else {
-        unsigned high = g->c->code_size == 8 ? v >> 8 & 0xe0 : 0xe0;
-
-        put(o, 0xc4);
-        put(o, high | (1 + (v >> 16) % 3));
-        put(o, (v & 0x87) | vvvv);
-    }
-    put(o, v >> 24);
-    modrm(g, o);
-}
-
-static void encode_evex(struct generator *g, struct bytes *o)
-{
-    uint64_t v = rng64(&g->rng);
-    unsigned vvvv = rng_percent(&g->rng, 35) ? 0x78 : (unsigned)(v & 0x78);
-    unsigned v_high = vvvv == 0x78 || rng_percent(&g->rng, 50) ? 8 : 0;
-    unsigned control = (unsigned)(v >> 8 & 0x70) | (rng_percent(&g->rng, 25) ? 0x80 : 0);
-
-    if (rng_percent(&g->rng, 8))
-        prefixes(g, o, 0, 0);
-    put(o, 0x62);
-    put(o, (g->c->code_size == 8 ? v >> 16 & 0xf0 : 0xf0) | (1 + (v >> 24) % 3));
-    put(o, (v & 0x83) | vvvv | 4);
-    put(o, control | v_high | (rng_percent(&g->rng, 40) ? 0 : v >> 32 & 7));
-    put(o, v >> 40);
-    modrm(g, o);
-}
-
-static void encode_x87(struct generator *g, struct bytes *o)
-{
-    prefixes(g, o, 8, 0);
-    rex(g, o);
-    put(o, 0xd8 | (rng64(&g->rng) >> 61));
-    modrm(g, o);
-}
-
-static void encode_string(struct generator *g, struct bytes *o)
-{
-    static const uint8_t opcodes[] = { 0xa4, 0xa5, 0xa6, 0xa7, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xaf };
-
-    prefixes(g, o, 15, 70);
-    rex(g, o);
-    put(o, RNG_PICK(&g->rng, opcodes));
-}
-
-static void encode_branch(struct generator *g, struct bytes *o)
-{
-    struct rng *r = &g->rng;
-    unsigned cc = rng_below(r, 16);
-
-    prefixes(g, o, 3, 3);
-    switch (rng_below(r, 8)) {
-    case 0: case 1: put(o, 0x70 | cc); break;
-    case 2: put(o, 0x0f), put(o, 0x80 | cc); break;
-    case 3: put(o, 0xe0 | rng_below(r, 4)); break;
-    case 4: put(o, 0xe8 | rng_below(r, 2)); break;
-    case 5: put(o, rng_percent(r, 50) ? 0xeb : 0xe8); break;
-    case 6: rex(g, o), put(o, rng_percent(r, 80) ? 0xc3 : 0xc2); break;
-    default:
-        rex(g, o), put(o, 0xff);
-        put(o, (rng64(r) & 0xc7) | (rng_percent(r, 50) ? 0x10 : 0x20));
-    }
-    modrm(g, o);
-}
-
-static void encode_stack(struct generator *g, struct bytes *o)
-{
-    static const uint8_t opcodes[] = { 0x68, 0x6a, 0x8f, 0xff, 0xc8, 0xc9, 0x9c, 0x9d };
-    struct rng *r = &g->rng;
-    unsigned opcode = rng_percent(r, 60) ? 0x50 | rng_below(r, 16) : RNG_PICK(r, opcodes);
-
-    prefixes(g, o, 12, 0);
-    rex(g, o);
-    put(o, opcode);
-    if (opcode == 0xc8) {
-        put(o, rng64(r)), put(o, rng_percent(r, 80) ? 0 : 1);
-        put(o, rng_percent(r, 60) ? 0 : rng_below(r, 40));
-        return;
-    }
-    modrm(g, o);
-    if (opcode == 0x8f || opcode == 0xff)
-        o->b[o->n - 13] = (uint8_t)((o->b[o->n - 13] & 0xc7) | (opcode == 0xff ? 0x30 : 0));
-}
-
-/* Read-modify-write instructions with LOCK, most of which must name memory. */
-static void encode_locked(struct generator *g, struct bytes *o)
-{
-    static const uint8_t one[] = { 0x00, 0x08, 0x10, 0x18, 0x20, 0x28, 0x30 };
-    static const uint8_t group[] = { 0x80, 0x81, 0x83, 0xf6, 0xf7, 0xfe, 0xff, 0x86, 0x87 };
-    static const uint8_t two[] = { 0xab, 0xb3, 0xbb, 0xba, 0xb0, 0xb1, 0xc0, 0xc1, 0xc7 };
-    struct rng *r = &g->rng;
-
-    prefixes(g, o, 15, 3);
-    if (rng_percent(r, 85))
-        put(o, 0xf0);
-    rex(g, o);
-    switch (rng_below(r, 3)) {
-    case 0: put(o, RNG_PICK(r, one) | rng_below(r, 2)); break;
-    case 1: put(o, RNG_PICK(r, group)); break;
-    default: put(o, 0x0f), put(o, RNG_PICK(r, two));
-    }
-    modrm(g, o);
-    if (rng_percent(r, 90))
-        o->b[o->n - 13] &= 0x3f | (rng_percent(r, 50) ? 0x80 : 0x40);
-}
-
-/* Groups 15 and 9: images of the extended state, MXCSR, fences; CMPXCHG16B. */
-static void encode_state(struct generator *g, struct bytes *o)
-{
-    prefixes(g, o, 5, 5);
-    rex(g, o);
-    put(o, 0x0f);
-    put(o, rng_percent(&g->rng, 75) ? 0xae : 0xc7);
-    modrm(g, o);
-    if (rng_percent(&g->rng, 85))
-        o->b[o->n - 13] &= 0x3f | (rng_percent(&g->rng, 50) ? 0x80 : 0x40);
-}
-
-/* Gather and scatter: VSIB, which random bytes seldom make. */
-static void encode_vsib(struct generator *g, struct bytes *o)
-{
-    struct rng *r = &g->rng;
-    unsigned start;
-
-    if (rng_percent(r, 50)) {
-        encode_evex(g, o);
-        start = o->n - 14;
-        o->b[start - 3] = (uint8_t)((o->b[start - 3] & 0xf0) | 2);
-        o->b[start - 2] = (uint8_t)((o->b[start - 2] & 0x80) | 0x7d);
-        o->b[start - 1] = (uint8_t)((o->b[start - 1] & 0x68) | (1 + rng_below(r, 7)));
-        o->b[start] = (uint8_t)((rng_percent(r, 50) ? 0x90 : 0xa0) + rng_below(r, 4));
-    } else {
-        encode_vex(g, o);
-        start = o->n - 14;
-        if (start < 3 || o->b[start - 3] != 0xc4)
-            return;
-        o->b[start - 2] = (uint8_t)((o->b[start - 2] & 0xe0) | 2);
-        o->b[start - 1] = (uint8_t)((o->b[start - 1] & 0xfc) | 1);
-        o->b[start] = (uint8_t)(0x90 + rng_below(r, 4));
-    }
-    /* ModRM: memory with SIB. */
-    o->b[start + 1] = (uint8_t)((o->b[start + 1] & 0x38) | 4 | rng_below(r, 3) << 6);
-}
-
-static void encode(struct generator *g, struct bytes *o)
-{
-    static const struct { void (*fn)(struct generator *, struct bytes *); unsigned weight; } spaces[] = {
-        { encode_one_byte, 24 }, { encode_two_byte, 18 }, { encode_three_byte, 8 }, { encode_vex, 13 }, { encode_evex, 16 },
-        { encode_x87, 9 }, { encode_string, 4 }, { encode_branch, 5 }, { encode_stack, 5 }, { encode_locked, 5 },
-        { encode_state, 3 }, { encode_vsib, 2 },
-    };
-    unsigned at = rng_below(&g->rng, 112);
-
-    o->n = 0;
-    for (unsigned i = 0;; i++) {
-        if (at < spaces[i].weight) {
-            spaces[i].fn(g, o);
-            break;
-        }
-        at -= spaces[i].weight;
-    }
-    while (o->n < X86_MAX_INSN + 1)
-        put(o, rng64(&g->rng) >> 56);
+    store_le64(image + 512, rng64(&r) & x86_xsave_host_components() & ~native_components(o));
 }
 
 /* ---- which instructions ---- */
@@ -531,6 +301,36 @@ static bool user_visible(const struct x86_insn *insn)
     }
 }
 
+/* Those of them that do the same at privilege level 0, and leave nothing different behind. */
+static bool same_in_kernel(const struct x86_insn *insn)
+{
+    if (x86_classify(insn) == X86_PRIVILEGED)
+        return false;
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_POPF: case ZYDIS_MNEMONIC_POPFD: case ZYDIS_MNEMONIC_POPFQ: case ZYDIS_MNEMONIC_INT:
+    case ZYDIS_MNEMONIC_CLI: case ZYDIS_MNEMONIC_STI: case ZYDIS_MNEMONIC_IN: case ZYDIS_MNEMONIC_OUT:
+    case ZYDIS_MNEMONIC_INSB: case ZYDIS_MNEMONIC_INSW: case ZYDIS_MNEMONIC_INSD: case ZYDIS_MNEMONIC_OUTSB:
+    case ZYDIS_MNEMONIC_OUTSW: case ZYDIS_MNEMONIC_OUTSD:
+        return false;
+    case ZYDIS_MNEMONIC_MOV:    /* selectors */
+        return insn->operand[1].kind != OPERAND_SEG && user_visible(insn);
+    default:
+        return user_visible(insn);
+    }
+}
+
+/* XSAVE and its kin: EDX:EAX says of which components. */
+static bool names_components(uint16_t mnemonic)
+{
+    switch (mnemonic) {
+    case ZYDIS_MNEMONIC_XSAVE: case ZYDIS_MNEMONIC_XSAVE64: case ZYDIS_MNEMONIC_XSAVEOPT: case ZYDIS_MNEMONIC_XSAVEOPT64:
+    case ZYDIS_MNEMONIC_XSAVEC: case ZYDIS_MNEMONIC_XSAVEC64: case ZYDIS_MNEMONIC_XRSTOR: case ZYDIS_MNEMONIC_XRSTOR64:
+        return true;
+    default:
+        return false;
+    }
+}
+
 static bool acceptable(const struct generator *g, const struct x86_insn *insn)
 {
     switch (insn->mnemonic) {
@@ -539,7 +339,7 @@ static bool acceptable(const struct generator *g, const struct x86_insn *insn)
     case ZYDIS_MNEMONIC_RDRAND: case ZYDIS_MNEMONIC_RDSEED:
         return false;
     }
-    if (x86_classify(insn) != X86_INNOCUOUS && !user_visible(insn))
+    if (x86_classify(insn) != X86_INNOCUOUS && !(g->options->kernel ? same_in_kernel(insn) : user_visible(insn)))
         return false;
     /* A Zen 5 broadcasts RSP as it was before the POP in front. */
     if (insn->has_evex && insn->operands > 1 && insn->operand[1].kind == OPERAND_GPR && insn->operand[1].reg == RSP)
@@ -547,19 +347,32 @@ static bool acceptable(const struct generator *g, const struct x86_insn *insn)
     if (!host_model || !x86_model_has_insn(host_model, insn) ||
         (g->options->model && !x86_model_has_insn(g->options->model, insn)))
         return false;
-    if (g->options->only) {
-        const char *name = ZydisMnemonicGetString((ZydisMnemonic)insn->mnemonic), *at = g->options->only;
-        size_t len = strlen(name);
-
-        while (at && *at) {
-            if (strncmp(at, name, len) == 0 && (at[len] == 0 || at[len] == ','))
-                return true;
-            at = strchr(at, ',');
-            at = at ? at + 1 : NULL;
-        }
+    /* RAX then names components that both sides have: it must not have had another value before, nor be needed for the address. */
+    if (names_components(insn->mnemonic) && native_components(g->options) &&
+        (g->c->insns || insn->mem.base == RAX || insn->mem.index == RAX))
         return false;
+    return !g->options->only || g->options->only[insn->mnemonic];
+}
+
+static bool wanted(void *opaque, const struct x86_insn *insn)
+{
+    const struct generator *g = opaque;
+
+    return g->options->only[insn->mnemonic] && acceptable(g, insn);
+}
+
+static void encode(struct generator *g, struct bytes *o)
+{
+    unsigned code_size = g->c->code_size;
+    struct encode_pool *p = code_size == 8 ? &pool64 : &pool32;
+
+    if (!g->options->only) {
+        encode_random(o, &g->rng, code_size);
+        return;
     }
-    return true;
+    if (!p->searched)
+        encode_find(p, code_size, wanted, g);
+    encode_like(o, p, &g->rng, code_size);
 }
 
 /* ---- emitting ---- */
@@ -578,7 +391,7 @@ static void take_value(struct generator *g, unsigned reg)
     if (g->use[reg] != REG_FREE)
         return;
     g->use[reg] = REG_KNOWN;
-    g->value[reg] = truncate(any_integer(&g->rng), g->c->code_size);
+    g->value[reg] = g->initial[reg] = truncate(any_integer(&g->rng), g->c->code_size);
 }
 
 /* Makes the register hold v when the next instruction starts. Returns where the value is in the code, 0 if in the initial state. */
@@ -589,7 +402,7 @@ static unsigned set_register(struct generator *g, unsigned reg, uint64_t v)
 
     if (g->use[reg] == REG_FREE) {
         g->use[reg] = REG_KNOWN;
-        g->value[reg] = v;
+        g->value[reg] = g->initial[reg] = v;
         return 0;
     }
     if (size == 8)
@@ -695,7 +508,7 @@ static void steer(struct generator *g, const struct x86_insn *insn, uint8_t *byt
 
         if (m->addr_size < g->c->code_size && rng_percent(&g->rng, 50))
             v |= rng64(&g->rng) << 32;
-        set_register(g, m->base, v);
+        set_register(g, m->base, truncate(v, g->c->code_size));
         return;
     }
     if (insn->disp_size < 4 || !insn->disp_offset)
@@ -759,6 +572,8 @@ static void prepare_hidden_memory(struct generator *g, const ZydisDecodedOperand
         target -= WINDOW_HIGH - WINDOW_LOW;
     if (o->mem.segment == ZYDIS_REGISTER_FS || o->mem.segment == ZYDIS_REGISTER_GS)
         target -= segment_base(g, insn);
+    if (insn->addr_size < g->c->code_size && rng_percent(&g->rng, 50))
+        target = truncate(target, insn->addr_size) | rng64(&g->rng) << (insn->addr_size * 8);
     set_register(g, reg, truncate(target, g->c->code_size));
 }
 
@@ -773,6 +588,8 @@ static void prepare(struct generator *g, const struct x86_insn *insn, const Zydi
             prepare_hidden_memory(g, &operand[i], insn);
     if (insn->rep || insn->repne)
         set_register(g, RCX, truncate(any_count(g, insn->addr_size), g->c->code_size));
+    if (names_components(insn->mnemonic))
+        set_register(g, RAX, rng64(r) & 0xffffffff & ~native_components(g->options));
 
     switch (insn->mnemonic) {
     case ZYDIS_MNEMONIC_DIV: case ZYDIS_MNEMONIC_IDIV:
@@ -785,10 +602,6 @@ static void prepare(struct generator *g, const struct x86_insn *insn, const Zydi
         if (few && insn->has_mem && insn->operand[1].kind == OPERAND_GPR && insn->operand[1].reg != RSP &&
             insn->operand[1].reg != insn->mem.base && insn->operand[1].reg != insn->mem.index)
             set_register(g, insn->operand[1].reg, truncate((uint64_t)((int64_t)rng_below(r, 1000) - 500), g->c->code_size));
-        break;
-    case ZYDIS_MNEMONIC_XSAVE: case ZYDIS_MNEMONIC_XSAVE64: case ZYDIS_MNEMONIC_XSAVEOPT: case ZYDIS_MNEMONIC_XSAVEOPT64:
-    case ZYDIS_MNEMONIC_XSAVEC: case ZYDIS_MNEMONIC_XSAVEC64: case ZYDIS_MNEMONIC_XRSTOR: case ZYDIS_MNEMONIC_XRSTOR64:
-        set_register(g, RAX, rng64(r) & 0xffffffff);
         break;
     case ZYDIS_MNEMONIC_JMP: case ZYDIS_MNEMONIC_CALL:
         if (insn->operand[0].kind == OPERAND_GPR && few)
@@ -888,12 +701,14 @@ static bool emit_random(struct generator *g)
     bool gp;
 
     for (unsigned tries = 0;; tries++) {
-        if (tries == (g->options->only ? TRIES * 100 : TRIES))
+        if (tries == TRIES)
             return false;
         encode(g, &o);
         if (x86_decode(&insn, o.b, X86_MAX_INSN, g->c->code_size, &gp) || !acceptable(g, &insn))
             continue;
-        if (ZYAN_SUCCESS(ZydisDecoderDecodeFull(d, o.b, insn.length, &z, operand)) && z.length == insn.length)
+        /* To a model without LZCNT and TZCNT they are BSR and BSF: not to the host. */
+        if (ZYAN_SUCCESS(ZydisDecoderDecodeFull(d, o.b, insn.length, &z, operand)) && z.length == insn.length &&
+            z.mnemonic == insn.mnemonic)
             break;
     }
     prepare(g, &insn, &z, operand);
@@ -959,7 +774,7 @@ static void apply_patches(struct generator *g)
             memcpy(c->code + p->where, &target, p->size);
             break;
         case PATCH_REGISTER:
-            g->value[p->where] = target;
+            g->initial[p->where] = target;
             break;
         }
     }
@@ -1072,7 +887,7 @@ void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_
         return;
     }
     g.use[RSP] = REG_KNOWN;
-    g.value[RSP] = truncate(any_stack(&g), c->code_size);
+    g.value[RSP] = g.initial[RSP] = truncate(any_stack(&g), c->code_size);
 
     count = how_many(&g);
     for (unsigned i = 0; i < count && c->bytes + ROOM < MAX_CODE && c->insns + 8u < MAX_INSNS; i++) {
@@ -1081,7 +896,7 @@ void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_
         if (!emit_random(&g))
             break;
     }
-    if (c->insns > 1 && rng_percent(r, 15))
+    if (c->insns > 1 && rng_percent(r, 15) && !(names_components(c->insn[0].mnemonic) && native_components(o)))
         emit_loop(&g);
     apply_patches(&g);
     if (c->start + c->bytes > CODE_SIZE)        /* runs off the mapped pages */
@@ -1089,7 +904,7 @@ void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_
 
     for (unsigned i = 0; i < 16; i++) {
         take_value(&g, i);
-        c->in.gpr[i] = g.value[i];
+        c->in.gpr[i] = g.initial[i];
     }
     finish_case(&g);
 }

@@ -2,6 +2,8 @@
  * The engine under test: a machine (engine_guest.h) whose user address space is the one that the native side has. A case
  * starts by importing its state at privilege level 3; whatever exception ends it, its handler ends the run.
  */
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,9 +21,17 @@ struct guest {
     uint8_t data[DATA_SIZE];
     uint16_t code_start, code_bytes;    /* the last case's */
     unsigned cases;             /* of this vCPU */
+    /* With --interrupts; the lock is held while there is no vCPU. */
+    bool interrupted;
+    atomic_bool stop;
+    pthread_t interrupter;
+    pthread_mutex_t lock;
+    uint64_t interrupts;        /* of vCPUs before */
 };
 
 static bool keep_vcpu;
+static bool kernel_mode, code_written;
+static uint64_t owner;          /* PTE_U, or 0 for the supervisor's pages */
 
 void guest_keep_vcpu(bool keep) { keep_vcpu = keep; }
 
@@ -30,28 +40,81 @@ static void map_window(struct guest *g, gva_t base)
     for (unsigned i = 0; i < WINDOW_PAGES; i++)
         if (window[i].access != WINDOW_NONE)
             engine_guest_map(&g->engine, base + i * 4096, DATA_GPA + window[i].page * 4096u,
-                             PTE_U | PTE_NX | (window[i].access == WINDOW_WRITE ? PTE_W : 0));
+                             owner | PTE_NX | (window[i].access == WINDOW_WRITE ? PTE_W : 0));
 }
 
-struct guest *guest_create(const char *engine, const char *model)
+struct guest *guest_create(const char *engine, const char *model, bool kernel, bool writes_code)
 {
     struct guest *g = aligned_alloc(64, align_up(sizeof(*g), 64));
     struct engine_guest *e = &g->engine;
 
+    kernel_mode = kernel;
+    code_written = writes_code;
+    owner = kernel ? 0 : PTE_U;
     memset(g, 0, sizeof(*g));
     engine_guest_init(e, engine, model);
     for (unsigned i = 0; i < CODE_PAGES; i++)
-        engine_guest_map(e, CODE_BASE + i * 4096, CODE_GPA + i * 4096, PTE_U);
+        engine_guest_map(e, CODE_BASE + i * 4096, CODE_GPA + i * 4096, owner | (writes_code ? PTE_W : 0));
     map_window(g, WINDOW_LOW);
     map_window(g, WINDOW_HIGH);
-    engine_guest_map(e, EDGE_LOW, DATA_GPA + EDGE_PAGE * 4096, PTE_U | PTE_W | PTE_NX);
-    engine_guest_map(e, EDGE_HIGH, DATA_GPA + EDGE_PAGE * 4096 + 4096, PTE_U | PTE_W | PTE_NX);
+    engine_guest_map(e, EDGE_LOW, DATA_GPA + EDGE_PAGE * 4096, owner | PTE_W | PTE_NX);
+    engine_guest_map(e, EDGE_HIGH, DATA_GPA + EDGE_PAGE * 4096 + 4096, owner | PTE_W | PTE_NX);
     memset(e->ram + CODE_GPA, CODE_FILL, CODE_SIZE);
     return g;
 }
 
+/* ---- interrupts ---- */
+
+static uint64_t interrupts_now(const struct guest *g)
+{
+    struct engine_counters counters;
+
+    g->engine.engine->counters(&g->engine.vcpu, &counters);
+    return counters.interrupts;
+}
+
+uint64_t guest_interrupts(const struct guest *g) { return g->interrupts + interrupts_now(g); }
+
+/* The next one shortly after each that was taken, at all distances in time. */
+static void *interrupt(void *opaque)
+{
+    struct guest *g = opaque;
+    struct rng r = { 1 };
+
+    while (!atomic_load(&g->stop)) {
+        pthread_mutex_lock(&g->lock);
+        g->engine.engine->signal(&g->engine.vcpu, LAPIC_NMI, 0);
+        pthread_mutex_unlock(&g->lock);
+        for (unsigned i = rng_below(&r, 2000); i > 0; i--)
+            __builtin_ia32_pause();
+    }
+    return NULL;
+}
+
+void guest_interrupt(struct guest *g)
+{
+    engine_guest_ignore_nmi(&g->engine);
+    pthread_mutex_init(&g->lock, NULL);
+    g->interrupted = pthread_create(&g->interrupter, NULL, interrupt, g) == 0;
+}
+
+static void renew(struct guest *g)
+{
+    if (g->interrupted)
+        pthread_mutex_lock(&g->lock);
+    g->interrupts += interrupts_now(g);
+    engine_guest_renew(&g->engine);
+    g->cases = 0;
+    if (g->interrupted)
+        pthread_mutex_unlock(&g->lock);
+}
+
 void guest_destroy(struct guest *g)
 {
+    if (g->interrupted) {
+        atomic_store(&g->stop, true);
+        pthread_join(g->interrupter, NULL);
+    }
     engine_guest_destroy(&g->engine);
     free(g);
 }
@@ -73,7 +136,10 @@ static void load_code(struct guest *g, const struct cpu_case *c)
 {
     struct memory *m = &g->engine.machine.memory;
 
-    memory_fill(m, CODE_GPA + g->code_start, CODE_FILL, g->code_bytes);
+    if (code_written)
+        memory_fill(m, CODE_GPA, CODE_FILL, CODE_SIZE);
+    else
+        memory_fill(m, CODE_GPA + g->code_start, CODE_FILL, g->code_bytes);
     memory_write(m, CODE_GPA + c->start, c->code, c->bytes);
     g->code_start = c->start;
     g->code_bytes = c->bytes;
@@ -99,16 +165,16 @@ void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *r)
     struct guest_exception e;
     enum guest_end end;
 
-    if (g->cases++ >= CASES_PER_VCPU && !keep_vcpu) {
-        engine_guest_renew(&g->engine);
-        g->cases = 0;
-    }
+    if (g->cases++ >= CASES_PER_VCPU && !keep_vcpu)
+        renew(g);
     load_code(g, c);
     *s = g->engine.base;
     memcpy(s->gpr, c->in.gpr, sizeof(s->gpr));
     s->rip = c->in.rip;
     s->rflags = c->in.rflags;
-    s->seg[SEG_CS] = engine_guest_segment(&g->engine, c->code_size == 8 ? SEL_CODE64 : SEL_CODE32);
+    s->seg[SEG_CS] = engine_guest_segment(&g->engine, kernel_mode ? SEL_KERNEL_CODE : c->code_size == 8 ? SEL_CODE64 : SEL_CODE32);
+    if (kernel_mode)
+        s->seg[SEG_SS] = engine_guest_segment(&g->engine, SEL_KERNEL_DATA);
     s->seg[SEG_FS].base = c->in.fs_base;
     s->seg[SEG_GS].base = c->in.gs_base;
     s->fpu = c->in.fpu;

@@ -99,7 +99,7 @@ static bool start_child(struct host *h)
     return true;
 }
 
-struct host *host_create(bool *skip)
+struct host *host_create(bool *skip, bool writes_code)
 {
     struct host *h = calloc(1, sizeof(*h));
 
@@ -117,6 +117,7 @@ struct host *host_create(bool *skip)
         perror("difftest: memory for the native side");
         return NULL;
     }
+    h->memory.shared->writes_code = writes_code;
     if (!start_child(h)) {
         host_destroy(h);
         return NULL;

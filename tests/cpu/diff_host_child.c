@@ -129,7 +129,10 @@ static void store_case(const ucontext_t *u)
     s->gs_base = host_case_gs;
     memcpy(s->image, u->uc_mcontext.fpregs, shared->image_size);
     collect_data(s);
-    memset(code_view + s->start, CODE_FILL, s->bytes);
+    if (shared->writes_code)
+        memset(code_view, CODE_FILL, CODE_SIZE);
+    else
+        memset(code_view + s->start, CODE_FILL, s->bytes);
 }
 
 static void load_case(ucontext_t *u)
@@ -260,7 +263,7 @@ void host_child(const struct host_memory *memory)
     memset(code_view, CODE_FILL, CODE_SIZE);
     memset(data_view, 0, DATA_SIZE);
     memcpy(data_view, shared->data, DATA_SIZE);
-    map(CODE_BASE, CODE_SIZE, PROT_READ | PROT_EXEC, memory->code_fd, 0);
+    map(CODE_BASE, CODE_SIZE, PROT_READ | PROT_EXEC | (shared->writes_code ? PROT_WRITE : 0), memory->code_fd, 0);
     map_window(WINDOW_LOW, memory->data_fd);
     map_window(WINDOW_HIGH, memory->data_fd);
     map(EDGE_LOW, 2 * 4096, PROT_READ | PROT_WRITE, memory->data_fd, EDGE_PAGE * 4096);

@@ -6,6 +6,7 @@
  *   loops     counted loops, nested, that walk memory until it faults, and flags that live across branches
  *   vectors   the same with SSE, AVX and AVX-512 registers
  *   mixed     all of that in one case
+ *   self      loops that write their own code: constants, displacements, opcodes, conditions, ahead and behind
  *
  * 64-bit code. Instructions that a model or the host lacks raise on both sides, which is as good a case as any.
  */
@@ -408,9 +409,145 @@ static void call(struct shape *s, unsigned depth)
     set_rel32(s->c, to_end, s->c->bytes);
 }
 
+/* ---- code that changes ---- */
+
+enum victim { VICTIM_IMM, VICTIM_ALU, VICTIM_CONDITION, VICTIMS };
+#define MAX_VICTIMS 12
+
+/* Bytes of instructions that may become others, and stores to some of them that do not know yet to which. */
+struct changes {
+    struct { enum victim kind; unsigned at; } victim[MAX_VICTIMS], store[MAX_VICTIMS];
+    unsigned victims, stores;
+};
+
+static const uint8_t alu_opcode[] = { 0x01, 0x09, 0x11, 0x19, 0x21, 0x29, 0x31, 0x39, 0x03, 0x2b, 0x33, 0x85, 0x87, 0x89, 0x8b };
+
+static void note_victim(struct changes *k, enum victim kind, unsigned at)
+{
+    k->victim[k->victims].kind = kind;
+    k->victim[k->victims++].at = at;
+}
+
+static void add_victim(struct shape *s, struct changes *k)
+{
+    static const uint8_t nop[] = { 0x90 };
+    uint8_t jcc[2] = { (uint8_t)(0x70 | rng_below(s->r, 16)), 1 };
+    unsigned a = data_register(s), b = data_register(s), n = k->victims;
+
+    if (n == MAX_VICTIMS || !has_room(s, 2))
+        return;
+    switch (rng_below(s->r, 5)) {
+    case 0:
+        encode(s, (struct encoding){ .opcode = 0xc7, .w = rng_percent(s->r, 50), .rm = a, .imm_size = 4, .imm = (uint32_t)rng64(s->r) });
+        note_victim(k, VICTIM_IMM, s->c->bytes - 4u);
+        break;
+    case 1:
+        encode(s, (struct encoding){ .opcode = 0x81, .w = rng_percent(s->r, 50), .reg = rng_below(s->r, 8), .rm = a, .imm_size = 4,
+                                     .imm = (uint32_t)rng64(s->r) });
+        note_victim(k, VICTIM_IMM, s->c->bytes - 4u);
+        break;
+    case 2:                     /* LEA, whose displacement changes */
+        encode(s, (struct encoding){ .opcode = 0x8d, .w = true, .reg = a, .rm = b, .memory = true, .index = 4, .disp = 0x12345678 });
+        note_victim(k, VICTIM_IMM, s->c->bytes - 4u);
+        break;
+    case 3:                     /* without REX, or the opcode would be the third byte for some */
+        encode(s, (struct encoding){ .opcode = RNG_PICK(s->r, alu_opcode), .w = true, .reg = a, .rm = b });
+        note_victim(k, VICTIM_ALU, s->c->bytes - 2u);
+        break;
+    default:
+        add(s, jcc, 2);
+        note_victim(k, VICTIM_CONDITION, s->c->bytes - 2u);
+        add(s, nop, 1);
+    }
+}
+
+static void add_store(struct shape *s, struct changes *k)
+{
+    static const uint8_t lea_rdi[] = { 0x48, 0x8d, 0x3d, 0, 0, 0, 0 }, stosd[] = { 0xab };
+    unsigned n = k->stores, a = data_register(s);
+    enum victim kind = (enum victim)rng_below(s->r, VICTIMS);
+    uint8_t to_imm[7] = { (uint8_t)(0x40 | (a >> 3) << 2), 0x89, (uint8_t)(5 | (a & 7) << 3) };
+    uint8_t add_imm[7] = { 0x83, 0x05, 0, 0, 0, 0, (uint8_t)rng64(s->r) };
+    uint8_t to_opcode[7] = { 0xc6, 0x05, 0, 0, 0, 0, RNG_PICK(s->r, alu_opcode) };
+
+    if (n == MAX_VICTIMS || !has_room(s, 3))
+        return;
+    if (kind == VICTIM_CONDITION)
+        to_opcode[6] = (uint8_t)(0x70 | rng_below(s->r, 16));
+    k->store[n].kind = kind;
+    k->stores++;
+    if (kind != VICTIM_IMM) {
+        add(s, to_opcode, 7);
+        k->store[n].at = s->c->bytes - 5u;
+    } else if (rng_percent(s->r, 50)) {
+        add(s, to_imm, 7);
+        k->store[n].at = s->c->bytes - 4u;
+    } else if (rng_percent(s->r, 60) || (s->counters | s->pointers) >> RDI & 1) {
+        add(s, add_imm, 7);
+        k->store[n].at = s->c->bytes - 5u;
+    } else {
+        add(s, lea_rdi, 7);
+        k->store[n].at = s->c->bytes - 4u;
+        add(s, stosd, 1);
+    }
+}
+
+/* Each store gets some victim of its kind; without one, the data that the base register is good for. */
+static void resolve(struct shape *s, struct changes *k)
+{
+    for (unsigned i = 0; i < k->stores; i++) {
+        unsigned at = k->store[i].at, first = rng_below(s->r, k->victims ? k->victims : 1), chosen = MAX_VICTIMS;
+        unsigned after = 0;
+
+        for (unsigned j = 0; j < k->victims && chosen == MAX_VICTIMS; j++)
+            if (k->victim[(first + j) % k->victims].kind == k->store[i].kind)
+                chosen = (first + j) % k->victims;
+        for (unsigned j = 0; j < s->c->insns; j++)
+            if (s->c->insn[j].offset < at && at < s->c->insn[j].offset + s->c->insn[j].length)
+                after = s->c->insn[j].offset + s->c->insn[j].length;
+        if (chosen < MAX_VICTIMS)
+            set_rel32(s->c, at, k->victim[chosen].at - (after - (at + 4)));
+        else
+            set_rel32(s->c, at, (unsigned)(WINDOW_LOW + 0x2000 - CODE_BASE - s->c->start));
+    }
+}
+
+/* A loop with all that in it. */
+static void change_code(struct shape *s)
+{
+    static const uint8_t counters[] = { RCX, R10, RDX, R15, RBX, R12, R8 };
+    uint8_t jnz[6] = { 0x0f, 0x85 };
+    struct changes k = { .victims = 0 };
+    unsigned counter, start;
+
+    if (!has_room(s, 12))
+        return;
+    land(s);
+    do
+        counter = RNG_PICK(s->r, counters);
+    while ((s->counters | s->pointers) >> counter & 1);
+    s->counters |= 1u << counter;
+    encode(s, (struct encoding){ .opcode = 0xc7, .rm = counter, .imm_size = 4, .imm = 1 + rng_below(s->r, 30) });
+    start = s->c->bytes;
+    for (unsigned n = 4 + rng_below(s->r, 16); n-- > 0 && has_room(s, 5);) {
+        if (rng_percent(s->r, 40))
+            add_victim(s, &k);
+        else if (rng_percent(s->r, 40))
+            add_store(s, &k);
+        else
+            pieces(s, 1, 10);
+    }
+    land(s);
+    encode(s, (struct encoding){ .opcode = 0xff, .w = true, .reg = 1, .rm = counter });
+    add(s, jnz, sizeof(jnz));
+    set_rel32(s->c, s->c->bytes - 4u, start);
+    s->counters &= ~(1u << counter);
+    resolve(s, &k);
+}
+
 /* ---- cases ---- */
 
-const char *const shape_names[] = { "groups", "stack", "loops", "vectors", "mixed", NULL };
+const char *const shape_names[] = { "groups", "stack", "loops", "vectors", "mixed", "self", NULL };
 
 void generate_shape(struct cpu_case *c, unsigned shape, struct rng *r)
 {
@@ -425,7 +562,9 @@ void generate_shape(struct cpu_case *c, unsigned shape, struct rng *r)
         new_pointer(&s);
     for (unsigned n = 2 + rng_below(r, 5); n > 0 && has_room(&s, 4); n--) {
         what = shape == 4 ? rng_below(r, 4) : shape;
-        if (what == 0)
+        if (what == 5)
+            change_code(&s);
+        else if (what == 0)
             pieces(&s, 2 + rng_below(r, 10), 0);
         else if (what == 1)
             call(&s, 0);

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <time.h>
 
 #include "diff.h"
@@ -177,7 +178,7 @@ static void make_batch(const struct options *o, struct batch *b, uint64_t first,
     if (end > last)
         end = last;
     b->count = (unsigned)(end - first);
-    generate_data(b->data, o->generate.seed, first);
+    generate_data(b->data, &o->generate, first);
     for (unsigned i = 0; i < b->count; i++) {
         generate_case(&b->c[i], &o->generate, first + i);
         for (unsigned k = 0; k < b->c[i].insns; k++)
@@ -247,14 +248,21 @@ static void run(const struct options *o)
 
 /* ---- the program ---- */
 
+static uint64_t insns_generated(void)
+{
+    uint64_t n = 0;
+
+    for (unsigned i = 1; i <= ZYDIS_MNEMONIC_MAX_VALUE; i++)
+        n += generated[i];
+    return n;
+}
+
 static void print_figures(const struct options *o, double seconds)
 {
     unsigned mnemonics = 0, ends = 0;
-    uint64_t insns = 0;
 
     for (unsigned i = 1; i <= ZYDIS_MNEMONIC_MAX_VALUE; i++) {
         mnemonics += generated[i] != 0;
-        insns += generated[i];
         if (differing[i])
             printf("  %6u %s\n", differing[i], ZydisMnemonicGetString((ZydisMnemonic)i));
     }
@@ -263,11 +271,11 @@ static void print_figures(const struct options *o, double seconds)
         if (by_vector[i]) {
             printf("%s #%u %" PRIu64, ends++ ? "," : "", i, by_vector[i]);
         }
-    printf("\nengine %s, model %s, seed %" PRIu64 ", first case %" PRIu64 ": %" PRIu64 " cases compared, %" PRIu64
+    printf("\n%sengine %s, model %s, seed %" PRIu64 ", first case %" PRIu64 ": %" PRIu64 " cases compared, %" PRIu64
            " skipped, %" PRIu64 " instructions of %u mnemonics, %.1f s, %" PRIu64
            " known, %" PRIu64
            " unstable and %" PRIu64 " differences\n",
-           o->engine, o->model, o->generate.seed, o->first, compared, skipped, insns, mnemonics, seconds, excused, unstable, differences);
+           o->generate.kernel ? "kernel mode, " : "", o->engine, o->model, o->generate.seed, o->first, compared, skipped, insns_generated(), mnemonics, seconds, excused, unstable, differences);
 }
 
 static void print_mnemonics(void)
@@ -280,8 +288,32 @@ static void print_mnemonics(void)
 static const char help[] =
     "Usage: difftest [--engine NAME] [--model NAME] [--seed N|random] [--first N] [--count N] [--case N] [--seconds S]\n"
     "                [--percent32 P] [--percent-ac P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
-    "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep]\n"
-    "                [--shape groups|stack|loops|vectors|mixed]\n";
+    "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep] [--kernel] [--interrupts]\n"
+    "                [--shape groups|stack|loops|vectors|mixed|self]\n";
+
+/* Mnemonics, comma-separated, in any case. */
+static const bool *parse_mnemonics(const char *list)
+{
+    static bool wanted[ZYDIS_MNEMONIC_MAX_VALUE + 1];
+
+    for (const char *at = list; ; at++) {
+        size_t length = strcspn(at, ",");
+        unsigned m = 1;
+
+        while (m <= ZYDIS_MNEMONIC_MAX_VALUE && (strlen(ZydisMnemonicGetString((ZydisMnemonic)m)) != length ||
+                                                 strncasecmp(ZydisMnemonicGetString((ZydisMnemonic)m), at, length) != 0))
+            m++;
+        if (m > ZYDIS_MNEMONIC_MAX_VALUE) {
+            fprintf(stderr, "difftest: '%.*s' is no instruction; names are Zydis', comma-separated, such as div,idiv,xrstor64\n", (int)length,
+                    at);
+            exit(2);
+        }
+        wanted[m] = true;
+        at += length;
+        if (!*at)
+            return wanted;
+    }
+}
 
 static uint64_t parse_number(const char *text)
 {
@@ -297,17 +329,18 @@ static uint64_t parse_number(const char *text)
 
 int main(int argc, char **argv)
 {
-    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP, SHAPE };
+    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP, SHAPE, KERNEL, INTERRUPTS };
     static const struct option names[] = {
         { "engine", 1, 0, ENGINE }, { "model", 1, 0, MODEL }, { "seed", 1, 0, SEED }, { "first", 1, 0, FIRST },
         { "count", 1, 0, COUNT }, { "case", 1, 0, CASE }, { "seconds", 1, 0, SECONDS }, { "percent32", 1, 0, PERCENT32 }, { "percent-ac", 1, 0, PERCENT_AC },
         { "max-insns", 1, 0, MAX }, { "only", 1, 0, ONLY }, { "show", 1, 0, SHOW }, { "no-minimize", 0, 0, NO_MINIMIZE },
         { "progress", 0, 0, PROGRESS }, { "mnemonics", 0, 0, MNEMONICS }, { "keep-vcpu", 0, 0, KEEP },
-        { "no-liveness", 0, 0, NO_LIVENESS }, { "lockstep", 0, 0, LOCKSTEP }, { "shape", 1, 0, SHAPE },
+        { "no-liveness", 0, 0, NO_LIVENESS }, { "lockstep", 0, 0, LOCKSTEP }, { "shape", 1, 0, SHAPE }, { "kernel", 0, 0, KERNEL },
+        { "interrupts", 0, 0, INTERRUPTS },
         { 0 },
     };
     struct options o = { .engine = "interp", .model = "host", .count = 20000, .shown = 20, .minimize = true };
-    bool skip, mnemonics = false;
+    bool skip, mnemonics = false, interrupts = false, none = false;
     double start;
 
     o.generate = (struct generate_options){ .seed = 1, .percent32 = 15, .percent_ac = 2 };
@@ -323,7 +356,7 @@ int main(int argc, char **argv)
         case PERCENT32: o.generate.percent32 = (unsigned)parse_number(optarg); break;
         case PERCENT_AC: o.generate.percent_ac = (unsigned)parse_number(optarg); break;
         case MAX: o.generate.max_insns = (unsigned)parse_number(optarg); break;
-        case ONLY: o.generate.only = optarg; break;
+        case ONLY: o.generate.only = parse_mnemonics(optarg); break;
         case SHOW: o.shown = (unsigned)parse_number(optarg); break;
         case NO_MINIMIZE: o.minimize = false; break;
         case PROGRESS: o.progress = true; break;
@@ -338,6 +371,8 @@ int main(int argc, char **argv)
                 return 2;
             }
             break;
+        case KERNEL: o.generate.kernel = compare_kernel = true; break;
+        case INTERRUPTS: interrupts = true; break;
         case LOCKSTEP: translate_options.lockstep = true; break;
         default: fputs(help, stderr); return 2;
         }
@@ -346,26 +381,43 @@ int main(int argc, char **argv)
         fputs(help, stderr);
         return 2;
     }
+    /* Which flags are dead cannot be known of code that changes behind the instruction that changes it. */
+    if (o.generate.shape == SHAPE_WRITES_CODE)
+        translate_options.liveness = false;
     compare_flags_at_faults = strcmp(o.engine, "translate") != 0 || !translate_options.liveness;
-    host = host_create(&skip);
+    host = host_create(&skip, o.generate.shape == SHAPE_WRITES_CODE);
     if (!host)
         return skip ? SKIPPED : 2;
-    guest = guest_create(o.engine, o.model);
+    if (o.generate.kernel)      /* there is no 32-bit kernel code here, and alignment is checked for programs alone */
+        o.generate.percent32 = o.generate.percent_ac = 0;
+    guest = guest_create(o.engine, o.model, o.generate.kernel, o.generate.shape == SHAPE_WRITES_CODE);
     o.generate.model = guest_model(guest);
     if (guest_emulated(guest)) {
         fprintf(stderr, "skipped: this host's KVM emulates the guest, incompletely\n");
         return SKIPPED;
     }
+    if (interrupts)
+        guest_interrupt(guest);
     start = now();
     run(&o);
     if (mnemonics)
         print_mnemonics();
+    if (o.generate.only && !insns_generated()) {
+        fprintf(stderr, "difftest: none of these instructions is one that model %s has and that programs see the same of everywhere\n", o.model);
+        return 2;
+    }
     if (o.one && !differences) {
         print_case(&batches[0].c[0]);
         printf("equal\n");
     }
     print_figures(&o, now() - start);
+    if (interrupts) {
+        printf("%" PRIu64 " NMIs were taken\n", guest_interrupts(guest));
+        none = guest_interrupts(guest) == 0;
+    }
     guest_destroy(guest);
     host_destroy(host);
+    if (none)
+        return 2;
     return differences ? 1 : 0;
 }

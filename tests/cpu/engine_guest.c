@@ -15,6 +15,7 @@
 #define IDT 0x3000u
 #define TSS 0x4000u
 #define STACK_TOP 0x6000u
+#define NMI_STACK_TOP 0x5800u
 #define HANDLERS 0x7000u        /* 16 bytes for each vector */
 #define KERNEL_SIZE 0x10000u
 #define TABLES 0x10000u         /* page tables; the first is the root */
@@ -78,6 +79,13 @@ static void make_kernel(struct engine_guest *g)
     }
     for (gpa_t pa = 0; pa < KERNEL_SIZE; pa += GUEST_PAGE_SIZE)
         engine_guest_map(g, KERNEL_BASE + pa, pa, PTE_W);
+}
+
+void engine_guest_ignore_nmi(struct engine_guest *g)
+{
+    engine_guest_put(g, TSS + 44, KERNEL_BASE + NMI_STACK_TOP, 8);      /* IST 2: an NMI may come in another handler */
+    engine_guest_put(g, IDT + 2 * 16 + 4, 2, 1);
+    memcpy(g->ram + HANDLERS + 2 * 16, (uint8_t[]){ 0x48, 0xcf }, 2);   /* iretq */
 }
 
 struct x86_seg engine_guest_segment(struct engine_guest *g, unsigned selector)

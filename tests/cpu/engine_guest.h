@@ -19,7 +19,7 @@
 
 #define GUEST_RAM_SIZE MIB(64)
 #define GUEST_FREE_GPA 0x100000u        /* physical memory below is the kernel's and of page tables */
-#define KERNEL_BASE 0xffff800000000000ull
+#define KERNEL_BASE 0xffffa00000000000ull       /* not an address that tests come to by design */
 #define ENGINE_GUEST_CPUS 4             /* local APICs; vCPUs beyond the first are the test's to make */
 #define GUEST_PORT 0x10                 /* any write ends engine_guest_run() */
 
@@ -70,6 +70,8 @@ void engine_guest_renew(struct engine_guest *g);
 gpa_t engine_guest_map(struct engine_guest *g, gva_t va, gpa_t pa, uint64_t bits);
 uint64_t engine_guest_get(struct engine_guest *g, gpa_t pa);
 void engine_guest_put(struct engine_guest *g, gpa_t pa, uint64_t value, unsigned size);
+/* From now on NMIs are taken and returned from, which user code cannot notice. */
+void engine_guest_ignore_nmi(struct engine_guest *g);
 struct x86_seg engine_guest_segment(struct engine_guest *g, unsigned selector);
 
 enum guest_end { GUEST_ENDED, GUEST_EXPIRED, GUEST_DIED };

@@ -503,7 +503,7 @@ static void test_round_trip(void **state)
         {"console", "unix:/tmp/s"},
         {"on-crash", "exit"},
         {"stats", "s.json"},
-        {"trace-exec", "t,,x.txt,registers=on"},
+        {"trace-exec", "t,,x.txt,registers=on,size=3M,files=4"},
         {"log-level", "error"}};
     for (unsigned i = 0; i < ARRAY_SIZE(flags); i++)
         flag(c, flags[i][0], flags[i][1]);

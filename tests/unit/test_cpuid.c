@@ -237,6 +237,32 @@ static void topology(void **state)
     assert_int_equal(reg(1, 0, EBX) >> 24, 299 & 0xff);
 }
 
+static void tsc_rate(void **state)
+{
+    static const uint64_t rates[] = { 2300000000, 2299998764, 5000000000, 4294967311, 1, 999999999, 3579545, 2095078417 };
+
+    use(x86_cpu_model_find("x86-64-v2"));
+    assert_int_equal(reg(0x15, 0, EBX), 0);     /* not known */
+    if (reg(0, 0, EBX) != 0x756e6547)           /* "Genu"; AMD's processors have no such leaf */
+        return;
+    for (unsigned i = 0; i < ARRAY_SIZE(rates); i++) {
+        uint64_t hz = rates[i], shown;
+
+        cpu.tsc_hz = hz;
+        if (hz < 1000000) {
+            assert_int_equal(reg(0x15, 0, EBX), 0);
+            continue;
+        }
+        assert_in_range((uint64_t)reg(0x15, 0, ECX) / 1000 * reg(0x15, 0, EBX), 1, UINT32_MAX);
+        shown = (uint64_t)reg(0x15, 0, ECX) * reg(0x15, 0, EBX) / reg(0x15, 0, EAX);
+        assert_in_range(shown, hz - hz / 1000000, hz + hz / 1000000);
+    }
+    cpu.tsc_hz = 2300000000;
+    assert_int_equal(reg(0x15, 0, EAX), 10);
+    assert_int_equal(reg(0x15, 0, EBX), 23);
+    assert_int_equal(reg(0x16, 0, EAX), 2300);
+}
+
 static void kvm_leaves(void **state)
 {
     uint32_t out[4];
@@ -349,6 +375,7 @@ int main(void)
         cmocka_unit_test(xsave_sizes),
         cmocka_unit_test(osxsave_follows_cr4),
         cmocka_unit_test(topology),
+        cmocka_unit_test(tsc_rate),
         cmocka_unit_test(kvm_leaves),
         cmocka_unit_test(instructions_by_model),
         cmocka_unit_test(restricted),

@@ -16,8 +16,7 @@
 #include "base/log.h"
 #include "device/machine.h"
 
-#define HASH_BITS 17
-#define HASH_SIZE (1u << HASH_BITS)
+#define HASH_SIZE (1u << BLOCK_HASH_BITS)
 #define PAGE_HASH_SIZE (1u << 12)
 #define MAX_BLOCK_INSNS 64
 #define GRANULE_SHIFT 6         /* 64 bytes: a page has as many granules as a word has bits */
@@ -29,13 +28,6 @@ struct code_page {
     uint64_t granules;          /* which granules blocks cover; may be too many after blocks were dropped */
     struct code_page *next_hash;
 };
-
-static unsigned block_hash(const uint8_t *host)
-{
-    uint64_t h = (uint64_t)(uintptr_t)host * 0x9e3779b97f4a7c15ull;
-
-    return (unsigned)(h >> (64 - HASH_BITS));
-}
 
 static unsigned page_hash(gpa_t gpa) { return (gpa >> GUEST_PAGE_SHIFT) & (PAGE_HASH_SIZE - 1); }
 
@@ -469,15 +461,6 @@ static const struct op *build(struct interp *it, uint64_t rip, const uint8_t *ho
         return finish(it, rip, host, NULL, ops, insns, offset);
     ops[insns] = end_op(rip + offset, insns);
     return finish(it, rip, host, NULL, ops, insns + 1, offset);
-}
-
-struct block *block_lookup(struct x86_cpu *cpu, const uint8_t *host)
-{
-    struct block *b = interp_of(cpu)->hash[block_hash(host)];
-
-    while (b && !(b->host == host && b->mode == interp_mode(cpu) && b->origin == block_origin(cpu)))
-        b = b->next_hash;
-    return b;
 }
 
 const struct op *block_find_slow(struct x86_cpu *cpu, uint64_t rip)

@@ -295,8 +295,6 @@ bool block_invalidate(struct interp *it, gpa_t gpa, unsigned len);
 void block_kill(struct interp *it, struct block *block);
 /* op is the first of its block. False when no link may lead to it: the scratch block, and the way out when the arena is full. */
 bool block_linkable(const struct op *op);
-/* The block that begins at this host address in the current mode, or NULL. */
-struct block *block_lookup(struct x86_cpu *cpu, const uint8_t *host);
 /* The block depends on bytes [from, to) of its first page from now on: when they change it is dropped. */
 void block_depends(struct interp *it, struct block *b, unsigned from, unsigned to);
 /*
@@ -339,6 +337,24 @@ static inline void note_return(struct x86_cpu *cpu, uint64_t rip)
 
 /* What of the guest address belongs to a block's key, with cpu->code_page set. */
 static inline uint64_t block_origin(const struct x86_cpu *cpu) { return cpu->code_size == 8 ? 0 : cpu->code_page; }
+
+#define BLOCK_HASH_BITS 17
+static inline unsigned block_hash(const uint8_t *host)
+{
+    uint64_t h = (uint64_t)(uintptr_t)host * 0x9e3779b97f4a7c15ull;
+
+    return (unsigned)(h >> (64 - BLOCK_HASH_BITS));
+}
+
+/* The block that begins at this host address in the current mode, or NULL. With cpu->code_page set. */
+static inline struct block *block_lookup(struct x86_cpu *cpu, const uint8_t *host)
+{
+    struct block *b = interp_of(cpu)->hash[block_hash(host)];
+
+    while (b && !(b->host == host && b->mode == interp_mode(cpu) && b->origin == block_origin(cpu)))
+        b = b->next_hash;
+    return b;
+}
 
 static inline const struct op *block_find(struct x86_cpu *cpu, uint64_t rip)
 {

@@ -161,6 +161,7 @@ struct kvm_cpuid2 *kvm_cpuid_of(const struct vcpu *vcpu)
     cpu->model = vcpu->model;
     cpu->index = vcpu->index;
     cpu->cpus = vcpu->count;
+    cpu->tsc_hz = vcpu->tsc_hz;
     cpu->s.xcr0 = 1;            /* KVM fills in what follows from the guest's own */
     c->nent = 0;
     for (unsigned i = 0; i < ARRAY_SIZE(ranges); i++) {

@@ -17,6 +17,7 @@
 #include "engine/translate/lockstep.h"
 #include "engine/translate/perf.h"
 #include "engine/translate/translate.h"
+#include "isa/x86/kvmclock.h"
 
 /* ---- jump tables ---- */
 
@@ -28,7 +29,7 @@ static struct jump_table *table_of(struct translator *t, const struct x86_tlb_sp
 /* An empty entry has an address of another index, so no look-up finds it: 0 in all but the first, as new memory has. */
 static void empty_entry(struct jump_table *table, unsigned i)
 {
-    uint64_t rip = i ? 0 : 1ull << TRANSLATE_JUMP_SHIFT;
+    uint64_t rip = i ? 0 : 1;
 
     table->entry[i] = (struct jump_entry_host){ .rip = rip, .negative = -rip };
 }
@@ -42,18 +43,6 @@ static void empty_table(struct jump_table *table)
     for (unsigned i = 0; i < n; i++)
         empty_entry(table, all ? i : table->noted[i]);
     table->count = 0;
-}
-
-static void enter_jump(struct jump_table *table, uint64_t rip, const void *code)
-{
-    unsigned i = translate_jump_index(rip);
-
-    if (!table->entry[i].code && table->count <= TRANSLATE_JUMPS_NOTED) {
-        if (table->count < TRANSLATE_JUMPS_NOTED)
-            table->noted[table->count] = (uint16_t)i;
-        table->count++;
-    }
-    table->entry[i] = (struct jump_entry_host){ rip, -rip, code, 0 };
 }
 
 /* ---- in and out ---- */
@@ -133,7 +122,7 @@ static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
     }
     select_space(t);
     if (t->options.indirect)
-        enter_jump(t->jumps_now, op_rip(cpu, op), b->indirect);
+        translate_enter_jump(t->jumps_now, op_rip(cpu, op), b->indirect);
     t->entered++;
     next = unlikely(t->lockstep != NULL) ? lockstep_enter(t, b) : t->enter(t, b->code);
     if ((uintptr_t)next == RETURNED_NOWHERE)
@@ -275,7 +264,7 @@ static int translate_create(struct vcpu *vcpu)
             goto out;
     }
     t->tlb_mask = (uint64_t)(TLB_ENTRIES - 1) << GUEST_PAGE_SHIFT;
-    t->jump_mask = (uint64_t)(TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_SHIFT;
+    t->jump_mask = (uint64_t)(TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_ROTATE;
     t->page_mask = GUEST_PAGE_MASK;
     for (unsigned i = 0; i < ARRAY_SIZE(t->aligned_mask); i++)
         t->aligned_mask[i] = GUEST_PAGE_MASK | ((1u << i) - 1);
@@ -312,18 +301,20 @@ out:
 
 static enum vm_exit translate_run(struct vcpu *vcpu)
 {
+    struct translator *t = vcpu->data;
     enum vm_exit exit;
 
     /* Translated code finds its data through GS, which neither the C library nor the compiler uses. */
-    if (syscall(SYS_arch_prctl, ARCH_SET_GS, vcpu->data)) {
+    if (syscall(SYS_arch_prctl, ARCH_SET_GS, t)) {
         log_error("cannot set the GS base: %s", strerror(errno));
         return VM_EXIT_ERROR;
     }
-    if (translate_returns_attach(vcpu->data))
+    t->host_tsc = x86_tsc_is_host(t->it.cpu.machine, t->it.cpu.tsc_hz);
+    if (translate_returns_attach(t))
         return VM_EXIT_ERROR;
     exit = interp_run(vcpu);
-    translate_returns_detach(vcpu->data);
-    return ((struct translator *)vcpu->data)->diverged ? VM_EXIT_ERROR : exit;
+    translate_returns_detach(t);
+    return t->diverged ? VM_EXIT_ERROR : exit;
 }
 
 static void translate_probe(struct engine_report *r)
@@ -351,6 +342,7 @@ static void translate_counters(const struct vcpu *vcpu, struct engine_counters *
     c->chains = t->chained;
     c->entries = t->entered;
     c->checks_missed = t->fills;
+    c->jumps_missed = t->jump_misses;
     c->groups_missed = t->group_misses;
     c->interpreted_ops = t->slow_ops;
     c->returns_missed = t->return_misses;

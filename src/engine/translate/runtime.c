@@ -214,15 +214,49 @@ static void emit_enter(struct translator *t, struct assembler *a)
 }
 
 /*
+ * Has C look for the guest address in T, with flags and all other registers as they are; RSP is the return stack's. R11: the jump
+ * entry. Gives where the jump is that is taken if there is none.
+ */
+static uint8_t *call_jump(struct assembler *a)
+{
+    uint8_t *none, *found, *out;
+
+    if (SANITIZED)
+        return asm_jmp(a);
+    asm_store_gs(a, H_R10, T_GS(site_va));
+    spill_registers(a, 0, CHANGED_BY_C);
+    spill_flags(a);
+    to_host_stack(a);
+    asm_load_gs(a, H_RDI, T_GS(self));
+    asm_mov(a, H_RSI, H_R10);
+    call_c(a, translate_jump);
+    asm_load_gs(a, H_RSP, T_GS(it.returns.top));
+    asm_load_gs(a, H_R10, T_GS(site_va));
+    asm_mov(a, H_R11, H_RAX);
+    asm_mov(a, H_RCX, H_RAX);
+    reload_flags(a);
+    none = asm_jrcxz(a);
+    found = asm_jmp(a);
+    asm_set_short(none, a->at);
+    reload_registers(a, CHANGED_BY_C);
+    out = asm_jmp(a);
+    asm_set_target(found, a->at);
+    reload_registers(a, CHANGED_BY_C);
+    return out;
+}
+
+/*
  * To the guest address in T by the jump table, with flags and all other registers as they are. R11 is lost. Falls out of the end, RCX
- * restored, where the table has nothing or somebody wants something.
+ * restored, where the target is not translated or somebody wants something.
  */
 static void emit_lookup(struct assembler *a)
 {
-    uint8_t *hit, *miss[2];
+    uint8_t *hit, *miss[2], *none;
 
     asm_store_gs(a, H_RCX, T_GS(rcx));
-    asm_pext_gs(a, H_RCX, H_R10, T_GS(jump_mask));
+    asm_rorx(a, H_RCX, H_R10, 64 - TRANSLATE_JUMP_ROTATE);
+    asm_lea(a, H_RCX, H_RCX, H_R10, 0, 0);
+    asm_pext_gs(a, H_RCX, H_RCX, T_GS(jump_mask));
     asm_load_gs(a, H_R11, T_GS(jumps_now));
     asm_lea(a, H_RCX, H_NONE, H_RCX, 2, 0);
     asm_lea(a, H_R11, H_R11, H_RCX, 3, 0);
@@ -238,8 +272,12 @@ static void emit_lookup(struct assembler *a)
     asm_load_gs(a, H_RCX, T_GS(rcx));
     asm_mem(a, false, 0xff, 4, H_R11, H_NONE, 0, offsetof(struct jump_entry_host, code));
     asm_set_target(miss[0], a->at);
+    asm_load_gs(a, H_RCX, T_GS(rcx));
+    none = call_jump(a);
+    asm_mem(a, false, 0xff, 4, H_R11, H_NONE, 0, offsetof(struct jump_entry_host, code));
     asm_set_target(miss[1], a->at);
     asm_load_gs(a, H_RCX, T_GS(rcx));
+    asm_set_target(none, a->at);
 }
 
 static void emit_exits(struct translator *t, struct assembler *a)
@@ -361,6 +399,16 @@ void translate_emit_runtime(struct translator *t)
     /* Called: registers and flags stay. */
     t->vectors_load = a.at;
     load_vectors(&a);
+    asm_ret(&a);
+
+    /* Called: a look-up in line found nothing for T. Returns with R11 the entry, or 5 bytes further on: there is none. */
+    t->jump_miss = a.at;
+    full = call_jump(&a);
+    asm_ret(&a);
+    asm_set_target(full, a.at);
+    asm_mem(&a, true, 0x8b, H_R11, H_RSP, H_NONE, 0, 0);
+    asm_lea(&a, H_R11, H_R11, H_NONE, 0, 5);
+    asm_mem(&a, true, 0x89, H_R11, H_RSP, H_NONE, 0, 0);
     asm_ret(&a);
 
     /* Called with a site in R11: its instruction is run, then it goes on behind the call. */

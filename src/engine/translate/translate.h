@@ -29,7 +29,7 @@
 #include "engine/translate/options.h"
 
 #define TRANSLATE_JUMPS 16384u
-#define TRANSLATE_JUMP_SHIFT 4          /* of the guest address, for the index: functions are aligned to 16 bytes */
+#define TRANSLATE_JUMP_ROTATE 5         /* of the guest address, for the index; also log2 of an entry's size */
 #define TRANSLATE_JUMPS_NOTED 2048u
 #define TRANSLATE_ADDENDS 16u
 
@@ -48,9 +48,15 @@ struct jump_table {
 /* What enter() returns besides ops and chains: a RET whose target (in s.rip) has no translation. */
 #define RETURNED_NOWHERE 2u
 
+/*
+ * Functions are aligned to 16 bytes, other targets are not: the sum gives neighbours entries of their own and aligned addresses
+ * all entries, for 33 has no factor in common with their number.
+ */
 static inline unsigned translate_jump_index(uint64_t rip)
 {
-    return (rip >> TRANSLATE_JUMP_SHIFT) & (TRANSLATE_JUMPS - 1);
+    uint64_t rotated = rip << TRANSLATE_JUMP_ROTATE | rip >> (64 - TRANSLATE_JUMP_ROTATE);
+
+    return ((rotated + rip) >> TRANSLATE_JUMP_ROTATE) & (TRANSLATE_JUMPS - 1);
 }
 
 /* A place where translated code is left, patched into a jump when its target is translated. */
@@ -69,8 +75,11 @@ struct return_site {
     struct return_site *next;
 };
 
-/* Sensitive instructions that are frequent in kernels. */
-enum translate_quick { QUICK_NONE, QUICK_CLI, QUICK_STAC, QUICK_CLAC, QUICK_SWAPGS, QUICK_PUSHF };
+/* Instructions that translate_quick() does: sensitive ones that are frequent, and strings. */
+enum translate_quick {
+    QUICK_NONE, QUICK_CLI, QUICK_STAC, QUICK_CLAC, QUICK_SWAPGS, QUICK_PUSHF, QUICK_RDTSC, QUICK_RDTSCP,
+    QUICK_MOVS, QUICK_STOS      /* with and without REP; span is the element's size */
+};
 
 /* A place in guest code where translated code may need the runtime. */
 struct translate_site {
@@ -84,6 +93,7 @@ struct translate_site {
     uint8_t kind;               /* enum tlb_kind */
     uint8_t length, align;      /* of the instruction; of the address when aligned */
     bool group, aligned;
+    bool repeats;               /* QUICK_MOVS, QUICK_STOS: REP */
     uint8_t quick;              /* enum translate_quick */
 };
 
@@ -125,15 +135,16 @@ struct translator {
     /* Routines, emitted once. */
     const struct op *(*enter)(struct translator *t, const void *code);
     const uint8_t *exit_null, *exit_op, *run_op, *run_quick, *run_and_go, *fill, *vectors_load, *return_missed;  /* writable view */
-    const uint8_t *far;         /* writable view */
+    const uint8_t *far, *jump_miss;     /* writable view */
     /* Executable view: what lies at the bottom of a return stack, and on it for a call of the interpreter's. */
     const void *return_stub, *return_interpreted;
     /* Settings and figures. */
     struct translate_options options;
     struct lockstep *lockstep;  /* NULL: not in lock-step mode */
+    bool host_tsc;              /* the guest's TSC is the host's plus an offset */
     bool tracing;               /* blocks are written down as they are entered */
     bool diverged;              /* it found a difference: the run ends */
-    uint64_t blocks, bytes, guest_bytes, apart, chained, entered, fills, slow_ops, group_misses;
+    uint64_t blocks, bytes, guest_bytes, apart, chained, entered, fills, slow_ops, group_misses, jump_misses;
     uint64_t return_misses, stack_overflows;
 };
 
@@ -160,6 +171,12 @@ const void *translate_fill(struct translator *t, struct translate_site *site, gv
  * nothing has been done. Compiled without vector registers, too.
  */
 bool translate_quick(struct translator *t, const struct translate_site *site);
+/*
+ * For a look-up in the jump table that found nothing, with caller-saved registers and flags in the vCPU: the entry for the
+ * guest address, made now, or NULL: it is not translated, or somebody wants something. Compiled like translate_fill().
+ */
+const struct jump_entry_host *translate_jump(struct translator *t, gva_t rip);
+struct jump_entry_host *translate_enter_jump(struct jump_table *table, uint64_t rip, const void *code);
 /* Does what fill could not, with all guest state in the vCPU: where to go on, or NULL to leave (s.rip is set). */
 const void *translate_slow(struct translator *t, struct translate_site *site);
 /* Runs the instruction of the site alone. The same result. */

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "base/util.h"
+#include "device/irqchip/irqchip.h"
 #include "isa/x86/cpu.h"
 #include "isa/x86/xsave.h"
 
@@ -551,6 +552,36 @@ static void kvm_leaf(uint32_t leaf, uint32_t out[4])
     }
 }
 
+/*
+ * Leaf 0x15: TSC = ECX Hz × EBX / EAX, so that systems without KVM's clock need not measure it, for which there is no PIT. ECX, the "core
+ * crystal", also clocks the local APIC's timer (SDM vol. 3A 11.5.4), so it is what that runs at. Linux computes ECX / 1000 × EBX in 32
+ * bits: a near fraction with a small EBX.
+ */
+static void tsc_rate(uint64_t hz, uint32_t out[4])
+{
+    const uint32_t crystal = LAPIC_BUS_HZ, most = UINT32_MAX / (crystal / 1000);
+    uint64_t best = UINT64_MAX;
+
+    if (hz > UINT32_MAX * 16ull)        /* no processor's; a migrated state may say anything */
+        return;
+
+    for (uint32_t below = 1; best && below < 1u << 16; below++) {
+        uint64_t above = (hz * below + crystal / 2) / crystal, product = above * crystal, error;
+
+        if (above == 0)
+            continue;
+        if (above > most)
+            break;
+        error = (product > hz * below ? product - hz * below : hz * below - product) / below;
+        if (error < best) {
+            best = error;
+            out[EAX] = below;
+            out[EBX] = (uint32_t)above;
+        }
+    }
+    out[ECX] = crystal;
+}
+
 void x86_cpuid(const struct x86_cpu *cpu, uint32_t leaf, uint32_t subleaf, uint32_t out[4])
 {
     const struct x86_cpu_model *m = cpu->model;
@@ -573,6 +604,12 @@ void x86_cpuid(const struct x86_cpu *cpu, uint32_t leaf, uint32_t subleaf, uint3
     if ((leaf == 0x1f || leaf == 4 || leaf == 2) && host_vendor == AMD)
         return;
     topology(cpu, leaf, subleaf, out);
+    if (leaf == 0x15 && host_vendor == INTEL && cpu->tsc_hz)
+        tsc_rate(cpu->tsc_hz, out);
+    if (leaf == 0x16 && host_vendor == INTEL) {
+        out[EAX] = out[EBX] = (uint32_t)((cpu->tsc_hz + 500000) / 1000000);
+        out[ECX] = 100;
+    }
     if (leaf == 1 && (cpu->s.cr4 & CR4_OSXSAVE))
         out[ECX] |= 1u << 27;
     if (leaf == 0xd && subleaf == 0)

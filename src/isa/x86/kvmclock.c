@@ -46,16 +46,24 @@ uint64_t x86_tsc_ticks(uint64_t ns, uint64_t hz)
     return (uint64_t)((unsigned __int128)ns * hz / NS_PER_S);
 }
 
+/* The rate that the guest knows may be another host's; but two measurements of one counter differ a little, too. */
+static bool is_host_rate(uint64_t hz)
+{
+    uint64_t host_hz = tsc_frequency_hz();
+
+    return (hz > host_hz ? hz - host_hz : host_hz - hz) <= host_hz / SAME_RATE;
+}
+
+bool x86_tsc_is_host(const struct machine *m, uint64_t hz)
+{
+    return !(m != NULL && clock_is_manual(m->clock)) && is_host_rate(hz);
+}
+
 uint64_t x86_tsc_base(const struct machine *m, uint64_t hz)
 {
-    uint64_t host_hz, apart;
-
     if (m != NULL && clock_is_manual(m->clock))
         return x86_tsc_ticks(clock_now(m->clock), hz);
-    host_hz = tsc_frequency_hz();
-    /* The rate that the guest knows may be another host's; but two measurements of one counter differ a little, too. */
-    apart = hz > host_hz ? hz - host_hz : host_hz - hz;
-    return apart <= host_hz / SAME_RATE ? tsc_read() : (uint64_t)((unsigned __int128)tsc_read() * hz / host_hz);
+    return is_host_rate(hz) ? tsc_read() : (uint64_t)((unsigned __int128)tsc_read() * hz / tsc_frequency_hz());
 }
 
 static uint64_t base_tsc(const struct x86_cpu *cpu)

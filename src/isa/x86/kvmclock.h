@@ -5,6 +5,7 @@
 #ifndef RINGFORT_ISA_X86_KVMCLOCK_H
 #define RINGFORT_ISA_X86_KVMCLOCK_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 struct x86_cpu;
@@ -16,6 +17,8 @@ struct machine;
  * one that stands still with it. Any thread.
  */
 uint64_t x86_tsc_base(const struct machine *m, uint64_t hz);
+/* Whether that is the host's counter as RDTSC gives it. */
+bool x86_tsc_is_host(const struct machine *m, uint64_t hz);
 uint64_t x86_tsc_ticks(uint64_t ns, uint64_t hz);
 /*
  * What the guest's clock says at this value of the counter; and making it say ns there (for all vCPUs, whose pages

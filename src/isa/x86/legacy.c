@@ -67,10 +67,7 @@ static void leave(struct x86_cpu *cpu, const struct x86_insn *insn)
     x86_set_gpr(cpu, RBP, value, size);
 }
 
-/*
- * A fault in the middle of PUSHA or POPA leaves RSP as it was. What has been pushed or popped by then stays on AMD's
- * processors; others look ahead.
- */
+/* A fault in the middle of PUSHA or POPA leaves RSP as it was, but what has been pushed or popped by then stays: no vendor's look ahead. */
 static gva_t all_linear(struct x86_cpu *cpu, uint64_t offset, unsigned size, bool write)
 {
     if (cpu->stack_size < 8)
@@ -84,8 +81,6 @@ static void pusha(struct x86_cpu *cpu, const struct x86_insn *insn)
     unsigned size = insn->op_size;
     uint64_t sp = x86_get_gpr(cpu, RSP, cpu->stack_size);
 
-    for (unsigned i = 1; i <= ARRAY_SIZE(order) && !cpu->amd; i++)
-        x86_probe_write(cpu, all_linear(cpu, sp - i * size, size, true), size);
     for (unsigned i = 0; i < ARRAY_SIZE(order); i++) {
         gva_t va = all_linear(cpu, sp - (i + 1) * size, size, true);
 
@@ -101,19 +96,15 @@ static void popa(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     static const uint8_t order[] = { RDI, RSI, RBP, RSP, RBX, RDX, RCX, RAX };
     unsigned size = insn->op_size;
-    uint64_t value[ARRAY_SIZE(order)];
     uint64_t sp = x86_get_gpr(cpu, RSP, cpu->stack_size);
 
     for (unsigned i = 0; i < ARRAY_SIZE(order); i++) {
         gva_t va = all_linear(cpu, sp + i * size, size, false);
+        uint64_t value = size == 2 ? x86_read16(cpu, va) : x86_read32(cpu, va);
 
-        value[i] = size == 2 ? x86_read16(cpu, va) : x86_read32(cpu, va);
-        if (cpu->amd && order[i] != RSP)
-            x86_set_gpr(cpu, order[i], value[i], size);
-    }
-    for (unsigned i = 0; i < ARRAY_SIZE(order) && !cpu->amd; i++)
         if (order[i] != RSP)
-            x86_set_gpr(cpu, order[i], value[i], size);
+            x86_set_gpr(cpu, order[i], value, size);
+    }
     x86_set_gpr(cpu, RSP, sp + 8 * size, cpu->stack_size);
 }
 

@@ -444,6 +444,17 @@ static uint64_t requested(const struct x86_cpu *cpu, uint64_t enabled)
     return ((uint32_t)cpu->s.gpr[RAX] | cpu->s.gpr[RDX] << 32) & enabled;
 }
 
+/*
+ * The first byte that is touched, and looked at for faults. Intel's processors leave what is not asked for alone: MXCSR is the first of SSE,
+ * and in the standard format of AVX; the header of all others.
+ */
+static uint32_t first_byte(const struct x86_cpu *cpu, uint64_t asked, bool compact)
+{
+    if (cpu->amd || asked & BIT(XSTATE_X87))
+        return 0;
+    return asked & (BIT(XSTATE_SSE) | (compact ? 0 : BIT(XSTATE_AVX))) ? 24 : XSAVE_LEGACY_SIZE;
+}
+
 /* Pieces of an image are collected into runs, so that what lies between them stays as it was. */
 static void write_run(struct x86_cpu *cpu, gva_t va, const uint8_t *image, uint32_t from, uint32_t to)
 {
@@ -456,7 +467,7 @@ static void xsave(struct x86_cpu *cpu, const struct x86_insn *insn, enum save_ki
     uint8_t image[XSAVE_MAX_SIZE];
     bool compact = kind == SAVE_COMPACT || kind == SAVE_SUPERVISOR;
     uint64_t rfbm, in_use, write, layout, bv;
-    uint32_t bytes, from = 0;
+    uint32_t bytes, from;
     gva_t va;
 
     xsave_checks(cpu);
@@ -469,9 +480,7 @@ static void xsave(struct x86_cpu *cpu, const struct x86_insn *insn, enum save_ki
     if (cpu->amd)
         probe(cpu, va, true);
     probe(cpu, va + bytes - 1, true);
-    /* Intel's processors leave what is not asked for alone: MXCSR is the first of SSE and AVX, the header of the others. */
-    if (!cpu->amd && !compact && !(rfbm & BIT(XSTATE_X87)))
-        from = rfbm & (BIT(XSTATE_SSE) | BIT(XSTATE_AVX)) ? 24 : XSAVE_LEGACY_SIZE;
+    from = first_byte(cpu, rfbm, compact);
     x86_probe_write(cpu, va + from, bytes - from);
 
     in_use = x86_xinuse(&cpu->s.fpu) & rfbm;
@@ -541,11 +550,35 @@ static _Noreturn void gp(struct x86_cpu *cpu)
     x86_raise_error(cpu, X86_GP, 0);
 }
 
+/*
+ * Intel's processors look whether the format is possible, then at both ends of what is asked for, in use or not, and then at the rest of the
+ * header. Returns the first byte.
+ */
+static uint32_t probe_ends(struct x86_cpu *cpu, gva_t va, uint64_t rfbm, uint64_t enabled)
+{
+    uint64_t layout = x86_read64(cpu, va + XSAVE_LEGACY_SIZE + 8);
+    bool compact = (layout & COMPACTED) != 0;
+    uint64_t asked = compact ? rfbm & layout : rfbm;
+    uint32_t first = first_byte(cpu, asked, compact), end = x86_xsave_standard_bytes(rfbm);
+
+    if (compact) {
+        if (layout & ~COMPACTED & ~enabled)
+            gp(cpu);
+        end = XSAVE_MIN_SIZE;
+        for (unsigned i = XSTATE_AVX; i < XSTATE_COUNT; i++)
+            if (asked & BIT(i))
+                end = component_offset(i, layout) + x86_xsave_size(i);
+    }
+    probe(cpu, va + first, false);
+    probe(cpu, va + end - 1, false);
+    return first;
+}
+
 static void xrstor(struct x86_cpu *cpu, const struct x86_insn *insn, bool supervisor)
 {
     uint8_t image[XSAVE_MAX_SIZE], *header = image + XSAVE_LEGACY_SIZE;
     uint64_t enabled, rfbm, bv, layout, load, init;
-    uint32_t bytes;
+    uint32_t bytes, first = 0;
     bool compact, mxcsr;
     gva_t va;
 
@@ -559,10 +592,10 @@ static void xrstor(struct x86_cpu *cpu, const struct x86_insn *insn, bool superv
         probe(cpu, va, false);
         probe(cpu, va + XSAVE_LEGACY_SIZE, false);
     } else {
-        if (!(x86_read64(cpu, va + XSAVE_LEGACY_SIZE + 8) & COMPACTED))
-            probe(cpu, va + x86_xsave_standard_bytes(rfbm) - 1, false);
+        first = probe_ends(cpu, va, rfbm, enabled);
     }
-    x86_read_bytes(cpu, va, image, XSAVE_MIN_SIZE);
+    memset(image, 0, first);
+    x86_read_bytes(cpu, va + first, image + first, XSAVE_MIN_SIZE - first);
 
     bv = load_le64(header);
     layout = load_le64(header + 8);

@@ -76,7 +76,7 @@ static void classify(struct unit *x, struct unit_insn *i)
             i->form = FORM_END;
     }
     i->target = i->offset + insn->length + (uint64_t)insn->imm[0];
-    i->serial = (i->form == FORM_OP && x86_system_semantics(insn)) || i->form == FORM_QUICK;
+    i->serial = (i->form == FORM_OP && x86_system_semantics(insn)) || (i->form == FORM_QUICK && unit_quick_serial(insn));
 }
 
 /* ---- flags ---- */
@@ -202,13 +202,14 @@ static void follow_values(struct unit *x, const struct unit_insn *i, struct valu
     bool wide = d->kind == OPERAND_GPR && d->size == 8;
 
     switch (i->form) {
+    case FORM_QUICK:            /* strings: not all of what they write is among the operands */
     case FORM_OP: case FORM_END: case FORM_CALL: case FORM_CALL_INDIRECT:
         for (unsigned r = 0; r < 16; r++)
             v[r] = new_value(x);
         return;
     case FORM_PUSH: case FORM_PUSHF: v[RSP].delta -= 8; return;
     case FORM_POP:
-        v[RSP].delta += 8;
+        v[RSP].delta += 8;      /* POP RSP leaves what it loads */
         v[d->reg] = new_value(x);
         return;
     case FORM_LEAVE:

@@ -38,10 +38,15 @@ static void load_pointer(struct assembler *a, const void *p) { asm_mov_imm(a, A,
 static void call_runtime(struct unit *x, unsigned k, const uint8_t *routine, enum translate_quick quick)
 {
     struct translate_site *site = unit_site(x, k);
+    const struct x86_insn *insn = &x->insn[k].insn;
     uint8_t *call;
 
     unit_take_a(x, k);
     site->quick = (uint8_t)quick;
+    if (quick == QUICK_MOVS || quick == QUICK_STOS) {
+        site->span = insn->operand[0].size;
+        site->repeats = insn->rep;
+    }
     load_pointer(&x->a, site);
     call = asm_call(&x->a);
     if (!x->a.full)
@@ -72,6 +77,12 @@ static void emit_stub(struct unit *x, struct stub *s)
     asm_set_target(s->jump, start);
     if (s->restore_rcx)
         unit_restore_rcx(x);
+    if (s->restore_flags)
+        asm_byte(a, 0x9d);                              /* popf */
+    if (s->back) {
+        asm_set_target(asm_call(a), t->jump_miss);
+        asm_jmp_to(a, s->back);
+    }
     switch (s->kind) {
     case STUB_FILL: {
         uint8_t *crosses = NULL;

@@ -74,19 +74,22 @@ static struct stub *lookup_stub(struct unit *x, uint8_t *jump, enum stub_kind ki
 static void lookup(struct unit *x, uint16_t live, enum stub_kind kind)
 {
     struct assembler *a = &x->a;
+    struct stub *s;
 
     if (live) {
         uint8_t *hit;
 
         unit_save_rcx(x);
-        asm_pext_gs(a, H_RCX, T, T_GS(jump_mask));
+        asm_rorx(a, H_RCX, T, 64 - TRANSLATE_JUMP_ROTATE);
+        asm_lea(a, H_RCX, H_RCX, T, 0, 0);
+        asm_pext_gs(a, H_RCX, H_RCX, T_GS(jump_mask));
         asm_load_gs(a, A, T_GS(jumps_now));
         asm_lea(a, H_RCX, H_NONE, H_RCX, 2, 0);
         asm_lea(a, A, A, H_RCX, 3, 0);
         asm_mem(a, true, 0x8b, H_RCX, A, H_NONE, 0, offsetof(struct jump_entry_host, negative));
         asm_lea(a, H_RCX, H_RCX, T, 0, 0);
         hit = asm_jrcxz(a);
-        lookup_stub(x, asm_jmp(a), kind, true);
+        s = lookup_stub(x, asm_jmp(a), kind, true);
         asm_set_short(hit, a->at);
         asm_gs(a, false, 0x8b, H_RCX, CPU_GS(request));
         hit = asm_jrcxz(a);
@@ -94,16 +97,19 @@ static void lookup(struct unit *x, uint16_t live, enum stub_kind kind)
         asm_set_short(hit, a->at);
         unit_restore_rcx(x);
     } else {
-        asm_rorx(a, A, T, (TRANSLATE_JUMP_SHIFT - 5) & 63);
-        asm_alu_imm(a, false, ALU_DIGIT_AND, A, (TRANSLATE_JUMPS - 1) << 5);
+        asm_rorx(a, A, T, 64 - TRANSLATE_JUMP_ROTATE);
+        asm_rr(a, true, 0x01, T, A);
+        asm_alu_imm(a, false, ALU_DIGIT_AND, A, (TRANSLATE_JUMPS - 1) << TRANSLATE_JUMP_ROTATE);
         asm_gs(a, true, 0x03, A, T_GS(jumps_now));
         asm_mem(a, true, 0x3b, T, A, H_NONE, 0, offsetof(struct jump_entry_host, rip));
-        lookup_stub(x, asm_jcc(a, 5), kind, false);
+        s = lookup_stub(x, asm_jcc(a, 5), kind, false);
         asm_gs_imm8(a, 0x83, ALU_DIGIT_CMP, CPU_GS(request), 0);
         lookup_stub(x, asm_jcc(a, 5), kind, false);
     }
+    if (s)
+        s->back = a->at;
 }
-_Static_assert(sizeof(struct jump_entry_host) == 32, "look-ups shift by 5");
+_Static_assert(sizeof(struct jump_entry_host) == 1 << TRANSLATE_JUMP_ROTATE, "an index is shifted into place by the same");
 
 /* jmp or call *code(A): /4 or /2. */
 static void through_entry(struct unit *x, unsigned digit)

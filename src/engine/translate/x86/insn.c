@@ -83,10 +83,22 @@ static unsigned stand_ins(const struct x86_insn *insn)
     return (unsigned)__builtin_popcount(mask);
 }
 
-/* AH and its like have no encoding beside a REX prefix: neither a renamed register nor a checked operand. */
+/* The register whose second byte is an operand beside one in memory, or X86_NO_REG. */
+static unsigned high_byte(const struct x86_insn *insn)
+{
+    for (unsigned n = 0; n < insn->visible && insn->has_mem; n++)
+        if (insn->operand[n].kind == OPERAND_GPR8H)
+            return insn->operand[n].reg;
+    return X86_NO_REG;
+}
+
+/*
+ * AH and its like have no encoding beside a REX prefix. With a renamed register there is no way; with a checked operand in
+ * memory, whose encoding has one, they become the lowest byte for a moment, unless RAX is an operand by itself.
+ */
 static bool high_bytes_fit(const struct x86_insn *insn)
 {
-    bool any = false, renamed = insn->has_mem;
+    bool any = false, renamed = insn->has_mem && insn->mnemonic == ZYDIS_MNEMONIC_CMPXCHG;
 
     for (unsigned n = 0; n < insn->visible; n++) {
         const struct x86_operand *o = &insn->operand[n];
@@ -105,6 +117,10 @@ static bool vector_fits(struct unit *x, struct unit_insn *i)
     if (!x->t->options.vectors || x->t->simd_trap || x86_system_semantics(insn) || x86_legacy_semantics(insn))
         return false;
     n = native_prepare(insn);
+    if (n && insn->mnemonic == ZYDIS_MNEMONIC_VZEROUPPER && n->kind == NATIVE_AVX && __builtin_cpu_supports("avx")) {
+        i->native = n;
+        return true;
+    }
     if (!n || n->special || n->uses_fx || (insn->has_mem && !n->mem_size) || (insn->has_mem && n->mem_size > 64))
         return false;
     if (insn->has_mem && n->mem_size & (n->mem_size - 1))
@@ -114,16 +130,14 @@ static bool vector_fits(struct unit *x, struct unit_insn *i)
     case ZYDIS_MNEMONIC_LDMXCSR: case ZYDIS_MNEMONIC_STMXCSR: case ZYDIS_MNEMONIC_VLDMXCSR: case ZYDIS_MNEMONIC_VSTMXCSR:
         return false;
     }
-    if (insn->has_evex && stand_ins(insn))
-        return false;
     for (unsigned k = 0; k < insn->operands; k++) {
         const struct x86_operand *o = &insn->operand[k];
 
-        /* EVEX and the registers of an immediate byte are not renamed. */
+        /* EVEX's vvvv and the registers of an immediate byte are not renamed. */
         if (o->kind == OPERAND_GPR && unit_host_of[o->reg] != o->reg &&
-            (insn->has_evex || o->implicit ||
+            (o->implicit ||
              (o->encoding != ZYDIS_OPERAND_ENCODING_MODRM_REG && o->encoding != ZYDIS_OPERAND_ENCODING_MODRM_RM &&
-              o->encoding != ZYDIS_OPERAND_ENCODING_NDSNDD)))
+              (o->encoding != ZYDIS_OPERAND_ENCODING_NDSNDD || insn->has_evex))))
             return false;
     }
     /* A mask that suppresses faults does not matter where the whole operand can be accessed; elsewhere the interpreter heeds it. */
@@ -140,14 +154,35 @@ static bool divides(const struct unit_insn *i)
            addressable(i);
 }
 
+/* MOVS and STOS through ES and DS, with 64-bit addresses. */
+static bool is_plain_string(const struct x86_insn *insn)
+{
+    return insn->category == ZYDIS_CATEGORY_STRINGOP && insn->addr_size == 8 && insn->mem.seg < SEG_FS && !insn->repne &&
+           insn->operand[0].kind == OPERAND_MEM;
+}
+
 static enum translate_quick quick_of(const struct x86_insn *insn)
 {
     switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_MOVSB: case ZYDIS_MNEMONIC_MOVSW: case ZYDIS_MNEMONIC_MOVSD: case ZYDIS_MNEMONIC_MOVSQ:
+        return is_plain_string(insn) ? QUICK_MOVS : QUICK_NONE;
+    case ZYDIS_MNEMONIC_STOSB: case ZYDIS_MNEMONIC_STOSW: case ZYDIS_MNEMONIC_STOSD: case ZYDIS_MNEMONIC_STOSQ:
+        return is_plain_string(insn) ? QUICK_STOS : QUICK_NONE;
+    case ZYDIS_MNEMONIC_RDTSC: return QUICK_RDTSC;
+    case ZYDIS_MNEMONIC_RDTSCP: return QUICK_RDTSCP;
     case ZYDIS_MNEMONIC_CLI: return QUICK_CLI;
     case ZYDIS_MNEMONIC_STAC: return QUICK_STAC;
     case ZYDIS_MNEMONIC_CLAC: return QUICK_CLAC;
     case ZYDIS_MNEMONIC_SWAPGS: return QUICK_SWAPGS;
     default: return QUICK_NONE;
+    }
+}
+
+bool unit_quick_serial(const struct x86_insn *insn)
+{
+    switch (quick_of(insn)) {
+    case QUICK_STAC: case QUICK_CLAC: case QUICK_SWAPGS: return true;
+    default: return false;
     }
 }
 
@@ -161,6 +196,9 @@ void unit_classify(struct unit *x, struct unit_insn *i)
         i->form = FORM_NOP;
     } else if (quick_of(insn)) {
         i->form = FORM_QUICK;
+    } else if (insn->mnemonic == ZYDIS_MNEMONIC_MOV && insn->operand[1].kind == OPERAND_SEG) {
+        if (o->kind == OPERAND_GPR && o->size >= 4)
+            i->form = FORM_SELECTOR;
     } else if (insn->mnemonic == ZYDIS_MNEMONIC_PUSHFQ) {
         i->form = FORM_PUSHF;
     } else if (insn->mnemonic == ZYDIS_MNEMONIC_LEA) {
@@ -171,7 +209,7 @@ void unit_classify(struct unit *x, struct unit_insn *i)
                                    (o->kind == OPERAND_MEM && o->size == 8 && addressable(i))))
             i->form = FORM_PUSH;
     } else if (insn->mnemonic == ZYDIS_MNEMONIC_POP) {
-        if (insn->op_size == 8 && o->kind == OPERAND_GPR && o->reg != RSP)
+        if (insn->op_size == 8 && o->kind == OPERAND_GPR)
             i->form = FORM_POP;
     } else if (insn->mnemonic == ZYDIS_MNEMONIC_LEAVE) {
         if (insn->op_size == 8)
@@ -257,10 +295,21 @@ static void emit_copy(struct unit *x, unsigned k)
     const struct unit_insn *i = &x->insn[k];
     struct asm_address m, *at = NULL;
     struct renamed r;
+    unsigned high = high_byte(&i->insn);
 
     if (i->accesses) {
         m = unit_place(x, k, 0, false);
         at = &m;
+    }
+    if (high != X86_NO_REG) {
+        if (m.base == unit_host_of[high] || m.index == unit_host_of[high]) {
+            asm_lea(&x->a, T, m.base, m.index, m.shift, m.disp);
+            m = (struct asm_address){ T, H_NONE, 0, 0 };
+        }
+        asm_rorx(&x->a, unit_host_of[high], unit_host_of[high], 8);
+        unit_copy(x, &i->insn, high, H_NONE, at);
+        asm_rorx(&x->a, unit_host_of[high], unit_host_of[high], 56);
+        return;
     }
     rename_operands(x, k, at, &r);
     unit_copy(x, &i->insn, r.reg, r.rm, at);
@@ -308,7 +357,9 @@ static void emit_vector(struct unit *x, unsigned k)
         at = &m;
     }
     rename_operands(x, k, at, &r);
-    if (i->insn.has_vex || i->insn.has_evex)
+    if (i->insn.mnemonic == ZYDIS_MNEMONIC_VZEROUPPER)
+        asm_byte(a, 0xc5), asm_byte(a, 0xf8), asm_byte(a, 0x77);
+    else if (i->insn.has_vex || i->insn.has_evex)
         unit_copy_vex(x, &i->insn, r.reg, r.vvvv, r.rm, at);
     else
         unit_copy(x, &i->insn, r.reg, r.rm, at);
@@ -347,6 +398,16 @@ static void emit_lea(struct unit *x, unsigned k)
     asm_mem(a, d->size == 8, 0x8d, to, b, i, shift, (int32_t)disp);
     if (host == H_NONE)
         asm_store_gs(a, T, gpr_offset(d->reg));
+}
+
+static void emit_selector(struct unit *x, unsigned k)
+{
+    const struct x86_operand *o = x->insn[k].insn.operand;
+    unsigned host = unit_host_of[o[0].reg], to = host == H_NONE ? T : host;
+
+    asm_gs(&x->a, false, 0x0fb7, to, CPU_GS(s.seg[0].selector) + o[1].reg * sizeof(struct x86_seg));     /* movzwl */
+    if (host == H_NONE)
+        asm_store_gs(&x->a, T, gpr_offset(o[0].reg));
 }
 
 /* translator.value onto the stack; by access n. */
@@ -405,7 +466,8 @@ static void emit_pop(struct unit *x, unsigned k)
     asm_mem(a, true, 0x8b, host == H_NONE ? T : host, m.base, m.index, m.shift, m.disp);
     if (host == H_NONE)
         asm_store_gs(a, T, gpr_offset(o->reg));
-    asm_lea(a, H_R15, H_R15, H_NONE, 0, 8);
+    if (o->reg != RSP)          /* which then holds what it has loaded */
+        asm_lea(a, H_R15, H_R15, H_NONE, 0, 8);
 }
 
 static void emit_leave(struct unit *x, unsigned k)
@@ -419,7 +481,7 @@ static void emit_leave(struct unit *x, unsigned k)
 
 /*
  * The divisor comes into T, and what would raise #DE goes to the interpreter. The tests change flags, which DIV may leave as
- * they were, so where they are live the interpreter runs it all.
+ * they were: where they are live they are put aside on the return stack.
  */
 static void emit_divide(struct unit *x, unsigned k)
 {
@@ -433,10 +495,6 @@ static void emit_divide(struct unit *x, unsigned k)
     uint8_t *bad[2];
     unsigned host, count = 0;
 
-    if (i->live) {
-        unit_op(x, k);
-        return;
-    }
     if (o->kind == OPERAND_MEM) {
         struct asm_address m = unit_place(x, k, 0, false);
 
@@ -449,6 +507,8 @@ static void emit_divide(struct unit *x, unsigned k)
             host = T;
         }
     }
+    if (i->live)
+        asm_byte(a, 0x9c);                              /* pushf */
     if (is_signed) {
         unit_take_a(x, k);
         asm_mem(a, w, 0x8d, A, host, H_NONE, 0, 1);     /* 0 and -1 become 1 and 0 */
@@ -463,6 +523,8 @@ static void emit_divide(struct unit *x, unsigned k)
         asm_rr(a, w, 0x39, host, H_RDX);                /* the quotient fits only if the upper half is less */
         bad[count++] = asm_jcc(a, 3);
     }
+    if (i->live)
+        asm_byte(a, 0x9d);                              /* popf */
     asm_rex(a, w, 0, 0, host, false);
     asm_byte(a, 0xf7), asm_byte(a, 0xc0 | (is_signed ? 7u : 6u) << 3 | (host & 7));
     site = unit_site(x, k);
@@ -470,8 +532,10 @@ static void emit_divide(struct unit *x, unsigned k)
     x->sites = site;
     for (unsigned n = 0; n < count; n++) {
         s = unit_stub(x, STUB_RUN, bad[n]);
-        if (s)
+        if (s) {
             s->site = site;
+            s->restore_flags = i->live != 0;
+        }
     }
 }
 
@@ -482,6 +546,7 @@ void unit_insn(struct unit *x, unsigned k)
     case FORM_COPY: emit_copy(x, k); break;
     case FORM_VECTOR: emit_vector(x, k); break;
     case FORM_LEA: emit_lea(x, k); break;
+    case FORM_SELECTOR: emit_selector(x, k); break;
     case FORM_PUSH: emit_push(x, k); break;
     case FORM_POP: emit_pop(x, k); break;
     case FORM_LEAVE: emit_leave(x, k); break;

@@ -36,6 +36,7 @@ enum unit_form {
     FORM_NOP,
     FORM_COPY,          /* integer instruction copied with registers renamed */
     FORM_VECTOR,        /* the same for vector and VEX-encoded instructions */
+    FORM_SELECTOR,      /* MOV from a segment register */
     FORM_LEA, FORM_PUSH, FORM_POP, FORM_LEAVE, FORM_DIVIDE,
     FORM_QUICK,         /* sensitive, done by translate_quick() without leaving the guest's registers */
     FORM_PUSHF,
@@ -114,9 +115,11 @@ struct stub {
     uint8_t kind;               /* enum stub_kind */
     uint8_t tag;                /* STUB_FILL: offset of the tag in the entry that T has in it; 0xff: none */
     bool restore_rcx;           /* from its slot */
+    bool restore_flags;         /* from the return stack */
     struct translate_site *site;
     uint64_t target;            /* guest address, from cpu->code_page on */
     const uint8_t *code;
+    const uint8_t *back;        /* a look-up: where to go on when the runtime found the target after all; else NULL */
 };
 
 /* What unit_live_at() found, for as long as no code was written and the page stayed one of code. */
@@ -188,6 +191,8 @@ void unit_copy_vex(struct unit *x, const struct x86_insn *insn, unsigned reg, un
 /* ---- insn.c ---- */
 /* What form an instruction gets that is no control transfer. */
 void unit_classify(struct unit *x, struct unit_insn *i);
+/* FORM_QUICK: whether address space, permissions or segments may be others afterwards. */
+bool unit_quick_serial(const struct x86_insn *insn);
 void unit_insn(struct unit *x, unsigned k);
 
 /* ---- branch.c ---- */
