@@ -853,7 +853,7 @@ static void test_no_refusal_once_taken(void **state)
     assert_int_equal(missing_send(control, &t->a.memory, missing), 0);
     bitmaps_free(missing);
     urgent = play(HELLO_URGENT);
-    assert_int_equal(frame_send(control, FRAME_STATE, 0, t->b.seq, sizeof(t->b.seq)), 0);
+    assert_int_equal(frame_send(control, FRAME_STATE, 0, &t->b.seq, sizeof(t->b.seq)), 0);
     hear_frame(control, FRAME_PREPARED);
     assert_int_equal(frame_send(control, FRAME_COMMIT, 0, NULL, 0), 0);
     assert_int_equal(read(t->b.activating[0], &byte, 1), 1);
