@@ -187,6 +187,12 @@ static int stream_frame(struct migrate_target *t, struct target_stream *s, struc
     return -EPROTO;
 }
 
+/* A failure of this side, or damage that it saw; not of the link. */
+static bool is_ours(int err)
+{
+    return err == -EPROTO || err == -ENOMEM || err == -ENOSPC || err == -EIO || err == -EFBIG || err == -EDQUOT;
+}
+
 static void *stream_main(void *opaque)
 {
     struct target_stream *s = opaque;
@@ -219,8 +225,7 @@ static void *stream_main(void *opaque)
              * Whoever reads the control connection is to look. What it was goes to the source first, which goes on with the machine
              * when it hears it: so it is given up before, and once it is the target's the source only sees the connection break.
              */
-            if ((err == -EPROTO || err == -ENOMEM || err == -ENOSPC || err == -EIO || err == -EFBIG || err == -EDQUOT) &&
-                t->owner != TAKEN) {
+            if (is_ours(err) && t->owner != TAKEN) {
                 t->owner = GIVEN_UP;
                 refuse(t->control, error);
             }
