@@ -77,7 +77,7 @@ struct return_site {
 
 /* Instructions that translate_quick() does: sensitive ones that are frequent, and strings. */
 enum translate_quick {
-    QUICK_NONE, QUICK_CLI, QUICK_STAC, QUICK_CLAC, QUICK_SWAPGS, QUICK_PUSHF, QUICK_RDTSC, QUICK_RDTSCP,
+    QUICK_NONE, QUICK_CLI, QUICK_STI, QUICK_STAC, QUICK_CLAC, QUICK_SWAPGS, QUICK_PUSHF, QUICK_RDTSC, QUICK_RDTSCP,
     QUICK_MOVS, QUICK_STOS      /* with and without REP; span is the element's size */
 };
 
