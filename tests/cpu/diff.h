@@ -41,6 +41,14 @@ extern const struct window_page window[WINDOW_PAGES];
 #define LINE 64u                /* memory is compared and restored in lines */
 #define DATA_LINES (DATA_SIZE / LINE)
 
+/*
+ * With code_size 2: a code segment at CODE_BASE, and one for DS, ES and SS at WINDOW_LOW that ends with the window. RIP is then the offset,
+ * but in struct cpu_view it is linear.
+ */
+enum { SEL_CODE16 = 0x07, SEL_DATA16 = 0x0f };
+#define CODE16_LIMIT 0xffffu
+#define DATA16_LIMIT (WINDOW_PAGES * 4096u - 1)
+
 #define WINDOW_LOW 0x20000000ull
 #define WINDOW_HIGH 0x5a5a20000000ull       /* the same pages; out of reach in 32-bit code */
 #define EDGE_LOW 0xfffff000ull  /* around 4 GiB: two pages of their own */
@@ -67,7 +75,7 @@ struct cpu_view {
 
 struct cpu_case {
     uint64_t number;
-    uint8_t code_size;          /* 8: 64-bit mode, 4: compatibility mode */
+    uint8_t code_size;          /* 8: 64-bit mode, 4: compatibility mode, 2: the same with 16-bit segments */
     uint16_t start;             /* of code[] in the code pages */
     uint16_t bytes;             /* of code[] */
     uint16_t insns;
@@ -111,6 +119,7 @@ struct generate_options {
     unsigned percent32;         /* of cases in compatibility mode */
     unsigned percent_ac;        /* of cases with alignment checking */
     unsigned max_insns;         /* instructions of a case before fix-ups; 0: the usual mix */
+    bool code16;                /* cases of code_size 2 only */
     bool kernel;                /* the engine runs the cases at privilege level 0: nothing that means something else there */
     unsigned shape;             /* 0: random instructions; else 1 + index of shape_names */
     const struct x86_cpu_model *model;  /* instructions and registers that the engine's processor has; NULL: the host's */
@@ -126,8 +135,11 @@ void generate_data(uint8_t data[DATA_SIZE], const struct generate_options *o, ui
 
 /* ---- the host processor (diff_host.c) ---- */
 struct host;
-/* NULL with a reason on stderr; *skip: the host lacks something that the test needs. writes_code: cases may write the code pages. */
-struct host *host_create(bool *skip, bool writes_code);
+/*
+ * NULL with a reason on stderr; *skip: the host lacks something that the test needs. writes_code: cases may write the code
+ * pages; code16: they are all of code_size 2.
+ */
+struct host *host_create(bool *skip, bool writes_code, bool code16);
 void host_destroy(struct host *h);
 /* The data memory for the cases that follow. */
 void host_set_data(struct host *h, const uint8_t data[DATA_SIZE]);
@@ -150,7 +162,7 @@ bool guest_emulated(const struct guest *g);
 /* What its engine can show of the model. */
 const struct x86_cpu_model *guest_model(const struct guest *g);
 uint64_t guest_instructions(const struct guest *g);
-/* From now on NMIs come all the time. guest_interrupts(): how many were taken. */
+/* From now on NMIs and kicks come all the time. guest_interrupts(): how many were taken. */
 void guest_interrupt(struct guest *g);
 uint64_t guest_interrupts(const struct guest *g);
 /* One vCPU for all cases, so that its caches and the memory for prepared code fill up. Before the first case. */

@@ -222,6 +222,15 @@ static bool image_wraps(const struct cpu_case *c, const struct cpu_result *host)
     return insn.addr_size == 4 ? (uint32_t)at > 0xfffff000u - 4096 : (uint16_t)at > 0xf000;
 }
 
+/* Of an image that is misaligned, beyond its segment's limit and in no memory at once, which comes first. */
+static bool image_beyond_limit(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest)
+{
+    struct x86_insn insn;
+
+    return c->code_size == 2 && host->out.rip == guest->out.rip && host->vector != guest->vector &&
+           decode_at(c, host->out.rip, &insn) && made_of_parts(insn.mnemonic);
+}
+
 /* MXCSR.MM, which no model offers. */
 static bool misaligned_mode(const struct cpu_result *host, const struct cpu_result *guest)
 {
@@ -283,7 +292,7 @@ static bool undefined_but_done(const struct cpu_case *c, const struct cpu_result
         return false;
     for (unsigned i = 0; i < 4 && at + 5 < c->bytes && c->code[at] != 0xc4 && c->code[at] != 0x62; i++)     /* prefixes */
         at++;
-    if (c->code[at] == 0x62 && c->code_size == 4)
+    if (c->code[at] == 0x62 && c->code_size < 8)
         return (c->code[at + 2] & 0x83) == 0x83 && c->code[at + 3] & 0x10 && (c->code[at + 4] == 0x7b || c->code[at + 4] == 0x2a);
     return c->code[at] == 0xc4 && (c->code[at + 1] & 0x1f) == 3 && !(c->code[at + 2] & 0x80) && c->code[at + 3] <= 1;
 }
@@ -311,6 +320,8 @@ const char *known_difference(const struct cpu_case *c, const struct cpu_result *
         return "undefined instruction at the end of code";
     if (image_wraps(c, host))
         return "image around 4 GiB";
+    if (image_beyond_limit(c, host, guest))
+        return "image beyond a segment's limit";
     if (misaligned_mode(host, guest))
         return "MXCSR.MM";
     if (gather_steps(c, host))
@@ -338,7 +349,7 @@ bool compare_results(const struct cpu_case *c, const struct cpu_result *host, co
 
     /* KMOVD with VEX.W 1 writes 64 bits even in compatibility mode. */
     for (unsigned i = 0; i < c->insns; i++)
-        if (c->code_size == 4 && c->insn[i].mnemonic == ZYDIS_MNEMONIC_KMOVD)
+        if (c->code_size < 8 && c->insn[i].mnemonic == ZYDIS_MNEMONIC_KMOVD)
             gpr_mask = UINT32_MAX;
     if (text && size)
         *text = 0;

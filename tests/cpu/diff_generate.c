@@ -49,20 +49,21 @@ struct generator {
 };
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static ZydisDecoder decoder64, decoder32;
+static ZydisDecoder decoder64, decoder32, decoder16;
 static const struct x86_cpu_model *host_model;
 static uint64_t host_xcr0;
-static struct encode_pool pool64, pool32;       /* with generate_options.only */
+static struct encode_pool pool64, pool32, pool16;       /* with generate_options.only */
 
 static void setup(void)
 {
     unsigned eax, ebx = 0, ecx = 0, edx;
-    ZydisDecoder *d[2] = { &decoder64, &decoder32 };
+    ZydisDecoder *d[3] = { &decoder64, &decoder32, &decoder16 };
 
     __get_cpuid(0, &eax, &ebx, &ecx, &edx);
     ZydisDecoderInit(d[0], ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
     ZydisDecoderInit(d[1], ZYDIS_MACHINE_MODE_LEGACY_32, ZYDIS_STACK_WIDTH_32);
-    for (unsigned i = 0; i < 2; i++) {
+    ZydisDecoderInit(d[2], ZYDIS_MACHINE_MODE_LEGACY_16, ZYDIS_STACK_WIDTH_16);
+    for (unsigned i = 0; i < 3; i++) {
         ZydisDecoderEnableMode(d[i], ZYDIS_DECODER_MODE_AMD_BRANCHES, ebx == signature_AMD_ebx);
         ZydisDecoderEnableMode(d[i], ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
         ZydisDecoderEnableMode(d[i], ZYDIS_DECODER_MODE_CET, ZYAN_FALSE);
@@ -364,7 +365,7 @@ static bool wanted(void *opaque, const struct x86_insn *insn)
 static void encode(struct generator *g, struct bytes *o)
 {
     unsigned code_size = g->c->code_size;
-    struct encode_pool *p = code_size == 8 ? &pool64 : &pool32;
+    struct encode_pool *p = code_size == 8 ? &pool64 : code_size == 4 ? &pool32 : &pool16;
 
     if (!g->options->only) {
         encode_random(o, &g->rng, code_size);
@@ -459,6 +460,8 @@ static uint64_t any_address(struct generator *g, unsigned size, bool wide)
 
 static uint64_t segment_base(const struct generator *g, const struct x86_insn *insn)
 {
+    if (g->c->code_size == 2)
+        return insn->mem.seg == SEG_CS ? CODE_BASE : insn->mem.seg < SEG_FS ? WINDOW_LOW : 0;
     if (g->c->code_size != 8)
         return 0;
     return insn->mem.seg == SEG_FS ? g->c->in.fs_base : insn->mem.seg == SEG_GS ? g->c->in.gs_base : 0;
@@ -511,7 +514,7 @@ static void steer(struct generator *g, const struct x86_insn *insn, uint8_t *byt
         set_register(g, m->base, truncate(v, g->c->code_size));
         return;
     }
-    if (insn->disp_size < 4 || !insn->disp_offset)
+    if (insn->disp_size < MIN(m->addr_size, 4) || !insn->disp_offset)
         return;
     /* The displacement has to do it. */
     rest += (uint64_t)m->disp;
@@ -570,7 +573,9 @@ static void prepare_hidden_memory(struct generator *g, const ZydisDecodedOperand
     /* Fast strings look at virtual addresses: with overlapping aliases they do not copy in order. */
     if (insn->mnemonic >= ZYDIS_MNEMONIC_MOVSB && insn->category == ZYDIS_CATEGORY_STRINGOP && target - WINDOW_HIGH < WINDOW_PAGES * 4096)
         target -= WINDOW_HIGH - WINDOW_LOW;
-    if (o->mem.segment == ZYDIS_REGISTER_FS || o->mem.segment == ZYDIS_REGISTER_GS)
+    if (g->c->code_size == 2)
+        target -= WINDOW_LOW;
+    else if (o->mem.segment == ZYDIS_REGISTER_FS || o->mem.segment == ZYDIS_REGISTER_GS)
         target -= segment_base(g, insn);
     if (insn->addr_size < g->c->code_size && rng_percent(&g->rng, 50))
         target = truncate(target, insn->addr_size) | rng64(&g->rng) << (insn->addr_size * 8);
@@ -693,7 +698,7 @@ static bool emit_invalid(struct generator *g)
 /* One random instruction with its fix-ups. */
 static bool emit_random(struct generator *g)
 {
-    const ZydisDecoder *d = g->c->code_size == 8 ? &decoder64 : &decoder32;
+    const ZydisDecoder *d = g->c->code_size == 8 ? &decoder64 : g->c->code_size == 4 ? &decoder32 : &decoder16;
     ZydisDecodedInstruction z;
     ZydisDecodedOperand operand[ZYDIS_MAX_OPERAND_COUNT];
     struct x86_insn insn;
@@ -766,7 +771,7 @@ static void apply_patches(struct generator *g)
             target -= next;
             /* Elsewhere: into the filling, or where nothing is; but never between instructions of the case. */
             wild = p->size == 1 ? (uint64_t)(int64_t)(int8_t)wild : p->size == 2 ? (uint64_t)(int64_t)(int16_t)wild : (uint64_t)(int64_t)(int32_t)wild;
-            if (rng_percent(&g->rng, 8) && !inside_case(c, next + wild))
+            if (rng_percent(&g->rng, 8) && !inside_case(c, c->code_size == 2 ? CODE_BASE | ((next + wild) & 0xffff) : next + wild))
                 target = wild;
             memcpy(c->code + p->where, &target, p->size);
             break;
@@ -788,6 +793,7 @@ static void emit_loop(struct generator *g)
     int64_t back;
     uint8_t code[8];
     unsigned n = 0;
+    int size;
 
     if (g->use[RCX] == REG_FREE && rng_percent(&g->rng, 50)) {
         set_register(g, RCX, 1 + rng_below(&g->rng, 6));
@@ -807,11 +813,12 @@ static void emit_loop(struct generator *g)
     code[n++] = 0xff;
     code[n++] = (uint8_t)(0xc8 | (reg & 7));
     append(g, code, n, ZYDIS_MNEMONIC_DEC);
-    back = (int64_t)c->insn[body].offset - (c->bytes + 6);
+    size = c->code_size == 2 ? 2 : 4;
+    back = (int64_t)c->insn[body].offset - (c->bytes + 2 + size);
     code[0] = 0x0f;
     code[1] = 0x85;
-    memcpy(code + 2, &back, 4);
-    append(g, code, 6, ZYDIS_MNEMONIC_JNZ);
+    memcpy(code + 2, &back, size);
+    append(g, code, 2u + (unsigned)size, ZYDIS_MNEMONIC_JNZ);
     g->use[reg] = REG_UNKNOWN;
 }
 
@@ -872,7 +879,7 @@ void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_
     rng64(r);
     c->number = number;
     c->bytes = c->insns = 0;
-    c->code_size = !o->shape && rng_percent(r, o->percent32) ? 4 : 8;
+    c->code_size = o->code16 ? 2 : !o->shape && rng_percent(r, o->percent32) ? 4 : 8;
     memset(&c->in, 0, sizeof(c->in));
     c->in.fs_base = any_base(r);
     c->in.gs_base = any_base(r);
@@ -887,7 +894,7 @@ void generate_case(struct cpu_case *c, const struct generate_options *o, uint64_
         return;
     }
     g.use[RSP] = REG_KNOWN;
-    g.value[RSP] = g.initial[RSP] = truncate(any_stack(&g), c->code_size);
+    g.value[RSP] = g.initial[RSP] = truncate(any_stack(&g) - (c->code_size == 2 ? WINDOW_LOW : 0), c->code_size);
 
     count = how_many(&g);
     for (unsigned i = 0; i < count && c->bytes + ROOM < MAX_CODE && c->insns + 8u < MAX_INSNS; i++) {

@@ -75,7 +75,9 @@ static uint64_t interrupts_now(const struct guest *g)
 
 uint64_t guest_interrupts(const struct guest *g) { return g->interrupts + interrupts_now(g); }
 
-/* The next one shortly after each that was taken, at all distances in time. */
+/*
+ * One after the other, at all distances in time. Kicks among them: then the state is taken out of the engine and put in again.
+ */
 static void *interrupt(void *opaque)
 {
     struct guest *g = opaque;
@@ -83,7 +85,10 @@ static void *interrupt(void *opaque)
 
     while (!atomic_load(&g->stop)) {
         pthread_mutex_lock(&g->lock);
-        g->engine.engine->signal(&g->engine.vcpu, LAPIC_NMI, 0);
+        if (rng_percent(&r, 20))
+            g->engine.engine->kick(&g->engine.vcpu);
+        else
+            g->engine.engine->signal(&g->engine.vcpu, LAPIC_NMI, 0);
         pthread_mutex_unlock(&g->lock);
         for (unsigned i = rng_below(&r, 2000); i > 0; i--)
             __builtin_ia32_pause();
@@ -164,24 +169,32 @@ void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *r)
     struct x86_state *s = &g->state;
     struct guest_exception e;
     enum guest_end end;
+    bool ended = false;
 
     if (g->cases++ >= CASES_PER_VCPU && !keep_vcpu)
         renew(g);
     load_code(g, c);
     *s = g->engine.base;
     memcpy(s->gpr, c->in.gpr, sizeof(s->gpr));
-    s->rip = c->in.rip;
+    s->rip = c->in.rip - (c->code_size == 2 ? CODE_BASE : 0);
     s->rflags = c->in.rflags;
     s->seg[SEG_CS] = engine_guest_segment(&g->engine, kernel_mode ? SEL_KERNEL_CODE : c->code_size == 8 ? SEL_CODE64 : SEL_CODE32);
+    if (c->code_size == 2) {
+        s->seg[SEG_CS] = (struct x86_seg){ .base = CODE_BASE, .limit = CODE16_LIMIT, .attr = 0xfb, .selector = SEL_CODE16 };
+        s->seg[SEG_DS] = (struct x86_seg){ .base = WINDOW_LOW, .limit = DATA16_LIMIT, .attr = 0xf3, .selector = SEL_DATA16 };
+        s->seg[SEG_ES] = s->seg[SEG_SS] = s->seg[SEG_DS];
+    }
     if (kernel_mode)
         s->seg[SEG_SS] = engine_guest_segment(&g->engine, SEL_KERNEL_DATA);
     s->seg[SEG_FS].base = c->in.fs_base;
     s->seg[SEG_GS].base = c->in.gs_base;
     s->fpu = c->in.fpu;
-    end = engine_guest_run(&g->engine, s);
+    do
+        end = engine_guest_run(&g->engine, s);
+    while (end == GUEST_ENDED && !(ended = engine_guest_exception(&g->engine, s, &e)) && g->interrupted);
 
     collect_data(g, r);
-    if (end != GUEST_ENDED || !engine_guest_exception(&g->engine, s, &e)) {
+    if (end != GUEST_ENDED || !ended) {
         r->end = end == GUEST_EXPIRED ? END_TIMEOUT : END_CRASH;
         return;
     }
@@ -190,7 +203,7 @@ void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *r)
     r->error = e.error;
     r->cr2 = s->cr2;
     memcpy(r->out.gpr, s->gpr, sizeof(s->gpr));
-    r->out.rip = e.rip;
+    r->out.rip = e.rip + (c->code_size == 2 ? CODE_BASE : 0);
     r->out.rflags = e.rflags;
     r->out.gpr[RSP] = e.rsp;
     r->out.fs_base = s->seg[SEG_FS].base;

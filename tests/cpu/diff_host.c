@@ -99,7 +99,7 @@ static bool start_child(struct host *h)
     return true;
 }
 
-struct host *host_create(bool *skip, bool writes_code)
+struct host *host_create(bool *skip, bool writes_code, bool code16)
 {
     struct host *h = calloc(1, sizeof(*h));
 
@@ -118,6 +118,7 @@ struct host *host_create(bool *skip, bool writes_code)
         return NULL;
     }
     h->memory.shared->writes_code = writes_code;
+    h->memory.shared->code16 = code16;
     if (!start_child(h)) {
         host_destroy(h);
         return NULL;
@@ -219,7 +220,7 @@ static void put_case(struct host_slot *s, const struct cpu_case *c)
 {
     for (unsigned i = 0; i < 16; i++)
         s->gregs[greg_of[i]] = (greg_t)c->in.gpr[i];
-    s->gregs[REG_RIP] = (greg_t)c->in.rip;
+    s->gregs[REG_RIP] = (greg_t)(c->in.rip - (c->code_size == 2 ? CODE_BASE : 0));
     s->gregs[REG_EFL] = (greg_t)c->in.rflags;
     s->fs_base = c->in.fs_base;
     s->gs_base = c->in.gs_base;
@@ -241,7 +242,7 @@ static void get_result(struct cpu_result *r, const struct host_slot *s)
     r->cr2 = (uint64_t)s->gregs[REG_CR2];
     for (unsigned i = 0; i < 16; i++)
         r->out.gpr[i] = (uint64_t)s->gregs[greg_of[i]];
-    r->out.rip = (uint64_t)s->gregs[REG_RIP];
+    r->out.rip = (uint64_t)s->gregs[REG_RIP] + (s->code_size == 2 ? CODE_BASE : 0);
     r->out.rflags = (uint64_t)s->gregs[REG_EFL];
     r->out.fs_base = s->fs_base;
     r->out.gs_base = s->gs_base;

@@ -10,6 +10,7 @@
  */
 #include "diff_host.h"
 
+#include <asm/ldt.h>
 #include <errno.h>
 #include <linux/audit.h>
 #include <linux/filter.h>
@@ -25,7 +26,7 @@
 #include <sys/time.h>
 #include <unistd.h>
 
-#define TICK_US 20000           /* a case that sees two ticks is taken for endless */
+#define TICK_US 4000            /* a case that sees two ticks is taken for endless */
 #define SELECTOR_CODE64 0x33
 #define SELECTOR_CODE32 0x23
 #define SELECTOR_DATA 0x2b
@@ -140,12 +141,13 @@ static void load_case(ucontext_t *u)
     struct host_slot *s = &shared->slot[position];
     greg_t *g = u->uc_mcontext.gregs;
     uint8_t *image = (uint8_t *)u->uc_mcontext.fpregs;
-    uint64_t code = s->code_size == 8 ? SELECTOR_CODE64 : SELECTOR_CODE32;
+    uint64_t code = s->code_size == 8 ? SELECTOR_CODE64 : s->code_size == 4 ? SELECTOR_CODE32 : SEL_CODE16;
+    uint64_t stack = s->code_size == 2 ? SEL_DATA16 : SELECTOR_DATA;
 
     atomic_store(&shared->current, position);
     memcpy(code_view + s->start, s->code, s->bytes);
     memcpy(g, s->gregs, (REG_EFL + 1) * sizeof(greg_t));
-    g[REG_CSGSFS] = (greg_t)(code | (uint64_t)SELECTOR_DATA << 48);
+    g[REG_CSGSFS] = (greg_t)(code | stack << 48);
     memcpy(image, s->image, FRAME_KERNEL_BYTES);
     memcpy(image + 512, s->image + 512, shared->image_size - 512);
     host_case_fs = s->fs_base;
@@ -241,6 +243,14 @@ static void *map(uint64_t address, size_t size, int protection, int fd, size_t o
     return p;
 }
 
+static void add_segment(unsigned selector, uint32_t base, uint32_t limit, unsigned contents)
+{
+    struct user_desc d = { .entry_number = selector >> 3, .base_addr = base, .limit = limit, .contents = contents };
+
+    if (syscall(SYS_modify_ldt, 0x11, &d, sizeof(d)))
+        fail("modify_ldt");
+}
+
 static void map_window(uint64_t base, int fd)
 {
     for (unsigned i = 0; i < WINDOW_PAGES; i++)
@@ -274,7 +284,11 @@ void host_child(const struct host_memory *memory)
     for (unsigned i = 0; i < sizeof(signals) / sizeof(signals[0]); i++)
         if (sigaction(signals[i], &action, NULL))
             fail("sigaction");
-    __asm__ volatile("movl %0, %%ds\n\tmovl %0, %%es" : : "r"(SELECTOR_DATA));
+    if (shared->code16) {
+        add_segment(SEL_CODE16, CODE_BASE, CODE16_LIMIT, MODIFY_LDT_CONTENTS_CODE);
+        add_segment(SEL_DATA16, (uint32_t)WINDOW_LOW, DATA16_LIMIT, MODIFY_LDT_CONTENTS_DATA);
+    }
+    __asm__ volatile("movl %0, %%ds\n\tmovl %0, %%es" : : "r"(shared->code16 ? SEL_DATA16 : SELECTOR_DATA));
     __asm__ volatile("rdfsbase %0\n\trdgsbase %1" : "=r"(host_own_fs), "=r"(host_own_gs));
     find_top();
     if (setitimer(ITIMER_PROF, &timer, NULL))

@@ -275,7 +275,7 @@ static void print_figures(const struct options *o, double seconds)
            " skipped, %" PRIu64 " instructions of %u mnemonics, %.1f s, %" PRIu64
            " known, %" PRIu64
            " unstable and %" PRIu64 " differences\n",
-           o->generate.kernel ? "kernel mode, " : "", o->engine, o->model, o->generate.seed, o->first, compared, skipped, insns_generated(), mnemonics, seconds, excused, unstable, differences);
+           o->generate.kernel ? "kernel mode, " : o->generate.code16 ? "16-bit code, " : "", o->engine, o->model, o->generate.seed, o->first, compared, skipped, insns_generated(), mnemonics, seconds, excused, unstable, differences);
 }
 
 static void print_mnemonics(void)
@@ -288,7 +288,7 @@ static void print_mnemonics(void)
 static const char help[] =
     "Usage: difftest [--engine NAME] [--model NAME] [--seed N|random] [--first N] [--count N] [--case N] [--seconds S]\n"
     "                [--percent32 P] [--percent-ac P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
-    "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep] [--kernel] [--interrupts]\n"
+    "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep] [--code16] [--kernel] [--interrupts]\n"
     "                [--shape groups|stack|loops|vectors|mixed|self]\n";
 
 /* Mnemonics, comma-separated, in any case. */
@@ -329,14 +329,14 @@ static uint64_t parse_number(const char *text)
 
 int main(int argc, char **argv)
 {
-    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP, SHAPE, KERNEL, INTERRUPTS };
+    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP, SHAPE, KERNEL, INTERRUPTS, CODE16 };
     static const struct option names[] = {
         { "engine", 1, 0, ENGINE }, { "model", 1, 0, MODEL }, { "seed", 1, 0, SEED }, { "first", 1, 0, FIRST },
         { "count", 1, 0, COUNT }, { "case", 1, 0, CASE }, { "seconds", 1, 0, SECONDS }, { "percent32", 1, 0, PERCENT32 }, { "percent-ac", 1, 0, PERCENT_AC },
         { "max-insns", 1, 0, MAX }, { "only", 1, 0, ONLY }, { "show", 1, 0, SHOW }, { "no-minimize", 0, 0, NO_MINIMIZE },
         { "progress", 0, 0, PROGRESS }, { "mnemonics", 0, 0, MNEMONICS }, { "keep-vcpu", 0, 0, KEEP },
         { "no-liveness", 0, 0, NO_LIVENESS }, { "lockstep", 0, 0, LOCKSTEP }, { "shape", 1, 0, SHAPE }, { "kernel", 0, 0, KERNEL },
-        { "interrupts", 0, 0, INTERRUPTS },
+        { "interrupts", 0, 0, INTERRUPTS }, { "code16", 0, 0, CODE16 },
         { 0 },
     };
     struct options o = { .engine = "interp", .model = "host", .count = 20000, .shown = 20, .minimize = true };
@@ -372,12 +372,13 @@ int main(int argc, char **argv)
             }
             break;
         case KERNEL: o.generate.kernel = compare_kernel = true; break;
+        case CODE16: o.generate.code16 = true; break;
         case INTERRUPTS: interrupts = true; break;
         case LOCKSTEP: translate_options.lockstep = true; break;
         default: fputs(help, stderr); return 2;
         }
     }
-    if (optind < argc || o.count == 0) {
+    if (optind < argc || o.count == 0 || (o.generate.code16 && (o.generate.kernel || o.generate.shape))) {
         fputs(help, stderr);
         return 2;
     }
@@ -385,7 +386,7 @@ int main(int argc, char **argv)
     if (o.generate.shape == SHAPE_WRITES_CODE)
         translate_options.liveness = false;
     compare_flags_at_faults = strcmp(o.engine, "translate") != 0 || !translate_options.liveness;
-    host = host_create(&skip, o.generate.shape == SHAPE_WRITES_CODE);
+    host = host_create(&skip, o.generate.shape == SHAPE_WRITES_CODE, o.generate.code16);
     if (!host)
         return skip ? SKIPPED : 2;
     if (o.generate.kernel)      /* there is no 32-bit kernel code here, and alignment is checked for programs alone */

@@ -50,6 +50,7 @@ GUEST(movs_near, "1: lea 1(%rbx), %rdi; mov %rbx, %rsi; mov $0x1000000, %ecx; re
 GUEST(movs_down, "std; 1: lea 0x1000003(%rbx), %rdi; lea 0x1000000(%rbx), %rsi; mov $0x100000, %ecx; rep movsq; jmp 1b")
 GUEST(stos, "1: mov %rbx, %rdi; xor %eax, %eax; mov $0x400000, %ecx; rep stosl; jmp 1b")
 GUEST(lods, "1: mov %rbx, %rsi; mov $0x1000000, %ecx; rep lodsb; jmp 1b")
+GUEST(lods_loop, "1: mov %rbx, %rsi; mov $0x1000000, %ecx; 2: lodsb; dec %ecx; jnz 2b; jmp 1b")
 GUEST(scas, "1: mov %rbx, %rdi; mov $0xa5, %al; mov $0x1000000, %ecx; repne scasb; jmp 1b")
 GUEST(cmps, "1: mov %rbx, %rdi; lea 0x1000(%rbx), %rsi; mov $0x1000000, %ecx; repe cmpsb; jmp 1b")
 GUEST(outs, "1: mov %rbx, %rsi; mov $0x700, %edx; mov $0x1000000, %ecx; rep outsb; jmp 1b")
@@ -68,7 +69,7 @@ static const struct program {
 } programs[] = {
 #define PROGRAM(name) { #name, guest_##name, guest_##name##_end },
     PROGRAM(loop) PROGRAM(straight) PROGRAM(loads) PROGRAM(vectors) PROGRAM(x87) PROGRAM(indirect) PROGRAM(calls) PROGRAM(recursion)
-    PROGRAM(movs) PROGRAM(movs_near) PROGRAM(movs_down) PROGRAM(stos) PROGRAM(lods) PROGRAM(scas) PROGRAM(cmps) PROGRAM(outs)
+    PROGRAM(movs) PROGRAM(movs_near) PROGRAM(movs_down) PROGRAM(stos) PROGRAM(lods) PROGRAM(lods_loop) PROGRAM(scas) PROGRAM(cmps) PROGRAM(outs)
     PROGRAM(ins) PROGRAM(stos_hole) PROGRAM(movs_hole) PROGRAM(fences) PROGRAM(flushes) PROGRAM(faults) PROGRAM(self) PROGRAM(halted)
 };
 

@@ -342,7 +342,6 @@ static int op_load(void *opaque, const void *data, size_t len, char reason[MIGRA
 static int op_activate(void *opaque, char reason[MIGRATE_TEXT])
 {
     struct machine *m = opaque;
-
     char byte;
 
     if (m->refuse_activate)

@@ -105,6 +105,23 @@ const struct op *op_branch16(struct x86_cpu *cpu, const struct op *op)
     FOLLOW(0, op->rip + op->len);
 }
 
+/* The same with 32 bits in 16-bit code, whose segment may end before the target. */
+const struct op *op_branch32(struct x86_cpu *cpu, const struct op *op)
+{
+    uint64_t rcx = cpu->s.gpr[RCX], target = (uint32_t)page_rip(cpu, op->imm);
+
+    if (op->sub < 16 ? condition(cpu->arith, op->sub) : loop_taken(cpu, op, op->sub - 16u)) {
+        if (unlikely(target > cpu->s.seg[SEG_CS].limit)) {
+            cpu->s.gpr[RCX] = rcx;
+            enter_slow(cpu, op);
+            x86_raise_error(cpu, X86_GP, 0);
+        }
+        BRANCH_TO(target);
+    }
+    cpu->insns += op->n + 1u;
+    FOLLOW(0, op->rip + op->len);
+}
+
 /* ---- 64-bit mode ---- */
 
 static inline bool canonical(uint64_t va) { return (uint64_t)((int64_t)(va << 16) >> 16) == va; }
@@ -198,16 +215,16 @@ op_fn *const call_indirect_handlers[FORM1S] = FORM1_OF(call);
  * op->sub is the operand size in bytes. aux: struct slow_insn.
  */
 
-/* Targets are cut to the operand size and, outside 64-bit mode, checked against CS's limit. */
-static uint64_t checked_target(struct x86_cpu *cpu, uint64_t target, unsigned size)
+/* Outside 64-bit mode targets are checked against CS's limit. */
+static bool good_target(const struct x86_cpu *cpu, uint64_t target)
 {
-    if (size == 2)
-        target = (uint16_t)target;
-    else if (size == 4)
-        target = (uint32_t)target;
-    if (cpu->code_size == 8 ? !canonical(target) : target > cpu->s.seg[SEG_CS].limit)
-        x86_raise_error(cpu, X86_GP, 0);
-    return target;
+    return cpu->code_size == 8 ? canonical(target) : target <= cpu->s.seg[SEG_CS].limit;
+}
+
+/* Cut to the operand size. */
+static uint64_t cut(uint64_t target, unsigned size)
+{
+    return size == 2 ? (uint16_t)target : size == 4 ? (uint32_t)target : target;
 }
 
 static uint64_t operand_target(struct x86_cpu *cpu, const struct op *op)
@@ -230,17 +247,27 @@ const struct op *op_jump_slow(struct x86_cpu *cpu, const struct op *op)
     uint64_t target;
 
     enter_slow(cpu, op);
-    target = checked_target(cpu, operand_target(cpu, op), op->sub);
+    target = cut(operand_target(cpu, op), op->sub);
+    if (unlikely(!good_target(cpu, target)))
+        x86_raise_error(cpu, X86_GP, 0);
     BRANCH_TO(target);
 }
 
 const struct op *op_call_slow(struct x86_cpu *cpu, const struct op *op)
 {
-    uint64_t target;
+    uint64_t rsp = cpu->s.gpr[RSP], target;
+    bool good;
 
     enter_slow(cpu, op);
-    target = checked_target(cpu, operand_target(cpu, op), op->sub);
-    x86_push(cpu, op_rip(cpu, op) + op->len, op->sub);
+    target = cut(operand_target(cpu, op), op->sub);
+    good = good_target(cpu, target);
+    /* As for bad_call(). */
+    if (likely(good || !cpu->amd))
+        x86_push(cpu, op_rip(cpu, op) + op->len, op->sub);
+    if (unlikely(!good)) {
+        cpu->s.gpr[RSP] = rsp;
+        x86_raise_error(cpu, X86_GP, 0);
+    }
     BRANCH_TO(target);
 }
 
@@ -251,9 +278,8 @@ const struct op *op_ret_slow(struct x86_cpu *cpu, const struct op *op)
     enter_slow(cpu, op);
     target = x86_pop(cpu, op->sub);
     x86_set_gpr(cpu, RSP, cpu->s.gpr[RSP] + op->imm, cpu->stack_size);
-    if (op->sub < 8)
-        target &= (1ull << (op->sub * 8)) - 1;
-    if (cpu->code_size == 8 ? !canonical(target) : target > cpu->s.seg[SEG_CS].limit) {
+    target = cut(target, op->sub);
+    if (unlikely(!good_target(cpu, target))) {
         cpu->s.gpr[RSP] = rsp;
         x86_raise_error(cpu, X86_GP, 0);
     }

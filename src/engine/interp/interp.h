@@ -463,7 +463,7 @@ extern op_fn *const double_shift_handlers[2][SIZES][2][FORM1S]; /* [SHLD, SHRD][
 extern op_fn *const jcc_handlers[16];
 extern op_fn *const jump_indirect_handlers[FORM1S];
 extern op_fn *const call_indirect_handlers[FORM1S];
-op_fn op_jmp, op_call, op_ret, op_loop, op_branch16, op_jump_slow, op_call_slow, op_ret_slow, op_end, op_cross_check;
+op_fn op_jmp, op_call, op_ret, op_loop, op_branch16, op_branch32, op_jump_slow, op_call_slow, op_ret_slow, op_end, op_cross_check;
 
 /* atomic.c: op->sub says what; the source is a register, or imm when src names the zero field */
 enum atomic_kind { AT_ADD, AT_OR, AT_ADC, AT_SBB, AT_AND, AT_SUB, AT_XOR, AT_INC, AT_DEC, AT_NEG, AT_NOT, AT_XADD,

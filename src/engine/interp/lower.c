@@ -318,19 +318,19 @@ static bool lower_string(struct lowering *l, enum string_kind kind)
 
 /* ---- branches: these end the block ---- */
 
-/* Jcc, LOOP, JRCXZ with an operand-size prefix in 64-bit mode. */
-static bool lower_direct16(struct lowering *l, op_fn *fn)
+/* Jcc, LOOP, JRCXZ whose target needs a look: to is op_branch16 or op_branch32. */
+static bool lower_direct_to(struct lowering *l, op_fn *fn, op_fn *to)
 {
     struct op *op = l->op;
 
     if (fn == op_loop) {
         op->sub += 16;
-        return set(l, op_branch16);
+        return set(l, to);
     }
     for (unsigned cc = 0; cc < 16; cc++)
         if (fn == jcc_handlers[cc])
             op->sub = (uint16_t)cc;
-    return set(l, op_branch16);
+    return set(l, to);
 }
 
 static bool lower_direct(struct lowering *l, op_fn *fn, op_fn *any_mode)
@@ -349,8 +349,10 @@ static bool lower_direct(struct lowering *l, op_fn *fn, op_fn *any_mode)
     if (l->insn->op_size == 2) {
         /* The target is cut to 16 bits, which only code that belongs to one address could know beforehand. */
         if (l->code_size == 8)
-            return lower_direct16(l, fn);
+            return lower_direct_to(l, fn, op_branch16);
         op->imm = (uint16_t)(l->it->cpu.code_page + op->imm) - l->it->cpu.code_page;
+    } else if (l->code_size == 2) {
+        return lower_direct_to(l, fn, op_branch32);
     }
     return set(l, fn);
 }

@@ -195,7 +195,8 @@ static uint64_t step(const struct walk *w, unsigned what, uint64_t limit)
     }
 }
 
-const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
+/* True: it has ended. False: s.rip is this instruction, it goes on later. */
+static __attribute__((noinline)) bool run_string(struct x86_cpu *cpu, const struct op *op)
 {
     const struct x86_insn *insn = &((const struct slow_insn *)op->aux)->insn;
     struct walk w = {
@@ -232,7 +233,7 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
     }
     if (!insn->rep && !insn->repne) {
         step(&w, op->sub, 1);
-        NEXT;
+        return true;
     }
     for (;;) {
         uint64_t count = x86_get_gpr(cpu, RCX, w.addr_size);
@@ -241,7 +242,7 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
 
         if (count == 0) {
             cpu->arith = *w.flags;
-            NEXT;
+            return true;
         }
         /* Look up from time to time, so that interrupts wait no longer than for a few pages. */
         for (budget = single ? 1 : 64; budget && count; budget--) {
@@ -251,14 +252,22 @@ const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
             x86_set_gpr(cpu, RCX, count, w.addr_size);
             if (compares && condition(*w.flags, 4) == insn->repne) {
                 cpu->arith = *w.flags;
-                NEXT;
+                return true;
             }
             if (n > 1)
                 budget = budget > 16 ? budget - 15 : 1;
         }
         if (count && (single || atomic_load_explicit(&cpu->request, memory_order_relaxed))) {
             cpu->insns += op->n;
-            return NULL;        /* s.rip is this instruction: it goes on later */
+            return false;
         }
     }
+}
+
+/* The walk lives in a function of its own: where the address of a local variable has been given away, GCC makes no tail call of NEXT. */
+const struct op *op_string(struct x86_cpu *cpu, const struct op *op)
+{
+    if (unlikely(!run_string(cpu, op)))
+        return NULL;
+    NEXT;
 }

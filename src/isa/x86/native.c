@@ -120,10 +120,14 @@ static bool raises_simd(const struct x86_insn *insn)
 /* The stubs run on the host, so where processors differ its vendor decides. */
 static bool host_is_amd(void)
 {
+    static _Atomic int8_t known;        /* 1: it is, -1: it is not. CPUID takes long where a hypervisor answers */
     unsigned eax, ebx = 0, ecx, edx;
 
-    __get_cpuid(0, &eax, &ebx, &ecx, &edx);
-    return ebx == signature_AMD_ebx || ebx == 0x6f677948;       /* "Auth", Hygon's "Hygo" */
+    if (!known) {
+        __get_cpuid(0, &eax, &ebx, &ecx, &edx);
+        known = ebx == signature_AMD_ebx || ebx == 0x6f677948 ? 1 : -1;         /* "Auth", Hygon's "Hygo" */
+    }
+    return known > 0;
 }
 
 static bool must_be_aligned(const struct x86_insn *insn, enum native_kind kind, unsigned size)
@@ -229,6 +233,7 @@ static void describe(struct native_insn *n, const struct x86_insn *insn)
     *n = (struct native_insn){ .kind = (uint8_t)kind_of(insn) };
     n->uses_fx = n->kind == NATIVE_X87 || n->kind == NATIVE_MMX || has_operand(insn, OPERAND_MM);
     n->raises_simd = n->kind >= NATIVE_SSE && raises_simd(insn);
+    n->never_misaligned = !host_is_amd() && (insn->mnemonic == ZYDIS_MNEMONIC_VCVTPH2PS || insn->mnemonic == ZYDIS_MNEMONIC_VCVTPS2PH);
     n->x87_waits = n->uses_fx && !(n->kind == NATIVE_X87 && x87_no_wait(insn));
     n->x87_pointers = n->kind == NATIVE_X87 && !x87_control(insn);
     n->components = components[n->kind] | (n->uses_fx ? 1 : 0);
@@ -533,7 +538,8 @@ static void run_masked(struct x86_cpu *cpu, const struct x86_insn *insn, const s
     if (mask && !cpu->amd) {
         gva_t at = x86_seg_linear(cpu, insn->mem.seg, offset, 1, n->mem_write);
 
-        native_check_masked(cpu, insn, n->element, mask, n->mem_write, n->mem_size <= 8 && (at & (n->mem_size - 1u)));
+        native_check_masked(cpu, insn, n->element, mask, n->mem_write,
+                            n->mem_size <= 8 && !n->never_misaligned && (at & (n->mem_size - 1u)));
     }
 
     for (unsigned i = 0; i < n->mem_size / n->element; i++) {
@@ -573,6 +579,7 @@ static void run_in_parts(struct x86_cpu *cpu, const struct native_insn *n, gva_t
 static __attribute__((noinline, cold)) void run_bounced(struct x86_cpu *cpu, const struct x86_insn *insn,
                                                         const struct native_insn *n, gva_t va)
 {
+    struct tlb_set *set = n->never_misaligned ? x86_unchecked_set(cpu) : cpu->tlb;
     uint8_t buf[256] __attribute__((aligned(64))) = { 0 };
 
     /* Processors take 80 bits in two parts. Intel's have stored the first when the second faults. */
@@ -587,13 +594,13 @@ static __attribute__((noinline, cold)) void run_bounced(struct x86_cpu *cpu, con
             x86_read_bytes(cpu, va, buf, 8);
     }
     if (n->mem_write)
-        x86_probe_write(cpu, va, n->mem_size);
+        x86_probe_write_in(cpu, set, va, n->mem_size);
     /* What is not stored stays: masked elements, and everything when x87 raises. */
     if (n->mem_read || n->kind == NATIVE_X87 || insn->mask_reg)
-        x86_read_bytes(cpu, va, buf, n->mem_size);
+        x86_read_bytes_in(cpu, set, va, buf, n->mem_size);
     run(cpu, n, buf);
     if (n->mem_write)
-        x86_write_bytes(cpu, va, buf, n->mem_size);
+        x86_write_bytes_in(cpu, set, va, buf, n->mem_size);
 }
 
 /* The exceptions of x87 that keep a store from being done, when unmasked: IE, OE, UE. */
@@ -654,7 +661,9 @@ static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, co
         return;
     }
     va = x86_linear(cpu, insn, n->mem_size, n->mem_write);
-    p = x86_host_pointer(cpu, va, n->mem_size, n->mem_write ? ACCESS_WRITE : ACCESS_READ);
+    p = NULL;
+    if (likely(!n->never_misaligned || cpu->tlb != &x86_checking_set))
+        p = x86_host_pointer(cpu, va, n->mem_size, n->mem_write ? ACCESS_WRITE : ACCESS_READ);
     if (likely(p != NULL))
         run(cpu, n, p);
     else

@@ -19,6 +19,7 @@ struct native_insn {
     bool uses_fx;               /* x87 or MMX registers */
     bool raises_simd;           /* reads MXCSR: may raise #XM */
     bool aligned;               /* memory operand must be aligned to its size: #GP */
+    bool never_misaligned;      /* nor is its alignment ever checked, on this vendor's processors: VCVTPH2PS and its inverse on Intel's */
     bool x87_waits;             /* reports a pending x87 exception first */
     bool x87_pointers;          /* updates FOP, FIP, FDP */
     bool masked;                /* EVEX write mask on a memory operand: suppressed elements do not fault */

@@ -211,12 +211,23 @@ static void widen_vex(const struct x86_insn *insn, uint8_t *prefix)
     }
 }
 
+/* Whether 66 means another operand size, and is no part of the opcode. */
+static bool has_operand_size(const struct x86_insn *insn)
+{
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_CMPXCHG: case ZYDIS_MNEMONIC_XADD: case ZYDIS_MNEMONIC_MOVBE: case ZYDIS_MNEMONIC_CRC32:
+        return true;
+    default:
+        return false;
+    }
+}
+
 /* Copies the instruction; memory operand → [m], RSP as an explicit operand → t. m, t below 8 or NONE. */
 static void copy_insn(struct emitter *e, const struct x86_insn *insn, unsigned m, unsigned t)
 {
     uint8_t out[X86_MAX_INSN + 1];
     unsigned n = 0, opcode_at, modrm;
-    bool rsp_reg = false, rsp_rm = false, rsp_v = false;
+    bool rsp_reg = false, rsp_rm = false, rsp_v = false, sized = false;
 
     for (unsigned i = 0; i < insn->operands; i++) {
         if (!names_rsp(&insn->operand[i]))
@@ -225,10 +236,16 @@ static void copy_insn(struct emitter *e, const struct x86_insn *insn, unsigned m
         rsp_rm |= insn->operand[i].encoding == ZYDIS_OPERAND_ENCODING_MODRM_RM;
         rsp_v |= insn->operand[i].encoding == ZYDIS_OPERAND_ENCODING_NDSNDD;
     }
+    /* In 16-bit code 66 means 32 bits; the copy runs in 64-bit mode. */
+    if (insn->code_size == 2 && has_operand_size(insn)) {
+        sized = true;
+        if (insn->op_size == 2)
+            out[n++] = 0x66;
+    }
     for (unsigned i = 0; i < insn->prefix_count; i++) {
         uint8_t b = insn->bytes[i];
 
-        if (b == 0x66 || b == 0xf2 || b == 0xf3)
+        if ((b == 0x66 && !sized) || b == 0xf2 || b == 0xf3)
             out[n++] = b;
     }
     if (insn->has_evex || insn->has_vex) {
