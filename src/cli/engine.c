@@ -2,7 +2,6 @@
 #include <stdio.h>
 
 #include "cli/cli.h"
-#include "cli/client.h"
 #include "cli/verb.h"
 
 static const char help[] =
@@ -20,17 +19,9 @@ int cli_engine(char **args)
     char line[256];
     int status;
 
-    if (!verb_parse(&v, args, &status))
+    if (!verb_parse(&v, args, &status) ||
+        !verb_job(&v, "/v1/engine", json_pack("{s:s}", "engine", v.words[1]), &m, &answer, &status))
         return status;
-    status = verb_machine(&v, &m);
-    if (!status)
-        status = client_job(&m, "POST", "/v1/engine", json_pack("{s:s}", "engine", v.words[1]), NULL, NULL, &answer);
-    if (status)
-        return status;
-    if (v.json) {
-        json_object_set_new(answer, "name", json_string(m.name));
-        return verb_print_json(answer);
-    }
     const char *engine = json_string_value(json_object_get(answer, "engine"));
     snprintf(line, sizeof(line), "%s: %s, after a pause of %.1f ms\n", m.name, engine ? engine : v.words[1],
              json_number_value(json_object_get(answer, "pause_ms")));

@@ -7,7 +7,6 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "cli/cli.h"
-#include "cli/client.h"
 #include "cli/detach.h"
 #include "cli/verb.h"
 #include "vm/config.h"
@@ -71,18 +70,10 @@ static int save(char **args)
     char line[256];
     int status;
 
-    if (!verb_parse(&v, args, &status))
+    if (!verb_parse(&v, args, &status) ||
+        !verb_job(&v, "/v1/snapshot", json_pack("{s:s, s:b}", "name", v.words[1], "compress", (int)flags[0].given), &m, &answer,
+                  &status))
         return status;
-    status = verb_machine(&v, &m);
-    if (!status)
-        status = client_job(&m, "POST", "/v1/snapshot",
-                            json_pack("{s:s, s:b}", "name", v.words[1], "compress", (int)flags[0].given), NULL, NULL, &answer);
-    if (status)
-        return status;
-    if (v.json) {
-        json_object_set_new(answer, "name", json_string(m.name));
-        return verb_print_json(answer);
-    }
     snprintf(line, sizeof(line), "%s: saved as %s in %.1f s, paused for %.1f ms; memory %s, disks %s\n", m.name, v.words[1],
              json_number_value(json_object_get(answer, "total_ms")) / 1000,
              json_number_value(json_object_get(answer, "pause_ms")),

@@ -175,6 +175,28 @@ const char *verb_bytes(double bytes)
     return out;
 }
 
+/* The end that verbs have in common: true: *answer is to be told as text. */
+static bool as_text(const struct verb *v, const struct registry_entry *m, json_t *answer, int *status)
+{
+    if (*status)
+        return false;
+    if (!v->json)
+        return true;
+    json_object_set_new(answer, "name", json_string(m->name));
+    *status = verb_print_json(answer);
+    return false;
+}
+
+bool verb_job(const struct verb *v, const char *path, json_t *body, struct registry_entry *m, json_t **answer, int *status)
+{
+    *status = verb_machine(v, m);
+    if (*status)
+        json_decref(body);
+    else
+        *status = client_job(m, "POST", path, body, NULL, NULL, answer);
+    return as_text(v, m, *answer, status);
+}
+
 int verb_post(struct verb *v, char **args, const char *path)
 {
     struct registry_entry m;
@@ -187,12 +209,8 @@ int verb_post(struct verb *v, char **args, const char *path)
     status = verb_machine(v, &m);
     if (!status)
         status = client_call(&m, "POST", path, NULL, CLIENT_PATIENCE_S, &answer);
-    if (status)
+    if (!as_text(v, &m, answer, &status))
         return status;
-    if (v->json) {
-        json_object_set_new(answer, "name", json_string(m.name));
-        return verb_print_json(answer);
-    }
     const char *state = json_string_value(json_object_get(answer, "state"));
     snprintf(line, sizeof(line), "%s: %.40s\n", m.name, state ? state : "done");
     json_decref(answer);

@@ -47,6 +47,12 @@ int verb_print_json(json_t *answer);
 const char *verb_duration(double seconds);
 const char *verb_bytes(double bytes);
 
+/*
+ * A POST that is a job of the machine that words[0] means; body is consumed. Returns whether its answer is there to be told as text;
+ * otherwise the command ends with *status: it failed (logged), or the answer, with the machine's name, was printed as JSON.
+ */
+bool verb_job(const struct verb *v, const char *path, json_t *body, struct registry_entry *m, json_t **answer, int *status);
+
 /* For most simple verbs: POST path to the machine, and print its answer's "state" as "NAME: STATE". */
 int verb_post(struct verb *v, char **args, const char *path);
 

@@ -180,6 +180,15 @@ int memory_save_begin(struct memory *m, memory_save_fn *copy, void *opaque);
 unsigned memory_save_next(struct memory *m, uint64_t *cursor, unsigned max, gpa_t gpa[], uint8_t *buf);
 /* No copy() is called any more after it returned. What is not copied by then is not. */
 void memory_save_end(struct memory *m);
+/*
+ * The same for engines whose vCPUs do not look at page flags, where the host's kernel can stop their writes (protect.c): create while
+ * the guest runs, at the moment memory_protect_moment() right after memory_save_begin(), destroy after memory_save_end(). NULL: not
+ * here (logged for debugging): Linux before 5.19, no privileges, or memory that is mapped from a file. moment: 0 or a negative errno (logged).
+ */
+struct memory_protect;
+struct memory_protect *memory_protect_create(struct memory *m);
+int memory_protect_moment(struct memory_protect *p);
+void memory_protect_destroy(struct memory_protect *p);
 /* The page at gpa, which is RAM, has PAGE_SAVE set and is about to be written. Any thread. */
 void memory_before_write(struct memory *m, gpa_t gpa);
 

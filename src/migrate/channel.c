@@ -371,7 +371,7 @@ static int wait_for(struct channel *c, short events, uint64_t until)
 }
 
 /* One try: bytes, 0 for "not now" with the events to wait for, or a negative errno (told). */
-static ssize_t try_send(struct channel *c, const void *data, size_t len, short *events)
+static ssize_t try_send(struct channel *c, void *data, size_t len, short *events)
 {
     ssize_t n;
 
@@ -417,21 +417,18 @@ static ssize_t try_recv(struct channel *c, void *data, size_t len, short *events
     return fail_tls(c, (int)n);
 }
 
-int channel_send(struct channel *c, const void *data, size_t len)
+/* All of it by one of the two above. */
+static int transfer(struct channel *c, uint8_t *p, size_t len, ssize_t (*attempt)(struct channel *, void *, size_t, short *))
 {
-    for (const uint8_t *p = data; len;) {
+    while (len) {
         short events;
-        ssize_t n = try_send(c, p, len, &events);
-        int err;
+        ssize_t n = attempt(c, p, len, &events);
+        int err = n < 0 ? (int)n : 0;
 
-        if (n < 0)
-            return (int)n;
-        if (n == 0) {
-            err = wait_for(c, events, c->idle_ms ? now_ms() + c->idle_ms : 0);
-            if (err)
-                return fail(c, err);
-            continue;
-        }
+        if (n == 0 && (err = wait_for(c, events, c->idle_ms ? now_ms() + c->idle_ms : 0)))
+            err = fail(c, err);
+        if (err)
+            return err;
         atomic_fetch_add_explicit(&c->bytes, (uint64_t)n, memory_order_relaxed);
         p += n;
         len -= (size_t)n;
@@ -439,27 +436,8 @@ int channel_send(struct channel *c, const void *data, size_t len)
     return 0;
 }
 
-int channel_recv(struct channel *c, void *data, size_t len)
-{
-    for (uint8_t *p = data; len;) {
-        short events;
-        ssize_t n = try_recv(c, p, len, &events);
-        int err;
-
-        if (n < 0)
-            return (int)n;
-        if (n == 0) {
-            err = wait_for(c, events, c->idle_ms ? now_ms() + c->idle_ms : 0);
-            if (err)
-                return fail(c, err);
-            continue;
-        }
-        atomic_fetch_add_explicit(&c->bytes, (uint64_t)n, memory_order_relaxed);
-        p += n;
-        len -= (size_t)n;
-    }
-    return 0;
-}
+int channel_send(struct channel *c, const void *data, size_t len) { return transfer(c, (uint8_t *)data, len, try_send); }
+int channel_recv(struct channel *c, void *data, size_t len) { return transfer(c, data, len, try_recv); }
 
 int channel_wait(struct channel *c, int wait_ms)
 {

@@ -7,6 +7,7 @@
  */
 #include "migrate/migrate.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <jansson.h>
 #include <pthread.h>
@@ -186,6 +187,12 @@ static int stream_frame(struct migrate_target *t, struct target_stream *s, struc
     return -EPROTO;
 }
 
+/* A failure of this side, or damage that it saw; not of the link. */
+static bool is_ours(int err)
+{
+    return err == -EPROTO || err == -ENOMEM || err == -ENOSPC || err == -EIO || err == -EFBIG || err == -EDQUOT;
+}
+
 static void *stream_main(void *opaque)
 {
     struct target_stream *s = opaque;
@@ -214,9 +221,14 @@ static void *stream_main(void *opaque)
     if (t->owner != TAKEN || (t->postcopy && postcopy_missing(t->postcopy))) {
         set_broken(t, error);
         if (t->control && err != -ECANCELED) {
-            /* Whoever reads the control connection is to look. What it was goes to the source first. */
-            if (err == -EPROTO || err == -ENOMEM || err == -ENOSPC || err == -EIO || err == -EFBIG || err == -EDQUOT)
+            /*
+             * Whoever reads the control connection is to look. What it was goes to the source first, which goes on with the machine
+             * when it hears it: so it is given up before, and once it is the target's the source only sees the connection break.
+             */
+            if (is_ours(err) && t->owner != TAKEN) {
+                t->owner = GIVEN_UP;
                 refuse(t->control, error);
+            }
             channel_abort(t->control);
         }
     }
@@ -785,8 +797,14 @@ static int receive(struct migrate_target *t, struct frame *f, char reason[MIGRAT
         if (!err)
             told = false;
     }
-    if (told && t->control)
+    if (told && t->control) {
+        /* The source goes on with the machine when it hears this. (TAKEN is left by activate() when that fails.) */
+        pthread_mutex_lock(&t->lock);
+        assert(t->owner != TAKEN);
+        t->owner = GIVEN_UP;
+        pthread_mutex_unlock(&t->lock);
         refuse(t->control, reason);
+    }
     return err;
 }
 

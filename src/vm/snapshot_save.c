@@ -7,8 +7,8 @@
  * their page themselves, which holds them back. Zero pages are holes of the file, at each page's own place, so that a restored
  * machine can map it.
  *
- * With an engine whose vCPUs do not look at page flags, RAM is written before that moment, and then what the engine's dirty log says was
- * written since, in rounds; the guest stands still for the last one.
+ * With an engine whose vCPUs do not look at page flags, the kernel stops their writes (memory/protect.c). Where it does not, RAM is
+ * written before that moment, and then what the engine's dirty log says was written since, in rounds; the guest stands still for the last one.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -56,6 +56,7 @@ struct saver {
     struct state_writer *state;
     char created[32];
     const char *engine;
+    struct memory_protect *protect; /* stops writes of an engine whose vCPUs do not look at flags; NULL: none */
     bool logging;               /* after the dirty log: what is below of RAM has been written once */
     uint64_t *dirty[MEMORY_MAX_REGIONS];
     unsigned disks;             /* whose copies have begun: the first so many of the configuration's */
@@ -210,6 +211,9 @@ static void end_memory(struct saver *s)
     memory_save_end(&s->vm->machine.memory);
     write_copies(s);
 }
+
+/* Whether pages are copied before they are written. Else RAM is written in rounds after the dirty log. */
+static bool copies_before_write(const struct saver *s) { return s->vm->engine->checks_pages || s->protect; }
 
 /* ---- RAM after the dirty log ---- */
 
@@ -376,17 +380,19 @@ static int take(struct saver *s, bool *memory_begun)
     pthread_mutex_lock(&vm->machine.lock);
     s->engine = vm->engine->name;
     err = vm_save_held(vm, s->state);
-    if (!err && vm->engine->checks_pages) {
+    if (!err && copies_before_write(s)) {
         err = memory_save_begin(&vm->machine.memory, copy_page, s);
         *memory_begun = !err;
         if (err)
             log_error("memory is being saved already");
+        else if (s->protect)
+            err = memory_protect_moment(s->protect);
     }
     if (!err)
         err = begin_disks(s);
     pthread_mutex_unlock(&vm->machine.lock);
     pthread_mutex_unlock(&vm->life);
-    if (!err && !vm->engine->checks_pages)
+    if (!err && !copies_before_write(s))
         err = write_rest(s);
     vm_resume(vm, VM_HOLD_SAVE);
     s->result.pause_ns = monotonic_ns() - start;
@@ -542,6 +548,8 @@ static int save(struct saver *s)
     for (unsigned i = 0; i < s->vm->config->disk_count; i++)
         block_presync(s->vm->parts.disks[i].backend);
     if (!s->vm->engine->checks_pages)
+        s->protect = memory_protect_create(&s->vm->machine.memory);
+    if (!copies_before_write(s))
         err = write_ahead(s);
     if (!err)
         err = take(s, &memory_begun);
@@ -551,6 +559,8 @@ static int save(struct saver *s)
         err = save_memory(s);
     if (memory_begun)
         end_memory(s);
+    memory_protect_destroy(s->protect);
+    s->protect = NULL;
     end_log(s);
     if (!err && s->error) {
         err = s->error;

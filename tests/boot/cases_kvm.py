@@ -30,28 +30,51 @@ echo "run: status $?"
 cat /stats
 md5sum /disk
 """
+# A kernel that is saved while it writes, and goes on in another process.
+TICKS = "n=0; while :; do n=$((n + 1)); dd if=/dev/urandom of=/a bs=64k count=16 2>/dev/null; cp /a /b; cmp /a /b && echo tick $n; done"
+SNAPSHOT = f"""
+mkdir -p /run /data
+export XDG_DATA_HOME=/data XDG_RUNTIME_DIR=/run
+ringfort run --detach --name first --engine kvm --memory 96M --kernel /kernel --initrd /initrd \\
+    --cmdline 'console=ttyS0 quiet rf.cmd="{TICKS}"' </dev/null
+until ringfort logs first | grep -q '^tick 2[^0-9]'; do ringfort ls | grep -q first || break; sleep 1; done
+ringfort snapshot save first one -o json
+ringfort stop --force first
+ringfort snapshot restore one --name second --detach
+until ringfort logs second | grep -q '^tick'; do ringfort ls | grep -q second || break; sleep 1; done
+ringfort logs second | grep -m 1 '^tick' | sed 's/^/second: /'
+ringfort info second -o json
+ringfort stop --force second
+echo "snapshot: done"
+"""
 
 
-@case(900, kvm="only")
-def nested(folder):
-    """Engines that change in the middle of work, and a kernel's boot to power-off, by AMD-V at the speed of an emulator."""
+def first_guest(folder, commands):
+    """The guest of QEMU, which has ringfort, and runs these commands."""
     qemu = shutil.which("qemu-system-x86_64")
     if not qemu:
         raise Skipped("this needs the package qemu-system-x86")
     kernel = script("kernel", "cloud")
-    (folder / "script").write_text(SCRIPT)
+    (folder / "script").write_text(commands)
     program = ringfort()
     test = Path(program).parent / "tests/cpu/test_switch"
     image = folder / "image.cpio"
     script("initramfs", "--kernel", "cloud-kvm", "--program", program, *(["--program", str(test)] if test.exists() else []),
            "--add", f"kernel={kernel}/vmlinuz", "--add", f"initrd={script('initramfs', '--kernel', 'cloud')}",
            "--add", f"script={folder}/script", "--output", str(image))
-    numbers = "".join(f"{i}\n" for i in range(1, 100001)).encode()
-    start = time.monotonic()
-    with Machine(folder, command=[qemu, "-accel", "tcg,thread=single", "-cpu", "max", "-machine", "q35", "-smp", "1", "-m", "512M",
+    return Machine(folder, command=[qemu, "-accel", "tcg,thread=single", "-cpu", "max", "-machine", "q35", "-smp", "1", "-m", "512M",
                                   "-kernel", str(kernel / "vmlinuz"), "-initrd", str(image), "-nodefaults", "-no-user-config",
                                   "-display", "none", "-serial", "stdio", "-no-reboot",
-                                  "-append", 'console=ttyS0 quiet mitigations=off rf.cmd="sh /script"']) as m:
+                                  "-append", 'console=ttyS0 quiet mitigations=off rf.cmd="sh /script"'])
+
+
+@case(900, kvm="only")
+def nested(folder):
+    """Engines that change in the middle of work, and a kernel's boot to power-off, by AMD-V at the speed of an emulator."""
+    test = Path(ringfort()).parent / "tests/cpu/test_switch"
+    numbers = "".join(f"{i}\n" for i in range(1, 100001)).encode()
+    start = time.monotonic()
+    with first_guest(folder, SCRIPT) as m:
         m.expect(r"^RF: command begins", 200)
         begun = time.monotonic()
         if test.exists():
@@ -72,3 +95,16 @@ def nested(folder):
         m.powered_off(30)
     print(f"    | first guest up in {begun - start:.1f} s, tests in {switched - begun:.1f} s, second guest's boot and work in "
           f"{ended - switched:.1f} s", flush=True)
+
+
+@case(1800, kvm="only", wanted=True)
+def nested_snapshot(folder):
+    """A kernel under KVM is saved while it writes its memory, and restored."""
+    with first_guest(folder, SNAPSHOT) as m:
+        m.expect(r"^RF: command begins", 300)
+        pause = float(m.expect(r'"pause_ms": ([0-9.]+)', 600).group(1))
+        check(int(m.expect(r"^second: tick (\d+)\s", 300).group(1)) > 2, "the restored machine begins anew")
+        m.expect(r'"engine": "kvm"', 60)
+        m.expect(r"^snapshot: done", 60)
+        m.powered_off(60)
+    print(f"    | stood still for {pause:.1f} ms, as QEMU emulates it", flush=True)

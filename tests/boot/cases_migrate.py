@@ -1,6 +1,7 @@
 """Linux is moved about between processes and engines while it checks its memory, and either side or the link is killed.
 
-migrate is the short test; migrate-storm, only when asked for, does MIGRATE_ROUNDS (default 200) with MIGRATE_SEED (default 1).
+migrate and migrate-disks are the short tests; migrate-storm and migrate-disks-storm, only when asked for, do MIGRATE_ROUNDS (default
+200) with MIGRATE_SEED (default 1).
 """
 
 import os
@@ -184,26 +185,48 @@ class Nbdkit:
         self.path.unlink(missing_ok=True)
 
 
+def storm(name, journey, start, *flags):
+    """Migrations, most of them broken at random; the guest finds nothing amiss, and never two machines run."""
+    rounds, outcomes = int(os.environ.get("MIGRATE_ROUNDS", "200")), {}
+    choose = journey.random
+    for i in range(rounds):
+        if not journey.current:
+            start()
+        fault = choose.choice(("none", "none", "kill-target", "kill-source", "cut", "cut-for-a-while"))
+        post_copy = choose.choice(("auto", "never", "now"))
+        if fault in ("kill-target", "cut") and post_copy == "now":
+            post_copy = "never"     # the machine would wait for its memory for ever
+        if fault == "none":
+            journey.hop(choose.choice(ENGINES), "--post-copy", post_copy, *flags)
+            outcome = "moved"
+        else:
+            outcome = journey.hop_with_fault(choose.choice(ENGINES), fault, "--post-copy", post_copy, *flags)
+            if journey.current:
+                journey.progress()
+        outcomes[fault, outcome] = outcomes.get((fault, outcome), 0) + 1
+        if i % 10 == 9:
+            log(f"{name}: {i + 1} rounds: " + ", ".join(f"{f} {o} {n}" for (f, o), n in sorted(outcomes.items())))
+            for old in (journey.folder / "data/ringfort/machines").glob("*"):
+                if old.name != journey.current:
+                    shutil.rmtree(old)
+
+
+def seed():
+    return int(os.environ.get("MIGRATE_SEED", "1"))
+
+
 @case(seconds=48 * 3600, wanted=True)
 def migrate_storm(folder):
-    rounds, seed = int(os.environ.get("MIGRATE_ROUNDS", "200")), int(os.environ.get("MIGRATE_SEED", "1"))
-    outcomes = {}
-    with Journey(folder, seed=seed, extra=("--cpus", str(1 + seed % 2)), workload="memcheck 16 1500 & memcheck 16 1500") as journey:
-        choose = journey.random
-        for i in range(rounds):
-            if not journey.current:
-                journey.start(choose.choice(ENGINES))
-            fault = choose.choice(("none", "none", "kill-target", "kill-source", "cut", "cut-for-a-while"))
-            post_copy = choose.choice(("auto", "never", "now"))
-            if fault in ("kill-target", "cut") and post_copy == "now":
-                post_copy = "never"     # the machine would wait for its memory for ever
-            if fault == "none":
-                journey.hop(choose.choice(ENGINES), "--post-copy", post_copy)
-                outcome = "moved"
-            else:
-                outcome = journey.hop_with_fault(choose.choice(ENGINES), fault, "--post-copy", post_copy)
-                if journey.current:
-                    journey.progress()
-            outcomes[fault, outcome] = outcomes.get((fault, outcome), 0) + 1
-            if i % 10 == 9:
-                log(f"migrate-storm: {i + 1} rounds: " + ", ".join(f"{f} {o} {n}" for (f, o), n in sorted(outcomes.items())))
+    with Journey(folder, seed=seed(), extra=("--cpus", str(1 + seed() % 2)), workload="memcheck 16 1500 & memcheck 16 1500") as journey:
+        storm("migrate-storm", journey, lambda: journey.start(journey.random.choice(ENGINES)))
+
+
+@case(seconds=48 * 3600, wanted=True)
+def migrate_disks_storm(folder):
+    disk = folder / "disk.img"
+    with Journey(folder, seed=seed(), workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda", extra=("--disk", f"path={disk}")) as journey:
+        def start():
+            make_disk(disk)
+            journey.start(journey.random.choice(ENGINES))
+
+        storm("migrate-disks-storm", journey, start, "--with-disks")

@@ -28,9 +28,7 @@ def server(report, folder):
     with s.boot("server") as m:
         def login():
             m.expect(r"login: ", LOGIN_SECONDS)
-            seconds = m.seconds()
-            log(f"login prompt after {seconds:.1f} s")
-            check(seconds <= LOGIN_SECONDS, f"login prompt after {seconds:.0f} s, {LOGIN_SECONDS} allowed")
+            log(f"login prompt after {m.seconds():.1f} s")
 
         def console():
             # Boot messages may come after the prompt, so the prompt is asked for anew.

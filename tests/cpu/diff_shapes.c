@@ -22,6 +22,7 @@ struct shape {
     struct cpu_case *c;
     struct rng *r;
     unsigned base;              /* register that accesses go off */
+    unsigned index, scale;      /* the last index that one of them had; 4: none yet */
     unsigned counters;          /* registers that count the loops around, a bit for each: not written otherwise */
     unsigned pointers;          /* registers that hold addresses, a bit for each: not written but moved */
     struct { unsigned at, insns; } skip[MAX_SKIPS];     /* rel32 of forward branches, and how many instructions are left */
@@ -170,11 +171,15 @@ static void access(struct shape *s)
     case 10: e.opcode = 0x83; e.reg = rng_below(s->r, 8); e.imm_size = 1; e.imm = rng_below(s->r, 256); break;
     default: e.opcode = 0x87; break;
     }
-    if (rng_percent(s->r, 12)) {        /* an index that is small, or not */
-        e.index = data_register(s);
-        e.scale = rng_below(s->r, 4);
-        if (rng_percent(s->r, 85))
-            s->c->in.gpr[e.index] = rng_below(s->r, 16);
+    if (rng_percent(s->r, 20)) {        /* an index that is small, or not; often the one from before */
+        if (s->index == 4 || rng_percent(s->r, 40)) {
+            s->index = data_register(s);
+            s->scale = rng_below(s->r, 4);
+            if (rng_percent(s->r, 85))
+                s->c->in.gpr[s->index] = rng_below(s->r, 16);
+        }
+        e.index = s->index;
+        e.scale = s->scale;
     }
     encode(s, e);
 }
@@ -551,7 +556,7 @@ const char *const shape_names[] = { "groups", "stack", "loops", "vectors", "mixe
 
 void generate_shape(struct cpu_case *c, unsigned shape, struct rng *r)
 {
-    struct shape s = { .c = c, .r = r };
+    struct shape s = { .c = c, .r = r, .index = 4 };
     unsigned what;
 
     for (unsigned i = 0; i < 16; i++)

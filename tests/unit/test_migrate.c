@@ -73,6 +73,7 @@ struct machine {
     bool run, end, in_write, counted;
     _Atomic unsigned throttled;
     const char *refuse_prepare, *refuse_load, *refuse_activate;
+    int activating[2], activate[2];     /* pipes, when not 0: it says that it is being activated, and waits for a byte */
     bool abandoned, orphaned;
     unsigned stages;            /* bits that were seen */
     _Atomic uint64_t sent;      /* bytes of pre-copy */
@@ -341,9 +342,12 @@ static int op_load(void *opaque, const void *data, size_t len, char reason[MIGRA
 static int op_activate(void *opaque, char reason[MIGRATE_TEXT])
 {
     struct machine *m = opaque;
+    char byte;
 
     if (m->refuse_activate)
         return refuse(m->refuse_activate, reason);
+    if (m->activate[0] && (write(m->activating[1], "", 1) != 1 || read(m->activate[0], &byte, 1) != 1))
+        abort();
     set_running(m, true);
     return 0;
 }
@@ -787,6 +791,88 @@ static void test_strangers(void **state)
     assert_arrived(t);
 }
 
+/* A connection of a source that the test plays itself. */
+static struct channel *play(unsigned kind)
+{
+    struct hello h = { .oldest = MIGRATE_VERSION, .newest = MIGRATE_VERSION, .kind = kind, .session = "played" };
+    char path[96], error[CHANNEL_ERROR_MAX];
+    struct frame f = { 0 };
+    uint8_t hello[HELLO_SIZE];
+    struct channel *c;
+
+    snprintf(path, sizeof(path), "%s/target", folder);
+    c = channel_from_fd(unix_socket(path, false), 20000);
+    assert_non_null(c);
+    hello_put(&h, hello);
+    assert_int_equal(frame_send(c, FRAME_HELLO, 0, hello, sizeof(hello)), 0);
+    assert_int_equal(frame_recv(c, &f, error), 0);
+    assert_int_equal(f.type, FRAME_HELLO);
+    frame_free(&f);
+    return c;
+}
+
+static void hear_frame(struct channel *c, unsigned type)
+{
+    char error[CHANNEL_ERROR_MAX];
+    struct frame f = { 0 };
+
+    assert_int_equal(frame_recv(c, &f, error), 0);
+    assert_int_equal(f.type, type);
+    frame_free(&f);
+}
+
+/*
+ * A stream breaks while the target makes the machine its own. A refusal would have the source go on with it, too; the
+ * connection has to break, for the source to ask.
+ */
+static void test_no_refusal_once_taken(void **state)
+{
+    struct trip *t = trip_make();
+    uint64_t *missing[MEMORY_MAX_REGIONS];
+    char offer[256], error[CHANNEL_ERROR_MAX], why[CHANNEL_ERROR_MAX], byte;
+    struct channel *control, *stream, *urgent;
+    struct frame f = { 0 };
+
+    if (!postcopy_usable(false, why)) {
+        print_message("%s\n", why);
+        trip_end(t);
+        skip();
+    }
+    assert_int_equal(pipe(t->b.activating) | pipe(t->b.activate), 0);
+    t->b.hot_pages = 0;
+    trip_target(t, NULL);
+    control = play(HELLO_CONTROL);
+    snprintf(offer, sizeof(offer), "{\"machine\":{\"kind\":\"test\"},\"streams\":1,\"post_copy\":true,\"memory\":[[0,%u],[%u,%u]]}",
+             PAGES * GUEST_PAGE_SIZE / 2, PAGES * GUEST_PAGE_SIZE / 2, PAGES * GUEST_PAGE_SIZE / 2);
+    assert_int_equal(frame_send(control, FRAME_OFFER, 0, offer, (uint32_t)strlen(offer)), 0);
+    hear_frame(control, FRAME_READY);
+    stream = play(HELLO_STREAM);
+    assert_int_equal(bitmaps_alloc(&t->a.memory, missing), 0);
+    missing[1][2] = 1;
+    assert_int_equal(missing_send(control, &t->a.memory, missing), 0);
+    bitmaps_free(missing);
+    urgent = play(HELLO_URGENT);
+    assert_int_equal(frame_send(control, FRAME_STATE, 0, &t->b.seq, sizeof(t->b.seq)), 0);
+    hear_frame(control, FRAME_PREPARED);
+    assert_int_equal(frame_send(control, FRAME_COMMIT, 0, NULL, 0), 0);
+    assert_int_equal(read(t->b.activating[0], &byte, 1), 1);
+    assert_int_equal(channel_send(urgent, "This is no frame of a migration.", 32), 0);
+    assert_int_equal(frame_recv(control, &f, error), -ECONNRESET);
+    assert_int_equal(write(t->b.activate[1], "", 1), 1);
+    channel_close(control);
+    channel_close(stream);
+    channel_close(urgent);
+    migrate_target_cancel(t->target);
+    pthread_join(t->thread, NULL);
+    assert_int_equal(t->received.end, MIGRATE_LOST);
+    for (unsigned i = 0; i < 2; i++) {
+        close(t->b.activating[i]);
+        close(t->b.activate[i]);
+    }
+    frame_free(&f);
+    trip_end(t);
+}
+
 /* ---- TLS ---- */
 
 static gnutls_x509_privkey_t make_key(void)
@@ -1011,7 +1097,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_pre_copy), cmocka_unit_test(test_skips),     cmocka_unit_test(test_post_copy),
         cmocka_unit_test(test_stalls),   cmocka_unit_test(test_bandwidth), cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_no_target), cmocka_unit_test(test_cancel),   cmocka_unit_test(test_strangers),
+        cmocka_unit_test(test_no_target), cmocka_unit_test(test_cancel),   cmocka_unit_test(test_strangers), cmocka_unit_test(test_no_refusal_once_taken),
         cmocka_unit_test(test_tls),      cmocka_unit_test(test_last_pages), cmocka_unit_test(test_faults),
     };
 

@@ -155,13 +155,20 @@ static void saved_while_running(const char *engine)
 {
     struct vm_snapshot_result result;
     struct running r, a, b, c;
+    struct memory_protect *protect;
+    bool copies;
 
     start(&r, engine);
+    await_progress(&r);
+    /* Each page once, however fast the guest writes, where its writes can be stopped. */
+    protect = memory_protect_create(&r.vm->machine.memory);
+    copies = engine_find(engine)->checks_pages || protect;
+    memory_protect_destroy(protect);
     await_progress(&r);
     assert_int_equal(vm_snapshot_save(r.vm, "first", false, &result), 0);
     assert_true(result.pause_ns > 0 && result.total_ns >= result.pause_ns);
     assert_true(result.memory_bytes >= PAGES * GUEST_PAGE_SIZE);
-    assert_true(!engine_find(engine)->checks_pages || result.memory_bytes < MIB(12));
+    assert_true(!copies || result.memory_bytes < MIB(12));
     await_progress(&r);
     assert_int_equal(vm_snapshot_save(r.vm, "first", false, &result), -EEXIST);
     uint32_t later = word(&r, 0);
@@ -214,7 +221,7 @@ static void saved_while_running(const char *engine)
 static void test_interp(void **state) { saved_while_running("interp"); }
 static void test_translate(void **state) { saved_while_running("translate"); }
 
-/* Its vCPUs do not look at page flags: RAM is saved after its dirty log. */
+/* Its vCPUs do not look at page flags: the kernel stops their writes, or RAM is saved after its dirty log. */
 static void test_kvm(void **state)
 {
     struct engine_report report;

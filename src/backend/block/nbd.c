@@ -365,7 +365,9 @@ static void scatter(const struct command *c)
 static void send_command(struct nbd_disk *d, struct command *c)
 {
     struct block_io *io = c->io;
-    void *data = c->buffer ? c->buffer : io->iovcnt ? io->iov[0].iov_base : NULL;
+    /* Other parts have no iovec of their own. */
+    bool moves = io->part == PART_READ || io->part == PART_WRITE;
+    void *data = c->buffer || !moves ? c->buffer : io->iov[0].iov_base;
     nbd_completion_callback done = { .callback = completed, .user_data = c };
     uint64_t at = io->offset + c->at;
     int64_t r = 0;

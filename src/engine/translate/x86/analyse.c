@@ -276,7 +276,28 @@ static void add_stack_access(struct unit_insn *i, unsigned kind, unsigned base, 
     m->delta = i->gpr[base].delta + disp;
 }
 
-static void add_operand_access(struct unit_insn *i, unsigned kind, unsigned size)
+/* base + (index << shift): the same sum of the same values has the same number. */
+static uint32_t sum_value(struct unit *x, uint32_t base, uint32_t index, unsigned shift)
+{
+    struct sum *s;
+
+    for (s = x->sum; s < x->sum + x->sums; s++)
+        if (s->base == base && s->index == index && s->shift == shift)
+            return s->number;
+    if (x->sums == ARRAY_SIZE(x->sum))
+        return x->values++;
+    x->sum[x->sums++] = (struct sum){ base, index, x->values, (uint8_t)shift };
+    return x->values++;
+}
+
+/* Can be had again by one LEA. */
+bool unit_is_plain(const struct access *m)
+{
+    return !m->seg && (m->base < 16 ? unit_host_of[m->base] != H_NONE : m->base == X86_NO_REG && m->index != X86_NO_REG) &&
+           (m->index == X86_NO_REG || unit_host_of[m->index] != H_NONE);
+}
+
+static void add_operand_access(struct unit *x, struct unit_insn *i, unsigned kind, unsigned size)
 {
     const struct x86_mem *mem = &i->insn.mem;
     struct access *m = add_access(i, kind, size);
@@ -288,7 +309,7 @@ static void add_operand_access(struct unit_insn *i, unsigned kind, unsigned size
     m->disp = (int32_t)mem->disp;
     if (mem->base == X86_REG_RIP)
         m->disp = (int32_t)(mem->disp + i->offset + i->insn.length);
-    m->shareable = mem->index == X86_NO_REG;
+    m->shareable = mem->index == X86_NO_REG || unit_is_plain(m);
     if (mem->base < 16) {
         m->value = i->gpr[mem->base].number;
         m->delta = i->gpr[mem->base].delta + m->disp;
@@ -296,12 +317,16 @@ static void add_operand_access(struct unit_insn *i, unsigned kind, unsigned size
         m->value = mem->base == X86_REG_RIP ? VALUE_RIP : VALUE_ZERO;
         m->delta = m->disp;
     }
+    if (m->shareable && mem->index != X86_NO_REG) {
+        m->value = sum_value(x, m->value, i->gpr[mem->index].number, m->shift);
+        m->delta += i->gpr[mem->index].delta * (1 << m->shift);
+    }
     /* LOCK across a cache line is slow on the host, and for some hosts forbidden. */
     m->aligned = i->insn.lock || i->insn.mnemonic == ZYDIS_MNEMONIC_XCHG ||
                  i->insn.mnemonic == ZYDIS_MNEMONIC_CMPXCHG16B || (i->native && i->native->aligned);
 }
 
-static void find_accesses(struct unit_insn *i)
+static void find_accesses(struct unit *x, struct unit_insn *i)
 {
     const struct x86_operand *mem = NULL;
 
@@ -311,24 +336,24 @@ static void find_accesses(struct unit_insn *i)
     switch (i->form) {
     case FORM_COPY: case FORM_DIVIDE:
         if (mem && mem->size)
-            add_operand_access(i, mem->write ? TLB_WRITE : TLB_READ, mem->size);
+            add_operand_access(x, i, mem->write ? TLB_WRITE : TLB_READ, mem->size);
         break;
     case FORM_VECTOR:
         if (i->insn.has_mem)
-            add_operand_access(i, i->native->mem_write ? TLB_WRITE : TLB_READ, i->native->mem_size);
+            add_operand_access(x, i, i->native->mem_write ? TLB_WRITE : TLB_READ, i->native->mem_size);
         break;
     case FORM_JMP_INDIRECT:
         if (mem)
-            add_operand_access(i, TLB_READ, 8);
+            add_operand_access(x, i, TLB_READ, 8);
         break;
     case FORM_CALL_INDIRECT:
         if (mem)
-            add_operand_access(i, TLB_READ, 8);
+            add_operand_access(x, i, TLB_READ, 8);
         add_stack_access(i, TLB_WRITE, RSP, -8);
         break;
     case FORM_PUSH:
         if (mem)
-            add_operand_access(i, TLB_READ, 8);
+            add_operand_access(x, i, TLB_READ, 8);
         add_stack_access(i, TLB_WRITE, RSP, -8);
         break;
     case FORM_PUSHF: case FORM_CALL: add_stack_access(i, TLB_WRITE, RSP, -8); break;
@@ -386,14 +411,29 @@ static bool join(struct unit *x, struct group *g, struct access *m, unsigned k)
 /* The place to check a new group at: as near as possible to instruction k where flags are dead; k itself otherwise. */
 static void place_group(struct unit *x, struct group *g, const struct access *m, unsigned k, unsigned region)
 {
+    const struct value *then = x->insn[k].gpr;
+
     g->at = (uint16_t)k;
     g->base = m->base;
+    g->index = m->index;
     g->disp = m->disp;
     for (unsigned p = k + 1; p-- > region;) {
         const struct unit_insn *i = &x->insn[p];
 
         if (i->live)
             continue;
+        if (m->index != X86_NO_REG) {
+            int64_t disp = m->disp + (then[m->index].delta - i->gpr[m->index].delta) * (1 << m->shift);
+
+            if (m->base < 16)
+                disp += then[m->base].delta - i->gpr[m->base].delta;
+            if (i->gpr[m->index].number != then[m->index].number || disp != (int32_t)disp ||
+                (m->base < 16 && i->gpr[m->base].number != then[m->base].number))
+                continue;
+            g->at = (uint16_t)p;
+            g->disp = (int32_t)disp;
+            return;
+        }
         if (m->base >= 16) {
             g->at = (uint16_t)p;
             return;
@@ -487,7 +527,7 @@ bool unit_analyse(struct unit *x)
     unsigned most = b->insns ? b->insns : UNIT_MAX_INSNS;
     bool ends = false;
 
-    x->insns = x->groups = 0;
+    x->insns = x->groups = x->sums = 0;
     x->values = VALUE_FIRST;
     x->seen_from = x->seen_to = (uint16_t)start;
     for (unsigned r = 0; r < 16; r++)
@@ -507,7 +547,7 @@ bool unit_analyse(struct unit *x)
         i->accesses = 0;
         memcpy(i->gpr, v, sizeof(v));
         classify(x, i);
-        find_accesses(i);
+        find_accesses(x, i);
         follow_values(x, i, v);
         offset += i->insn.length;
         x->insns++;

@@ -85,11 +85,10 @@ static void address(struct unit *x, unsigned seg, unsigned base, unsigned index,
     }
 }
 
-/* Can be had again by one LEA. */
-static bool is_plain(const struct access *m)
+/* T := base + index of a plain access. */
+static void sum(struct unit *x, const struct access *m)
 {
-    return !m->seg && m->base < 16 && unit_host_of[m->base] != H_NONE &&
-           (m->index == X86_NO_REG || unit_host_of[m->index] != H_NONE);
+    asm_lea(&x->a, T, m->base < 16 ? unit_host_of[m->base] : H_NONE, unit_host_of[m->index], m->shift, m->disp);
 }
 
 /* ---- checks ---- */
@@ -174,7 +173,7 @@ static void check_group(struct unit *x, struct group *g, unsigned k)
     site->aligned = g->align > 1;
     site->align = g->align;
     site->retry = here(x);
-    address(x, g->seg, g->base, X86_NO_REG, 0, (int32_t)(g->disp - (g->leader->delta - g->lo)));
+    address(x, g->seg, g->base, g->index, g->leader->shift, (int32_t)(g->disp - (g->leader->delta - g->lo)));
     (x->insn[k].live ? check_live : check_dead)(x, &c, site);
     asm_mem(&x->a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct tlb_entry, addend));
     g->checked = g->open = true;
@@ -214,15 +213,15 @@ static struct asm_address place_alone(struct unit *x, unsigned k, const struct a
     }
     address(x, m->seg, m->base, m->index, m->shift, m->disp);
     (live ? check_live : check_dead)(x, &c, site);
-    if (!live && !is_plain(m))
+    if (!live && !unit_is_plain(m))
         asm_mem(a, true, 0x2b, T, A, H_NONE, 0, (int32_t)(offsetof(struct tlb_entry, tag) + m->kind * 8u));
     asm_mem(a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct tlb_entry, addend));
-    if (is_plain(m)) {
-        if (m->index == X86_NO_REG)
-            return (struct asm_address){ unit_host_of[m->base], A, 0, m->disp };
-        if (!live)
-            asm_lea(a, T, unit_host_of[m->base], unit_host_of[m->index], m->shift, m->disp);
-    }
+    if (!unit_is_plain(m))
+        return (struct asm_address){ T, A, 0, 0 };
+    if (m->index == X86_NO_REG)
+        return (struct asm_address){ unit_host_of[m->base], A, 0, m->disp };
+    if (!live)
+        sum(x, m);
     return (struct asm_address){ T, A, 0, 0 };
 }
 
@@ -248,6 +247,10 @@ struct asm_address unit_place(struct unit *x, unsigned k, unsigned n, bool leave
         else if (m->base < 16)
             asm_lea(a, T, T, unit_host_of[m->base], 0, 0);
         return (struct asm_address){ T, A, 0, m->disp };
+    }
+    if (m->index != X86_NO_REG) {
+        sum(x, m);
+        return (struct asm_address){ T, A, 0, 0 };
     }
     if (m->base == X86_NO_REG)
         return (struct asm_address){ A, H_NONE, 0, m->disp };

@@ -96,8 +96,14 @@ struct group {
     uint16_t at;                /* the instruction in front of which it is checked */
     uint16_t first, last;       /* instructions with members */
     struct access *leader;      /* how to address it there: seg, base, with disp for lo */
-    uint8_t base;
+    uint8_t base, index;        /* the index is scaled as the leader's */
     int32_t disp;
+};
+
+/* A value number made of two others. */
+struct sum {
+    uint32_t base, index, number;
+    uint8_t shift;
 };
 
 enum stub_kind {
@@ -145,6 +151,8 @@ struct unit {
     uint16_t seen_from, seen_to;        /* bytes of the page that the translation depends on */
     uint16_t end_live;
     uint32_t values;            /* value numbers given out */
+    unsigned sums;
+    struct sum sum[32];
     uint8_t next_slot;
     struct unit_insn insn[UNIT_MAX_INSNS];
     struct group group[UNIT_MAX_GROUPS];
@@ -162,6 +170,9 @@ static const uint8_t unit_host_of[16] = { H_RAX, H_RCX, H_RDX,  H_RBX,  H_R15, H
 /* ---- analyse.c ---- */
 /* Fills x->insn and x->group for the block. False: no unit begins there. */
 bool unit_analyse(struct unit *x);
+
+/* The access's address can be had again by one LEA. */
+bool unit_is_plain(const struct access *m);
 
 /* Flags that code at this offset in the page may read before it writes them. */
 uint16_t unit_live_at(struct unit *x, uint64_t offset);
