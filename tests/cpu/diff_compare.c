@@ -303,13 +303,24 @@ static bool undefined_but_done(const struct cpu_case *c, const struct cpu_result
  */
 static bool moves_between_views(const struct cpu_case *c)
 {
-    if ((c->in.gpr[RSI] >= WINDOW_HIGH) == (c->in.gpr[RDI] >= WINDOW_HIGH))
-        return false;
-    for (unsigned i = 0; i < c->insns; i++)
+    unsigned views = 0;
+    bool moves = false;
+
+    for (unsigned i = 0; i < 2; i++)
+        views |= c->in.gpr[i ? RSI : RDI] >= WINDOW_HIGH ? 2 : 1;
+    for (unsigned i = 0; i < c->insns; i++) {
+        const uint8_t *b = c->code + c->insn[i].offset;
+
         switch (c->insn[i].mnemonic) {
-        case ZYDIS_MNEMONIC_MOVSB: case ZYDIS_MNEMONIC_MOVSW: case ZYDIS_MNEMONIC_MOVSD: case ZYDIS_MNEMONIC_MOVSQ: return true;
+        case ZYDIS_MNEMONIC_MOVSB: case ZYDIS_MNEMONIC_MOVSW: case ZYDIS_MNEMONIC_MOVSD: case ZYDIS_MNEMONIC_MOVSQ:
+            moves = true;
+            break;
+        case ZYDIS_MNEMONIC_MOV:        /* to RSI or RDI, in front of it */
+            if (c->insn[i].length == 10 && b[0] == 0x48 && (b[1] == 0xb8 + RSI || b[1] == 0xb8 + RDI))
+                views |= load_le64(b + 2) >= WINDOW_HIGH ? 2 : 1;
         }
-    return false;
+    }
+    return moves && views == 3;
 }
 
 const char *known_difference(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest)

@@ -86,8 +86,9 @@ void x86_raise_non_canonical(struct x86_cpu *cpu, gva_t va)
          */
         through_ss = tests_bits(&insn) || insn.mem.vsib_size || va - x86_effective(cpu, &insn) < MAX_BLOCK;
     }
-    /* PUSH and CALL read their operand first. */
-    bool operand = insn.has_mem && insn.mem.seg != SEG_SS && va - x86_effective(cpu, &insn) < 8;
+    /* PUSH and CALL read their operand first, POP the stack. */
+    bool operand = insn.has_mem && insn.mem.seg != SEG_SS && va - x86_effective(cpu, &insn) < 8 &&
+                   !(insn.category == ZYDIS_CATEGORY_POP && va - cpu->s.gpr[RSP] < 8);
     if (uses_stack(&insn) && !operand) {
         uint64_t base = insn.mnemonic == ZYDIS_MNEMONIC_LEAVE ? cpu->s.gpr[RBP] : cpu->s.gpr[RSP];
         through_ss = through_ss || va - (base - 64) < 128;
