@@ -27,7 +27,7 @@ static int init_anonymous(struct code_memory *c, size_t size)
         memset(c, 0, sizeof(*c));
         return err;
     }
-    c->size = size;
+    c->size = c->limit = c->cold = c->cold_end = c->cold_touched = size;
     return 0;
 }
 
@@ -58,12 +58,15 @@ int code_init(struct code_memory *c, size_t size, bool anonymous)
         memset(c, 0, sizeof(*c));
         return err;
     }
-    c->size = size;
+    c->size = c->limit = c->cold = c->cold_end = c->cold_touched = size;
     return 0;
 }
 
 /* Written code is only read through the other mapping, apart from jumps that are patched: what is resident counts twice but briefly. */
 #define WRITTEN_STEP KIB(256)
+
+#define COLD_PIECE KIB(64)
+_Static_assert(COLD_PIECE >= CODE_COLD_MAX, "a unit's slow paths lie in one piece");
 
 void code_use(struct code_memory *c, const uint8_t *end)
 {
@@ -82,10 +85,32 @@ void code_use(struct code_memory *c, const uint8_t *end)
     }
 }
 
+uint8_t *code_cold(struct code_memory *c, size_t bytes, const uint8_t *hot_end)
+{
+    size_t hot = align_up((size_t)(hot_end - c->write), GUEST_PAGE_SIZE);
+
+    if (c->cold_end - c->cold >= bytes)
+        return c->write + c->cold;
+    if (c->limit < hot + COLD_PIECE)
+        return NULL;
+    /* The piece before is done with. */
+    if (c->limit < c->size && !madvise(c->write + c->limit, COLD_PIECE, MADV_DONTNEED))
+        resident_remove_shared(COLD_PIECE);
+    c->limit -= COLD_PIECE;
+    c->cold = c->limit;
+    c->cold_end = c->limit + COLD_PIECE;
+    resident_add_shared(COLD_PIECE);
+    if (c->limit < c->cold_touched) {
+        resident_add_shared(c->cold_touched - c->limit);
+        c->cold_touched = c->limit;
+    }
+    return c->write + c->cold;
+}
+
 void code_destroy(struct code_memory *c)
 {
     if (c->exec) {
-        resident_remove_shared(c->touched + c->written);
+        resident_remove_shared(c->touched + c->written + c->size - c->cold_touched + (c->limit < c->size ? COLD_PIECE : 0));
         munmap(c->write, c->size);
         munmap(c->exec, c->size);
     }

@@ -401,12 +401,12 @@ static void gate_unless_zero(struct translator *t, struct assembler *a)
 
 const uint8_t *translate_gate(struct translator *t, struct block *b)
 {
-    struct assembler a = { .at = t->code.write + t->code.used, .end = t->code.write + t->code.size };
+    struct assembler a = { .at = t->code.write + t->code.used, .end = t->code.write + t->code.limit };
     int32_t start = (int32_t)((uintptr_t)b->host & (GUEST_PAGE_SIZE - 1));
 
     if (b->gate)
         return b->gate;
-    if (t->code.size - t->code.used < GATE_MAX)
+    if (t->code.limit - t->code.used < GATE_MAX)
         return NULL;
     b->gate = a.at;
     /* The page of T is mapped… */

@@ -1,12 +1,16 @@
 /*
  * From a block to a unit of host code: the order of things, slow paths and exits.
  */
+#include <assert.h>
 #include <stdlib.h>
 
 #include "engine/translate/x86/unit.h"
 
 /* Kept free at the end of code memory, so that nothing has to be checked byte by byte. */
 #define CODE_MARGIN 256
+/* A slow path takes no more. */
+#define STUB_MAX 96
+_Static_assert((UNIT_MAX_STUBS + 1) * STUB_MAX <= CODE_COLD_MAX, "a unit's slow paths are emitted at one place");
 
 struct stub *unit_stub(struct unit *x, enum stub_kind kind, uint8_t *jump)
 {
@@ -148,7 +152,7 @@ static void begin(struct unit *x, struct translator *t, struct block *b, bool sh
     x->held = -1;
     x->counted = 0;
     x->sites = NULL;
-    x->a = (struct assembler){ .at = t->code.write + t->code.used, .end = t->code.write + t->code.size - CODE_MARGIN };
+    x->a = (struct assembler){ .at = t->code.write + t->code.used, .end = t->code.write + t->code.limit - CODE_MARGIN };
 }
 
 static void emit_insns(struct unit *x)
@@ -183,15 +187,34 @@ static void emit_insns(struct unit *x)
 }
 
 /* False: there was no room, or too much of something. */
-static bool finish(struct unit *x)
+static bool finish(struct unit *x, unsigned start, bool first)
 {
-    for (unsigned i = 0; i < x->stubs && !x->a.full; i++)
-        emit_stub(x, &x->stub[i]);
-    if (x->a.full) {
+    struct code_memory *code = &x->t->code;
+    struct assembler hot = x->a;
+    size_t room = (x->stubs + 1) * STUB_MAX;
+    uint8_t *cold;
+
+    if (x->failed)
+        return false;
+    cold = hot.full ? NULL : code_cold(code, room, hot.at);
+    if (!cold) {
         x->t->it.flush_wanted = true;
         return false;
     }
-    return !x->failed;
+    x->a = (struct assembler){ .at = cold, .end = cold + room };
+    if (first) {
+        /* Where a dropped unit's entry leads. */
+        x->b->leave = x->a.at;
+        unit_set_rip(x, start);
+        asm_jmp_to(&x->a, x->t->exit_null);
+    }
+    for (unsigned i = 0; i < x->stubs; i++)
+        emit_stub(x, &x->stub[i]);
+    assert(!x->a.full);
+    x->t->bytes += (uint64_t)(hot.at - (code->write + code->used)) + (uint64_t)(x->a.at - cold);
+    code_use_cold(code, x->a.at);
+    code_use(code, hot.at);
+    return true;
 }
 
 /* What a unit that is not to be used has entered into its block. */
@@ -224,20 +247,14 @@ bool translate_block(struct translator *t, struct block *b)
     asm_store_gs(&x->a, A, CPU_GS(code_page));
     entry = x->a.at;
     emit_insns(x);
-    /* Where a dropped unit's entry leads. */
-    b->leave = x->a.at;
-    unit_set_rip(x, start);
-    asm_jmp_to(&x->a, t->exit_null);
-    if (!finish(x)) {
+    if (!finish(x, start, true)) {
         take_back(b, NULL, NULL);
         b->sites = NULL;
         return false;
     }
-    code_use(&t->code, x->a.at);
     b->insns = (uint16_t)x->insns;
     t->blocks++;
     t->guest_bytes += x->end - start;
-    t->bytes += (uint64_t)(x->a.at - indirect);
     b->indirect = code_exec(&t->code, indirect);
     b->code = code_exec(&t->code, entry);
     b->entry = entry;
@@ -249,24 +266,20 @@ bool translate_apart(struct translator *t, struct block *b)
     struct unit *x = t->work;
     struct chain *chains = b->chains;
     struct return_site *returns = b->returns;
-    uint8_t *start;
 
     if (!has_room(t))
         return false;
     begin(x, t, b, false);
     x->entered_anywhere = true;
-    start = x->a.at;
     if (!unit_analyse(x))
         return false;
     emit_insns(x);
-    if (!finish(x)) {
+    if (!finish(x, 0, false)) {
         take_back(b, chains, returns);
         return false;
     }
-    code_use(&t->code, x->a.at);
     t->apart++;
     b->apart = true;
-    t->bytes += (uint64_t)(x->a.at - start);
     for (struct translate_site *s = b->sites; s; s = s->next)
         s->apart = code_exec(&t->code, x->code[s->index]);
     return true;
