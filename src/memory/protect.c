@@ -30,6 +30,7 @@ struct memory_protect {
     int fd, wake;
     pthread_t thread;
     bool started;
+    unsigned registered;        /* regions; others may be somebody else's, as in post-copy */
     pthread_mutex_t lock;       /* guards what follows; taken before memory's save_lock */
     bool saving;                /* the moment has been */
     uint64_t *let_go[MEMORY_MAX_REGIONS];
@@ -98,6 +99,7 @@ static int protect_all(struct memory_protect *p)
 
         if (ioctl(p->fd, UFFDIO_REGISTER, &reg))
             return -errno;
+        p->registered = i + 1;
         if (!(reg.ioctls & 1ull << _UFFDIO_WRITEPROTECT))
             return -EOPNOTSUPP;
         /* In pieces, as who writes meanwhile waits for the whole call. */
@@ -174,7 +176,7 @@ void memory_protect_destroy(struct memory_protect *p)
     if (!p)
         return;
     /* Wakes whoever waits: the page is writable then, and who wrote to it before memory_save_end() was served. */
-    for (unsigned i = 0; p->fd >= 0 && i < p->memory->regions; i++) {
+    for (unsigned i = 0; i < p->registered; i++) {
         struct uffdio_range range = { (uintptr_t)p->memory->region[i].host, p->memory->region[i].size };
 
         ioctl(p->fd, UFFDIO_UNREGISTER, &range);

@@ -164,10 +164,11 @@ int config_uint(const struct config_origin *o, const char *sub, const json_t *v,
         return 0;
     }
     char nearest[64], range[64];
-    const char *f = max >= 256 && sub ? "%s%s0x%llx" : "%s%s%llu";
-    snprintf(nearest, sizeof(nearest), f, sub ? sub : "", sub ? "=" : "",
+    /* Ports have hexadecimal numbers, times and counts have not. */
+    bool port = sub && strcmp(sub, "iobase") == 0;
+    snprintf(nearest, sizeof(nearest), port ? "%s%s0x%llx" : "%s%s%llu", sub ? sub : "", sub ? "=" : "",
              (unsigned long long)(number && !below && value > max ? max : min));
-    snprintf(range, sizeof(range), max >= 256 && sub ? "0x%llx...0x%llx" : "%llu...%llu",
+    snprintf(range, sizeof(range), port ? "0x%llx...0x%llx" : "%llu...%llu",
              (unsigned long long)min, (unsigned long long)max);
     return config_bad(o, "%s is not a number in %s; did you mean %s?", shown(sub, v), range,
                       sub ? nearest : config_form(o, nearest));

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <jansson.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -20,6 +21,7 @@
 #include "vm/vm_internal.h"
 
 #define THROTTLE_PERIOD_NS 40000000u
+#define PRESYNC_MS 10000u
 
 struct vm_migration {
     struct vm *vm;
@@ -100,14 +102,55 @@ static char *describe(void *opaque)
 
 /* ---- standing still ---- */
 
+/* Belongs to who waits for it and to the disk that does it; the last one frees it. */
+struct server_flush {
+    struct block_request request;
+    _Atomic bool done;
+    _Atomic int users;
+};
+
+static void let_go(struct server_flush *f)
+{
+    if (atomic_fetch_sub(&f->users, 1) == 1)
+        free(f);
+}
+
+static void flushed(void *opaque, int status)
+{
+    struct server_flush *f = opaque;
+
+    atomic_store(&f->done, true);
+    let_go(f);
+}
+
+/* Its errors are told by the flush that counts, when the disk is given up. */
+static void flush_server(struct vm *vm, struct block *b)
+{
+    struct server_flush *f = calloc(1, sizeof(*f));
+
+    if (!f)
+        return;
+    f->request = (struct block_request){ .op = BLOCK_FLUSH, .done = flushed, .opaque = f };
+    f->users = 2;
+    pthread_mutex_lock(&vm->machine.lock);
+    block_submit(b, &f->request);
+    pthread_mutex_unlock(&vm->machine.lock);
+    for (unsigned ms = 0; ms < PRESYNC_MS && !atomic_load(&f->done); ms++)
+        nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
+    let_go(f);
+}
+
 static int do_pause(void *opaque)
 {
     struct vm_migration *m = opaque;
     struct vm *vm = m->vm;
 
     /* Most of what is to be synced when the locks are given up, while the guest runs. */
-    for (unsigned i = 0; i < vm->parts.board.disk_count; i++)
+    for (unsigned i = 0; i < vm->parts.board.disk_count; i++) {
         block_presync(vm->parts.disks[i].backend);
+        if (!block_can_save(vm->parts.disks[i].backend))
+            flush_server(vm, vm->parts.disks[i].backend);
+    }
     return vm_pause(vm, VM_HOLD_MIGRATE);
 }
 

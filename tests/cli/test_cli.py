@@ -108,6 +108,8 @@ class Usage(Surface):
             (["--engine", "intrep"], "did you mean --engine interp?"),
             (["--cpu-model", "x86-64-v9"], "did you mean --cpu-model x86-64-v"),
             (["--disk", "a.img"], "did you mean path=a.img?"),
+            (["--disk", "nbd://h/e,reconnect=9999"], "in 0...3600; did you mean reconnect=3600?"),
+            (["--disk", "path=a.img,reconnect=3"], "'a.img' is on this host; tls and reconnect are for disks on an NBD server"),
             (["--disk", "path=a,readnoly=on"], "did you mean readonly?"),
             (["--net", "usr"], "did you mean --net user?"),
             (["--net", "user,hostfwd=2222:22"], "did you mean hostfwd=tcp:127.0.0.1:2222-:22?"),

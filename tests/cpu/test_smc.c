@@ -372,6 +372,45 @@ static void test_remapped(void **state)
     assert_int_equal(s.gpr[RBX], 1 + 5 + 1 + 5);
 }
 
+/* The same call and the same jump again and again, while the page that they lead to is now this one, now that one. */
+static void test_remapped_in_loop(void **state)
+{
+    struct x86_state s = start();
+    struct code c = at(CODE);
+    struct code jump = at(SECOND + 0x80);
+    gva_t head, back;
+
+    function(SECOND + 0x40, 1);
+    /* At SECOND + 0x80: mov $…, %eax; jmp *%rdi. */
+    mov_eax(&jump, 16);
+    EMIT(&jump, 0xff, 0xe7);
+    memcpy(guest->ram + OTHER_GPA, guest->ram + SECOND_GPA, 4096);
+    engine_guest_put(guest, OTHER_GPA + 0x41, 5, 4);
+    engine_guest_put(guest, OTHER_GPA + 0x81, 512, 4);
+
+    EMIT(&c, 0xb9);
+    emit32(&c, 40);                             /* mov $40, %ecx */
+    head = c.va;
+    call(&c, SECOND + 0x40);
+    EMIT(&c, 0x01, 0xc3);                       /* add %eax, %ebx */
+    back = c.va + 10 + 5;
+    mov_imm(&c, RDI, back);
+    EMIT(&c, 0xe9);                             /* jmp SECOND + 0x80 */
+    emit32(&c, (uint32_t)(SECOND + 0x80 - (c.va + 4)));
+    EMIT(&c, 0x01, 0xc3);
+    mov_imm(&c, RDX, PTE_WINDOW + (second_pte & 0xfff));
+    mov_imm(&c, RAX, SECOND_GPA ^ OTHER_GPA);
+    EMIT(&c, 0x48, 0x31, 0x02);                 /* xor %rax, (%rdx) */
+    mov_imm(&c, RDX, SECOND);
+    EMIT(&c, 0x0f, 0x01, 0x3a);                 /* invlpg (%rdx) */
+    EMIT(&c, 0xff, 0xc9);                       /* dec %ecx */
+    EMIT(&c, 0x0f, 0x85);                       /* jnz head */
+    emit32(&c, (uint32_t)(head - (c.va + 4)));
+    end(&c);
+    run(&s);
+    assert_int_equal(s.gpr[RBX], 20 * (1 + 16) + 20 * (5 + 512));
+}
+
 /* After a switch of the address space with other tables. */
 static void test_other_space(void **state)
 {
@@ -533,6 +572,7 @@ int main(int argc, char **argv)
         TEST(device),
         TEST(device_mapped),
         TEST(remapped),
+        TEST(remapped_in_loop),
         TEST(other_space),
         TEST(crossing_changed),
         TEST(crossing_remapped),

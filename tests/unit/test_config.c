@@ -201,7 +201,7 @@ static void test_numbers_and_names(void **state)
     refuse_flag("translate", "chain=of", "neither on nor off; did you mean chain=on?");
     refuse_flag("translate", "chain", "did you mean chain=");
     refuse_flag("translate", "tier=3", "not a number in 0...2");
-    refuse_flag("translate", "threshold=0", "not a number in 0x1...0xf4240");
+    refuse_flag("translate", "threshold=0", "not a number in 1...1000000");
     refuse_flag("translate", "cache=1K", "too small: the least is 1M");
     refuse_flag("translate", "perf=jitdumps", "not what there is; did you mean perf=jitdump?");
     refuse_json("{\"translate\": {\"tier\": true}}", "tier=true");

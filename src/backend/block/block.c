@@ -719,10 +719,11 @@ void block_close(struct block *b)
     if (!b)
         return;
     block_drain(b);
-    loop_cancel(b->loop, &b->start_call);
     /* What another machine has by now is not to be touched. */
     if (!b->unlocked)
         sync_all(b);
+    /* A sync may be a request, too. */
+    loop_cancel(b->loop, &b->start_call);
     b->engine->close(b);
     block_workers_stop(b);
     block_dirty_stop(b);

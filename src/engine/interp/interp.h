@@ -62,7 +62,7 @@ struct block {
     /* The translator's (NULL or 0 without): host code, its entry and way out in the writable view, ways to others. */
     const void *code;           /* with cpu->code_page set */
     const void *indirect;       /* sets it, from the guest address in a scratch register */
-    uint8_t *entry, *leave;
+    uint8_t *entry, *leave, *gate;      /* gate: where jumps from other pages come in, or NULL */
     struct chain *chains;
     struct return_site *returns;
     struct translate_site *sites;

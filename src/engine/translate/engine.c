@@ -47,8 +47,6 @@ static void empty_table(struct jump_table *table)
 
 /* ---- in and out ---- */
 
-static struct block *block_of(const struct op *first) { return container_of(first, struct block, op); }
-
 /* Translated code came to a jump that is not linked yet. */
 static const struct op *follow(struct translator *t, struct chain *c)
 {
@@ -59,13 +57,14 @@ static const struct op *follow(struct translator *t, struct chain *c)
     if (atomic_load_explicit(&cpu->request, memory_order_relaxed))
         return NULL;
     found = block_find(cpu, cpu->s.rip);
-    /* Inside a page the mapping that brought us here holds for the target too. */
+    /* Inside a page the mapping that brought us here holds for the target too; elsewhere the gate looks. */
     if (block_linkable(found) && !c->block->dead && t->options.chain) {
-        const struct block *b = block_of(found);
+        struct block *b = container_of(found, struct block, op);
+        const uint8_t *to = !b->code || b->dead ? NULL : c->far ? translate_gate(t, b) : b->entry;
 
-        if (b->code && !b->dead) {
-            asm_set_target(c->jump, b->entry);
-            c->to = b;
+        if (to) {
+            asm_set_target(c->jump, to);
+            c->to = c->far ? NULL : b;          /* a dropped block's gate leads to where it is looked up */
             t->chained++;
         }
     }
@@ -177,6 +176,8 @@ static void on_killed(struct interp *it, struct block *b)
     if (!b->code)
         return;
     redirect(b->entry, b->leave);
+    if (b->gate)
+        redirect(b->gate, t->far);
     for (const struct return_site *r = b->returns; r; r = r->next)
         redirect(r->code, t->return_missed);
 }

@@ -4,6 +4,7 @@
  * they may hold the guest's.
  */
 #include "engine/translate/translate.h"
+#include "device/irqchip/irqchip.h"
 #include "isa/x86/mmu.h"
 
 #include <x86intrin.h>
@@ -147,6 +148,21 @@ static bool set_ac(struct x86_cpu *cpu, bool ac)
     return true;
 }
 
+/* Where nothing waits for it. The instruction behind it comes before the next look for requests: the interrupt shadow. */
+static bool enable_interrupts(struct translator *t)
+{
+    struct x86_cpu *cpu = &t->it.cpu;
+
+    if (cpu->s.rflags & RFLAGS_IF)
+        return true;
+    /* The local APIC's part is compiled as all C code is. */
+    if (t->vectors_loaded || !cpu->lapic || atomic_load_explicit(&cpu->request, memory_order_relaxed) ||
+        lapic_pending(cpu->lapic) >= 0)
+        return false;
+    cpu->s.rflags |= RFLAGS_IF;
+    return true;
+}
+
 bool translate_quick(struct translator *t, const struct translate_site *site)
 {
     struct x86_cpu *cpu = &t->it.cpu;
@@ -163,6 +179,7 @@ bool translate_quick(struct translator *t, const struct translate_site *site)
     if (cpu->cpl != 0)
         return false;
     switch ((enum translate_quick)site->quick) {
+    case QUICK_STI: return enable_interrupts(t);
     case QUICK_CLI: cpu->s.rflags &= ~(uint64_t)RFLAGS_IF; return true;
     case QUICK_STAC: return set_ac(cpu, true);
     case QUICK_CLAC: return set_ac(cpu, false);

@@ -386,6 +386,53 @@ static void emit_return_missed(struct translator *t, struct assembler *a)
     asm_ret(a);
 }
 
+/* Room for a gate. */
+#define GATE_MAX 160
+
+/* Goes on where RCX is 0; else RCX gets its value back and T is looked up. */
+static void gate_unless_zero(struct translator *t, struct assembler *a)
+{
+    uint8_t *zero = asm_jrcxz(a);
+
+    asm_load_gs(a, H_RCX, T_GS(rcx));
+    asm_jmp_to(a, t->far);
+    asm_set_short(zero, a->at);
+}
+
+const uint8_t *translate_gate(struct translator *t, struct block *b)
+{
+    struct assembler a = { .at = t->code.write + t->code.used, .end = t->code.write + t->code.size };
+    int32_t start = (int32_t)((uintptr_t)b->host & (GUEST_PAGE_SIZE - 1));
+
+    if (b->gate)
+        return b->gate;
+    if (t->code.size - t->code.used < GATE_MAX)
+        return NULL;
+    b->gate = a.at;
+    /* The page of T is mapped… */
+    asm_store_gs(&a, H_RCX, T_GS(rcx));
+    asm_pext_gs(&a, H_R11, H_R10, T_GS(tlb_mask));
+    asm_load_gs(&a, H_RCX, CPU_GS(tlb_fetch));
+    asm_lea(&a, H_R11, H_NONE, H_R11, 2, 0);
+    asm_lea(&a, H_R11, H_RCX, H_R11, 3, 0);
+    asm_mem(&a, true, 0x8b, H_RCX, H_R11, H_NONE, 0, (int32_t)(offsetof(struct tlb_entry, tag) + TLB_EXEC * 8));
+    asm_lea(&a, H_RCX, H_RCX, H_R10, 0, -start);
+    gate_unless_zero(t, &a);
+    /* …to the memory that the block was made from, … */
+    asm_mem(&a, true, 0x8b, H_R11, H_R11, H_NONE, 0, offsetof(struct tlb_entry, addend));
+    asm_mov_imm(&a, H_RCX, -(uint64_t)(uintptr_t)b->host);
+    asm_lea(&a, H_R11, H_R11, H_R10, 0, 0);
+    asm_lea(&a, H_RCX, H_RCX, H_R11, 0, 0);
+    gate_unless_zero(t, &a);
+    /* …and nobody wants anything. */
+    asm_gs(&a, false, 0x8b, H_RCX, CPU_GS(request));
+    gate_unless_zero(t, &a);
+    asm_load_gs(&a, H_RCX, T_GS(rcx));
+    asm_jmp_to(&a, t->code.write + ((const uint8_t *)b->indirect - t->code.exec));
+    code_use(&t->code, a.at);
+    return b->gate;
+}
+
 void translate_emit_runtime(struct translator *t)
 {
     struct assembler a = { .at = t->code.write, .end = t->code.write + KIB(16) };

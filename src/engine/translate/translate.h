@@ -67,6 +67,7 @@ struct chain {
     const struct block *to;     /* what it is patched to, or NULL */
     struct chain *next;         /* of the same block */
     uint64_t target;            /* from cpu->code_page on */
+    bool far;                   /* in another page: by way of the block's gate */
 };
 
 /* Where a RET comes back to; made void when the unit is dropped. */
@@ -77,7 +78,7 @@ struct return_site {
 
 /* Instructions that translate_quick() does: sensitive ones that are frequent, and strings. */
 enum translate_quick {
-    QUICK_NONE, QUICK_CLI, QUICK_STAC, QUICK_CLAC, QUICK_SWAPGS, QUICK_PUSHF, QUICK_RDTSC, QUICK_RDTSCP,
+    QUICK_NONE, QUICK_CLI, QUICK_STI, QUICK_STAC, QUICK_CLAC, QUICK_SWAPGS, QUICK_PUSHF, QUICK_RDTSC, QUICK_RDTSCP,
     QUICK_MOVS, QUICK_STOS      /* with and without REP; span is the element's size */
 };
 
@@ -155,6 +156,11 @@ static inline bool translate_masks_all(const struct x86_cpu *cpu) { return (cpu-
 
 /* Emits the routines. */
 void translate_emit_runtime(struct translator *t);
+/*
+ * Where a direct jump or call from another page may come in, with the guest address in T: it sees whether the block is still what is
+ * mapped there, and looks for requests. Writable view. NULL: no room. Not from translated code.
+ */
+const uint8_t *translate_gate(struct translator *t, struct block *b);
 struct unit *translate_work_create(void);
 /* Translates the unit that begins with the block; false: not this one (now). */
 bool translate_block(struct translator *t, struct block *b);

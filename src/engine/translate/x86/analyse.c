@@ -518,6 +518,23 @@ static bool decode_crossing(struct unit *x, struct unit_insn *i, unsigned offset
            offset + i->insn.length > GUEST_PAGE_SIZE;
 }
 
+/*
+ * STI in line needs the next instruction in the unit, and begun without a look for requests: between the two no interrupt comes in
+ * (SDM vol. 2B, STI). next: what follows, NULL at the unit's end. False: the unit ends with STI, the interpreter's.
+ */
+static bool sti_fits(struct unit *x, const struct unit_insn *next)
+{
+    struct unit_insn *last = x->insns ? &x->insn[x->insns - 1] : NULL;
+
+    if (!last || last->form != FORM_QUICK || last->insn.mnemonic != ZYDIS_MNEMONIC_STI)
+        return true;
+    if (next && (next->form <= FORM_JCC || next->form == FORM_JMP || next->form == FORM_END ||
+                 (next->form == FORM_RET && x->t->options.returns)))
+        return true;
+    last->form = FORM_END;
+    return false;
+}
+
 bool unit_analyse(struct unit *x)
 {
     struct block *b = x->b;
@@ -547,6 +564,8 @@ bool unit_analyse(struct unit *x)
         i->accesses = 0;
         memcpy(i->gpr, v, sizeof(v));
         classify(x, i);
+        if (!sti_fits(x, i))
+            break;
         find_accesses(x, i);
         follow_values(x, i, v);
         offset += i->insn.length;
@@ -555,6 +574,7 @@ bool unit_analyse(struct unit *x)
                (!x->t->options.returns && (i->form == FORM_CALL || i->form == FORM_CALL_INDIRECT)) ||
                (!x->t->options.extend && (i->form == FORM_JCC || i->form == FORM_CALL || i->form == FORM_CALL_INDIRECT));
     }
+    sti_fits(x, NULL);
     x->end = offset;
     depends_on(x, start, MIN(offset, GUEST_PAGE_SIZE));
     /* What begins with something for the interpreter is the interpreter's. */

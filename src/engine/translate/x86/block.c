@@ -119,7 +119,8 @@ static void emit_stub(struct unit *x, struct stub *s)
     case STUB_CHAIN: {
         struct chain *c = block_alloc(&t->it, sizeof(*c));
 
-        *c = (struct chain){ .block = x->b, .jump = s->jump, .stub = start, .target = s->target, .next = x->b->chains };
+        *c = (struct chain){ .block = x->b, .jump = s->jump, .stub = start, .target = s->target, .next = x->b->chains,
+                               .far = s->far };
         x->b->chains = c;
         load_pointer(a, (const void *)((uintptr_t)c | 1));
         asm_jmp_to(a, t->exit_op);

@@ -121,8 +121,19 @@ static void chain_to(struct unit *x, uint8_t *jump, uint64_t target)
 {
     struct stub *s = unit_stub(x, STUB_CHAIN, jump);
 
-    if (s)
+    if (s) {
         s->target = target;
+        s->far = !is_near(target);
+    }
+}
+
+/* jump: a jump or call to the target, in another page; T is its address. */
+static void far_to(struct unit *x, uint8_t *jump, uint64_t target)
+{
+    if (x->t->options.chain)
+        chain_to(x, jump, target);
+    else if (!x->a.full)
+        asm_set_target(jump, x->t->far);
 }
 
 void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward)
@@ -134,7 +145,7 @@ void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward)
         return;
     }
     unit_target(x, target);
-    asm_jmp_to(&x->a, x->t->far);
+    far_to(x, asm_jmp(&x->a), target);
 }
 
 /* Leaves to the interpreter unless RCX is 0; flags stay. RCX is in its slot. */
@@ -245,12 +256,8 @@ static void emit_call(struct unit *x, unsigned k)
     if (is_near(i->target)) {
         chain_to(x, asm_call(a), i->target);
     } else {
-        uint8_t *call;
-
         unit_target(x, i->target);
-        call = asm_call(a);
-        if (!a->full)
-            asm_set_target(call, x->t->far);
+        far_to(x, asm_call(a), i->target);
     }
     return_site(x, k);
 }

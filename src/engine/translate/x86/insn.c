@@ -171,6 +171,7 @@ static enum translate_quick quick_of(const struct x86_insn *insn)
     case ZYDIS_MNEMONIC_RDTSC: return QUICK_RDTSC;
     case ZYDIS_MNEMONIC_RDTSCP: return QUICK_RDTSCP;
     case ZYDIS_MNEMONIC_CLI: return QUICK_CLI;
+    case ZYDIS_MNEMONIC_STI: return QUICK_STI;
     case ZYDIS_MNEMONIC_STAC: return QUICK_STAC;
     case ZYDIS_MNEMONIC_CLAC: return QUICK_CLAC;
     case ZYDIS_MNEMONIC_SWAPGS: return QUICK_SWAPGS;

@@ -122,6 +122,7 @@ struct stub {
     uint8_t tag;                /* STUB_FILL: offset of the tag in the entry that T has in it; 0xff: none */
     bool restore_rcx;           /* from its slot */
     bool restore_flags;         /* from the return stack */
+    bool far;                   /* STUB_CHAIN: target in another page; T is its guest address */
     struct translate_site *site;
     uint64_t target;            /* guest address, from cpu->code_page on */
     const uint8_t *code;
