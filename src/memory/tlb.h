@@ -34,7 +34,7 @@ struct tlb_entry {
 _Static_assert(sizeof(struct tlb_entry) == 32, "translated code shifts the index by 5");
 
 struct tlb_set {
-    struct tlb_entry entry[TLB_ENTRIES];
+    _Alignas(64) struct tlb_entry entry[TLB_ENTRIES];      /* none of them in two cache lines */
     uint64_t used;              /* a bit for each 64th of the entries: something was filled there since the last flush */
 };
 
