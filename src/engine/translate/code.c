@@ -85,6 +85,20 @@ void code_use(struct code_memory *c, const uint8_t *end)
     }
 }
 
+/* The piece for slow paths is done with, in the writable view. */
+static void leave_piece(struct code_memory *c)
+{
+    if (c->limit < c->size && !madvise(c->write + c->limit, COLD_PIECE, MADV_DONTNEED))
+        resident_remove_shared(COLD_PIECE);
+}
+
+void code_reset(struct code_memory *c)
+{
+    leave_piece(c);
+    c->used = c->fixed;
+    c->limit = c->cold = c->cold_end = c->size;
+}
+
 uint8_t *code_cold(struct code_memory *c, size_t bytes, const uint8_t *hot_end)
 {
     size_t hot = align_up((size_t)(hot_end - c->write), GUEST_PAGE_SIZE);
@@ -93,9 +107,7 @@ uint8_t *code_cold(struct code_memory *c, size_t bytes, const uint8_t *hot_end)
         return c->write + c->cold;
     if (c->limit < hot + COLD_PIECE)
         return NULL;
-    /* The piece before is done with. */
-    if (c->limit < c->size && !madvise(c->write + c->limit, COLD_PIECE, MADV_DONTNEED))
-        resident_remove_shared(COLD_PIECE);
+    leave_piece(c);
     c->limit -= COLD_PIECE;
     c->cold = c->limit;
     c->cold_end = c->limit + COLD_PIECE;
@@ -110,7 +122,8 @@ uint8_t *code_cold(struct code_memory *c, size_t bytes, const uint8_t *hot_end)
 void code_destroy(struct code_memory *c)
 {
     if (c->exec) {
-        resident_remove_shared(c->touched + c->written + c->size - c->cold_touched + (c->limit < c->size ? COLD_PIECE : 0));
+        leave_piece(c);
+        resident_remove_shared(c->touched + c->written + c->size - c->cold_touched);
         munmap(c->write, c->size);
         munmap(c->exec, c->size);
     }

@@ -33,11 +33,7 @@ void code_use(struct code_memory *c, const uint8_t *end);
 uint8_t *code_cold(struct code_memory *c, size_t bytes, const uint8_t *hot_end);
 /* The slow paths up to end are in use from now on. */
 static inline void code_use_cold(struct code_memory *c, const uint8_t *end) { c->cold = (size_t)(end - c->write); }
-static inline void code_reset(struct code_memory *c)
-{
-    c->used = c->fixed;
-    c->limit = c->cold = c->cold_end = c->size;
-}
+void code_reset(struct code_memory *c);
 /* From the writable view to where the code runs. */
 static inline const void *code_exec(const struct code_memory *c, const uint8_t *write)
 {
