@@ -22,7 +22,7 @@
 
 #include "memory/memory.h"
 
-#define TLB_BITS 12             /* 16 MiB in pages of 4 KiB; a quarter of that had one walk in eight of Python's time */
+#define TLB_BITS 12             /* 16 MiB in pages of 4 KiB; with a quarter of that, page walks took an eighth of Python's time */
 #define TLB_ENTRIES (1u << TLB_BITS)
 
 enum tlb_kind { TLB_READ, TLB_WRITE, TLB_EXEC };

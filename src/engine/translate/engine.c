@@ -51,6 +51,7 @@ static void empty_table(struct jump_table *table)
 static const struct op *follow(struct translator *t, struct chain *c)
 {
     struct x86_cpu *cpu = &t->it.cpu;
+    bool far = c->target >= GUEST_PAGE_SIZE;
     const struct op *found;
 
     cpu->s.rip = page_rip(cpu, c->target);
@@ -60,11 +61,11 @@ static const struct op *follow(struct translator *t, struct chain *c)
     /* Inside a page the mapping that brought us here holds for the target too; elsewhere the gate looks. */
     if (block_linkable(found) && !c->block->dead && t->options.chain) {
         struct block *b = container_of(found, struct block, op);
-        const uint8_t *to = !b->code || b->dead ? NULL : c->far ? translate_gate(t, b) : b->entry;
+        const uint8_t *to = !b->code || b->dead ? NULL : far ? translate_gate(t, b) : b->entry;
 
         if (to) {
             asm_set_target(c->jump, to);
-            c->to = c->far ? NULL : b;          /* a dropped block's gate leads to where it is looked up */
+            c->to = far ? NULL : b;          /* a dropped block's gate leads to where it is looked up */
             t->chained++;
         }
     }

@@ -66,8 +66,7 @@ struct chain {
     uint8_t *stub;              /* where it leads while unpatched */
     const struct block *to;     /* what it is patched to, or NULL */
     struct chain *next;         /* of the same block */
-    uint64_t target;            /* from cpu->code_page on */
-    bool far;                   /* in another page: by way of the block's gate */
+    uint64_t target;            /* from cpu->code_page on; in another page: by way of the block's gate */
 };
 
 /* Where a RET comes back to; made void when the unit is dropped. */

@@ -123,8 +123,7 @@ static void emit_stub(struct unit *x, struct stub *s)
     case STUB_CHAIN: {
         struct chain *c = block_alloc(&t->it, sizeof(*c));
 
-        *c = (struct chain){ .block = x->b, .jump = s->jump, .stub = start, .target = s->target, .next = x->b->chains,
-                               .far = s->far };
+        *c = (struct chain){ .block = x->b, .jump = s->jump, .stub = start, .target = s->target, .next = x->b->chains };
         x->b->chains = c;
         load_pointer(a, (const void *)((uintptr_t)c | 1));
         asm_jmp_to(a, t->exit_op);
@@ -187,7 +186,7 @@ static void emit_insns(struct unit *x)
 }
 
 /* False: there was no room, or too much of something. */
-static bool finish(struct unit *x, unsigned start, bool first)
+static bool finish(struct unit *x)
 {
     struct code_memory *code = &x->t->code;
     struct assembler hot = x->a;
@@ -202,10 +201,10 @@ static bool finish(struct unit *x, unsigned start, bool first)
         return false;
     }
     x->a = (struct assembler){ .at = cold, .end = cold + room };
-    if (first) {
+    if (!x->entered_anywhere) {
         /* Where a dropped unit's entry leads. */
         x->b->leave = x->a.at;
-        unit_set_rip(x, start);
+        unit_set_rip(x, (uintptr_t)x->b->host & (GUEST_PAGE_SIZE - 1));
         asm_jmp_to(&x->a, x->t->exit_null);
     }
     for (unsigned i = 0; i < x->stubs; i++)
@@ -247,7 +246,7 @@ bool translate_block(struct translator *t, struct block *b)
     asm_store_gs(&x->a, A, CPU_GS(code_page));
     entry = x->a.at;
     emit_insns(x);
-    if (!finish(x, start, true)) {
+    if (!finish(x)) {
         take_back(b, NULL, NULL);
         b->sites = NULL;
         return false;
@@ -274,7 +273,7 @@ bool translate_apart(struct translator *t, struct block *b)
     if (!unit_analyse(x))
         return false;
     emit_insns(x);
-    if (!finish(x, 0, false)) {
+    if (!finish(x)) {
         take_back(b, chains, returns);
         return false;
     }

@@ -121,10 +121,8 @@ static void chain_to(struct unit *x, uint8_t *jump, uint64_t target)
 {
     struct stub *s = unit_stub(x, STUB_CHAIN, jump);
 
-    if (s) {
+    if (s)
         s->target = target;
-        s->far = !is_near(target);
-    }
 }
 
 /* jump: a jump or call to the target, in another page; T is its address. */

@@ -109,7 +109,7 @@ struct sum {
 enum stub_kind {
     STUB_FILL,                  /* a check missed: T is the address, plus the entry's tag at A when tagged */
     STUB_RUN,                   /* the interpreter runs the instruction */
-    STUB_CHAIN,                 /* leave for target; patched into a jump when that is translated */
+    STUB_CHAIN,                 /* leave for target; patched into a jump when that is translated. T is its address if it is in another page */
     STUB_AT,                    /* leave; the run loop goes on at target */
     STUB_INTERPRET,             /* leave; the interpreter executes what is at target, whether that is translated or not */
     STUB_CODE,                  /* to a routine of the runtime */
@@ -122,7 +122,6 @@ struct stub {
     uint8_t tag;                /* STUB_FILL: offset of the tag in the entry that T has in it; 0xff: none */
     bool restore_rcx;           /* from its slot */
     bool restore_flags;         /* from the return stack */
-    bool far;                   /* STUB_CHAIN: target in another page; T is its guest address */
     struct translate_site *site;
     uint64_t target;            /* guest address, from cpu->code_page on */
     const uint8_t *code;
