@@ -11,24 +11,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
-#define BLOCK 4096u
-#define WORDS (BLOCK / 8)
-
-static uint64_t word(uint64_t block, uint64_t seq, unsigned i)
-{
-    return seq ? (block * 0x9e3779b97f4a7c15ull + seq * 0xbf58476d1ce4e5b9ull) ^ i : 0;
-}
-
-static double now(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
+#include "pattern.h"
 
 int main(int argc, char **argv)
 {

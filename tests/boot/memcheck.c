@@ -10,22 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 
-#define WORDS 512u
-
-static uint64_t word(uint64_t page, uint64_t seq, unsigned i)
-{
-    return seq ? (page * 0x9e3779b97f4a7c15ull + seq * 0xbf58476d1ce4e5b9ull) ^ i : 0;
-}
-
-static double now(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
+#include "pattern.h"
 
 int main(int argc, char **argv)
 {
