@@ -9,7 +9,7 @@
 /* Kept free at the end of code memory, so that nothing has to be checked byte by byte. */
 #define CODE_MARGIN 256
 /* A slow path takes no more. */
-#define STUB_MAX 96
+#define STUB_MAX 160
 _Static_assert((UNIT_MAX_STUBS + 1) * STUB_MAX <= CODE_COLD_MAX, "a unit's slow paths are emitted at one place");
 
 struct stub *unit_stub(struct unit *x, enum stub_kind kind, uint8_t *jump)
