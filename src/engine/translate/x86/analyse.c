@@ -9,9 +9,6 @@
 #define FLAGS_ALL RFLAGS_ARITH
 #define PEEK_MAX 16
 
-/* Value numbers: the registers at the unit's start, then these, then new ones. */
-enum { VALUE_ZERO = 16, VALUE_RIP, VALUE_FIRST };
-
 /* ---- decoding ---- */
 
 static int condition_of(const struct x86_insn *insn)
@@ -675,5 +672,6 @@ bool unit_analyse(struct unit *x)
     find_sources(x);
     find_groups(x);
     count_checks(x);
+    unit_find_loop(x);
     return true;
 }

@@ -161,7 +161,24 @@ static void begin(struct unit *x, struct translator *t, struct block *b, bool sh
     x->held = x->lost = -1;
     x->counted = 0;
     x->sites = NULL;
+    x->loop_start = x->loop_turn = NULL;
     x->a = (struct assembler){ .at = t->code.write + t->code.used, .end = t->code.write + t->code.limit - CODE_MARGIN };
+}
+
+void unit_body(struct unit *x, unsigned k)
+{
+    const struct unit_insn *i = &x->insn[k];
+
+    if (!i->live)
+        x->lost = -1;
+    if (i->needs_flags)
+        unit_flags(x);
+    if (!x->loop_turn)
+        unit_checks(x, k);
+    if (i->form >= FORM_JCC)
+        unit_branch(x, k);
+    else
+        unit_insn(x, k);
 }
 
 static void emit_insns(struct unit *x)
@@ -177,15 +194,7 @@ static void emit_insns(struct unit *x)
             emit_count(x, k + 1);
         if (x->insn[k].crosses)
             unit_cross(x, k);
-        if (!x->insn[k].live)
-            x->lost = -1;
-        if (x->insn[k].needs_flags)
-            unit_flags(x);
-        unit_checks(x, k);
-        if (form >= FORM_JCC)
-            unit_branch(x, k);
-        else
-            unit_insn(x, k);
+        unit_body(x, k);
         /* Who comes back from a slow path has nothing in A. */
         if (x->sites)
             x->held = -1;
@@ -261,6 +270,8 @@ bool translate_block(struct translator *t, struct block *b)
     asm_store_gs(&x->a, A, CPU_GS(code_page));
     entry = x->a.at;
     emit_insns(x);
+    if (x->back >= 0)
+        unit_loop(x, entry);
     if (!finish(x)) {
         take_back(b, NULL, NULL);
         b->sites = NULL;

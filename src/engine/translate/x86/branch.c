@@ -35,8 +35,7 @@ void unit_set_rip(struct unit *x, uint64_t offset)
 
 static bool is_near(uint64_t target) { return target < GUEST_PAGE_SIZE; }
 
-/* Leaves for s.rip = target where request is not 0. */
-static void poll(struct unit *x, uint16_t live, uint64_t target)
+void unit_poll(struct unit *x, uint16_t live, uint64_t target)
 {
     struct assembler *a = &x->a;
     struct stub *s;
@@ -138,7 +137,7 @@ void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward)
 {
     if (is_near(target)) {
         if (backward)
-            poll(x, live, target);
+            unit_poll(x, live, target);
         chain_to(x, asm_jmp(&x->a), target);
         return;
     }
@@ -188,6 +187,13 @@ static void emit_jcc(struct unit *x, unsigned k)
     struct assembler *a = &x->a;
     uint8_t *over;
 
+    if ((int)k == x->back) {
+        over = asm_jcc(a, i->cc ^ 1u);
+        unit_loop_back(x);
+        if (!a->full)
+            asm_set_target(over, a->at);
+        return;
+    }
     if (is_near(i->target) && i->target > i->offset) {
         chain_to(x, asm_jcc(a, i->cc), i->target);
         return;
@@ -245,7 +251,7 @@ static void emit_call(struct unit *x, unsigned k)
     struct assembler *a = &x->a;
 
     if (is_near(i->target) && i->target <= i->offset)
-        poll(x, x->lost < 0 ? i->live : 0, i->offset);
+        unit_poll(x, x->lost < 0 ? i->live : 0, i->offset);
     push_return(x, k, 0);
     unit_flags(x);
     if (!x->t->options.returns) {
@@ -372,7 +378,10 @@ void unit_branch(struct unit *x, unsigned k)
     case FORM_CALL_INDIRECT: emit_call_indirect(x, k); break;
     case FORM_JMP:
         unit_flags(x);
-        unit_goto(x, i->target, i->live, i->target <= i->offset);
+        if ((int)k == x->back)
+            unit_loop_back(x);
+        else
+            unit_goto(x, i->target, i->live, i->target <= i->offset);
         break;
     case FORM_JMP_INDIRECT: emit_jump_indirect(x, k); break;
     case FORM_RET: emit_ret(x, k); break;

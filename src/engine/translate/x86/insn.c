@@ -406,18 +406,15 @@ static void emit_copy(struct unit *x, unsigned k)
     store_back(x, &r);
 }
 
-static void emit_vector(struct unit *x, unsigned k)
+void unit_vectors(struct unit *x, bool vectors, bool components, bool dead)
 {
-    const struct unit_insn *i = &x->insn[k];
     struct assembler *a = &x->a;
-    struct asm_address m, *at = NULL;
-    struct renamed r;
 
-    if (i->native->kind != NATIVE_INTEGER && !x->vectors_ready) {
+    if (vectors && !x->vectors_ready) {
         uint8_t *there, *load;
 
         /* The routine keeps all registers and flags. */
-        if (!unit_may_clobber(x, k)) {
+        if (!dead) {
             unit_save_rcx(x);
             asm_gs(a, false, 0x0fb6, H_RCX, T_GS(vectors_loaded));
             asm_lea(a, H_RCX, H_RCX, H_NONE, 0, -1);
@@ -436,12 +433,23 @@ static void emit_vector(struct unit *x, unsigned k)
             asm_set_target(load, x->t->vectors_load);
         x->vectors_ready = true;
     }
-    if (i->native->components && !x->vectors_noted) {
+    if (components && !x->vectors_noted) {
         /* movq $…, xinuse_hint */
         asm_gs(a, true, 0xc7, 0, CPU_GS(s.fpu.xinuse_hint));
         asm_u32(a, (uint32_t)(x->t->it.cpu.s.xcr0 | 3));
         x->vectors_noted = true;
     }
+}
+
+static void emit_vector(struct unit *x, unsigned k)
+{
+    const struct unit_insn *i = &x->insn[k];
+    bool vectors = i->native->kind != NATIVE_INTEGER;
+    struct assembler *a = &x->a;
+    struct asm_address m, *at = NULL;
+    struct renamed r;
+
+    unit_vectors(x, vectors, i->native->components != 0, vectors && !x->vectors_ready && unit_may_clobber(x, k));
     if (i->accesses) {
         m = unit_place(x, k, 0, false);
         at = &m;

@@ -6,6 +6,7 @@
  *   encode.c    guest instructions again as host instructions, with other registers and other memory operands
  *   insn.c      one instruction
  *   branch.c    control transfers
+ *   loop.c      loops of one unit, without checks
  *   block.c     the unit as a whole, its slow paths and exits
  *
  * A unit is a run of guest instructions in one page, entered at its first one only. It goes on behind conditional branches that
@@ -62,6 +63,9 @@ struct access {
     uint32_t value;
     int64_t delta;
 };
+
+/* Value numbers: the registers at the unit's start, then these, then new ones. */
+enum { VALUE_ZERO = 16, VALUE_RIP, VALUE_FIRST };
 
 /* A value number and what is to be added. */
 struct value {
@@ -158,6 +162,10 @@ struct unit {
     unsigned end;               /* offset from the page's start behind the last instruction */
     uint16_t seen_from, seen_to;        /* bytes of the page that the translation depends on */
     uint16_t end_live;
+    int back;                   /* the branch back to the unit's beginning that makes it a loop with hoisted checks; or -1 */
+    unsigned loop_groups;       /* the first ones are the loop's */
+    uint8_t *loop_jump;         /* from the first version into the loop */
+    const uint8_t *loop_start, *loop_turn;      /* NULL in the first version */
     uint32_t values;            /* value numbers given out */
     unsigned sums;
     struct sum sum[32];
@@ -200,6 +208,12 @@ void unit_take_a(struct unit *x, unsigned k);
 /* All shared checks are void from here on. */
 void unit_barrier(struct unit *x);
 
+/*
+ * Flags are dead. T := offset in its page of [base + (index << shift) + disp], A := its entry in the soft TLB, if that has it for all of the
+ * group's bytes; otherwise goes to missed. base may be X86_REG_RIP, or as index X86_NO_REG.
+ */
+void unit_look_up(struct unit *x, unsigned base, unsigned index, unsigned shift, const struct group *g, const uint8_t *missed);
+
 /* ---- encode.c ---- */
 /* A legacy-encoded instruction; reg and rm replace ModRM's registers (H_NONE: as they are), m its memory operand. */
 void unit_copy(struct unit *x, const struct x86_insn *insn, unsigned reg, unsigned rm, const struct asm_address *m);
@@ -213,6 +227,8 @@ void unit_classify(struct unit *x, struct unit_insn *i);
 /* FORM_QUICK: whether address space, permissions or segments may be others afterwards. */
 bool unit_quick_serial(const struct x86_insn *insn);
 void unit_insn(struct unit *x, unsigned k);
+/* Sees to it that vector registers are the guest's (vectors) and that what was not in use before is noted (components). dead: flags are. */
+void unit_vectors(struct unit *x, bool vectors, bool components, bool dead);
 /* Flags may be overwritten in front of instruction k: they are dead, or unit_flags() can make them again. Notes that in the latter case. */
 bool unit_may_clobber(struct unit *x, unsigned k);
 /* Makes the flags right if they were overwritten. T and A stay. */
@@ -224,6 +240,8 @@ void unit_flags_of(struct unit *x, int source);
 void unit_branch(struct unit *x, unsigned k);
 /* In front of an instruction that reaches into the next page: leaves when that is not the page it was decoded from. */
 void unit_cross(struct unit *x, unsigned k);
+/* Leaves for the target, from the page's start on, where somebody wants something. */
+void unit_poll(struct unit *x, uint16_t live, uint64_t target);
 /* To a fixed target, all else being done. live: flags that may be read there. backward: looks for requests. */
 void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward);
 /* s.rip := offset from the page's start; A is lost. */
@@ -231,7 +249,18 @@ void unit_set_rip(struct unit *x, uint64_t offset);
 /* T := the guest address that lies offset from the page's start. */
 void unit_target(struct unit *x, uint64_t offset);
 
+/* ---- loop.c ---- */
+/* Whether the unit is a loop that can be done without checks: x->back. */
+void unit_find_loop(struct unit *x);
+/* Emits that version of it. entry: of the first. */
+void unit_loop(struct unit *x, const uint8_t *entry);
+/* The branch back, taken, in either version. */
+void unit_loop_back(struct unit *x);
+
 /* ---- block.c ---- */
+/* One instruction, without checks of groups. */
+void unit_body(struct unit *x, unsigned k);
+
 struct stub *unit_stub(struct unit *x, enum stub_kind kind, uint8_t *jump);
 /* A place in guest code for the runtime; see translate.h. */
 struct translate_site *unit_site(struct unit *x, unsigned k);
