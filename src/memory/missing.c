@@ -135,7 +135,7 @@ static void touched(struct memory_missing *p, uint64_t address)
         if (offset >= r->size)
             continue;
         if (memory_missing_is(p, i, page)) {
-            p->wanted(p->opaque, i, page);
+            p->wanted(p->opaque, p, i, page);
             return;
         }
         err = copy_page(p, r->host + (page << GUEST_PAGE_SHIFT), zeros);
@@ -257,3 +257,13 @@ void memory_missing_destroy(struct memory_missing *p)
 
 uint64_t memory_missing_count(const struct memory_missing *p) { return atomic_load(&p->left); }
 uint64_t *const *memory_missing_bitmaps(const struct memory_missing *p) { return p->missing; }
+
+uint64_t memory_missing_in(struct memory *m)
+{
+    uint64_t count;
+
+    pthread_rwlock_rdlock(&m->missing_lock);
+    count = m->missing ? memory_missing_count(m->missing) : 0;
+    pthread_rwlock_unlock(&m->missing_lock);
+    return count;
+}

@@ -22,7 +22,7 @@ struct memory_missing;
 int memory_missing_usable(bool *kernel);
 
 /* Somebody waits for a page that is missing. The thread of all such calls, no lock held. May come again for a page that was asked for. */
-typedef void memory_wanted_fn(void *opaque, unsigned region, uint64_t page);
+typedef void memory_wanted_fn(void *opaque, struct memory_missing *p, unsigned region, uint64_t page);
 
 /*
  * Waits for touches of the pages in missing from here on. They must not have contents, and regions be in memfds. missing is taken
@@ -40,11 +40,13 @@ void memory_missing_destroy(struct memory_missing *p);
  * negative errno.
  */
 int memory_missing_place(struct memory_missing *p, unsigned region, uint64_t page, const uint8_t *contents);
-/* Whether it is missing still, and how many are. Any thread. */
+/* Whether it is missing still, and how many are: such a page may be there already for who waited for it. Any thread. */
 bool memory_missing_is(const struct memory_missing *p, unsigned region, uint64_t page);
 uint64_t memory_missing_count(const struct memory_missing *p);
 /* The bits. They may become fewer at any time. */
 uint64_t *const *memory_missing_bitmaps(const struct memory_missing *p);
+/* How many pages are missing in this memory; 0 without anything of this kind. Any thread. */
+uint64_t memory_missing_in(struct memory *m);
 /* [offset, offset+len) of a region, whole pages, is going to be zero whatever it was. With missing_lock held for writing; for memory.c. */
 void memory_missing_drop(struct memory_missing *p, unsigned region, uint64_t offset, uint64_t len);
 

@@ -50,13 +50,13 @@ static void send_request(struct postcopy *p, unsigned region, uint64_t page)
         p->urgent = NULL;
 }
 
-static void wanted(void *opaque, unsigned region, uint64_t page)
+static void wanted(void *opaque, struct memory_missing *missing, unsigned region, uint64_t page)
 {
     struct postcopy *p = opaque;
 
     pthread_mutex_lock(&p->lock);
     if (p->given_up) {
-        memory_missing_place(p->missing, region, page, NULL);
+        memory_missing_place(missing, region, page, NULL);
     } else if (!(p->requested[region][page / 64] >> (page % 64) & 1)) {
         p->requested[region][page / 64] |= 1ull << (page % 64);
         atomic_fetch_add(&p->requests, 1);
@@ -103,12 +103,8 @@ struct postcopy *postcopy_create(struct memory *m, uint64_t *missing[MEMORY_MAX_
     }
     if (!err)
         err = empty_missing(m, missing);
-    if (!err) {
-        /* Its thread finds p->missing under the lock. */
-        pthread_mutex_lock(&p->lock);
+    if (!err)
         p->missing = memory_missing_create(m, missing, wanted, p, &err);
-        pthread_mutex_unlock(&p->lock);
-    }
     if (!err)
         return p;
     snprintf(error, CHANNEL_ERROR_MAX, "post-copy is not possible here: %s", strerror(-err));

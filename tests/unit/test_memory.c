@@ -148,11 +148,11 @@ static void code_pages_are_told_once_each(void **state)
 /* ---- missing pages ---- */
 
 static struct memory_missing *missing;
-static pthread_mutex_t missing_made = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t placing = PTHREAD_MUTEX_INITIALIZER;
 static _Atomic unsigned wanted_calls;
 
 /* Every page holds its number. */
-static void bring(void *opaque, unsigned region, uint64_t page)
+static void bring(void *opaque, struct memory_missing *p, unsigned region, uint64_t page)
 {
     uint64_t contents[GUEST_PAGE_SIZE / 8];
 
@@ -160,9 +160,9 @@ static void bring(void *opaque, unsigned region, uint64_t page)
     for (unsigned i = 0; i < ARRAY_SIZE(contents); i++)
         contents[i] = (uint64_t)region << 32 | page;
     atomic_fetch_add(&wanted_calls, 1);
-    pthread_mutex_lock(&missing_made);
-    memory_missing_place(missing, region, page, (const uint8_t *)contents);
-    pthread_mutex_unlock(&missing_made);
+    pthread_mutex_lock(&placing);
+    memory_missing_place(p, region, page, (const uint8_t *)contents);
+    pthread_mutex_unlock(&placing);
 }
 
 static uint64_t word_at(gpa_t gpa)
@@ -176,9 +176,9 @@ static uint64_t word_at(gpa_t gpa)
 /* Once bring() is done with what it woke us for. */
 static uint64_t still_missing(void)
 {
-    pthread_mutex_lock(&missing_made);
+    pthread_mutex_lock(&placing);
     uint64_t count = memory_missing_count(missing);
-    pthread_mutex_unlock(&missing_made);
+    pthread_mutex_unlock(&placing);
     return count;
 }
 
@@ -196,9 +196,7 @@ static void missing_pages_come(void **state)
     bits[0][3] = ~0ull;
     bits[2][1] = 1;
     wanted_calls = 0;
-    pthread_mutex_lock(&missing_made);
     missing = memory_missing_create(&mem, bits, bring, &mem, &err);
-    pthread_mutex_unlock(&missing_made);
     assert_non_null(missing);
     assert_null(bits[0]);
     assert_int_equal(still_missing(), 4 + 64 + 1);
@@ -222,7 +220,7 @@ static void missing_pages_come(void **state)
     assert_int_equal(word_at(0xc8010), 200);
     assert_false(memory_missing_is(missing, 0, 7));
     assert_int_equal(still_missing(), 64 - 9);
-    bring(&mem, 0, 193);
+    bring(&mem, missing, 0, 193);
     assert_int_equal(word_at(193 << 12), 0);
 
     memory_clear(&mem, 0, LOW_SIZE);

@@ -10,11 +10,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "base/log.h"
 #include "base/util.h"
+#include "memory/missing.h"
 #include "vm/config.h"
 #include "vm/snapshot.h"
 #include "vm/vm_internal.h"
@@ -30,6 +32,10 @@
  */
 static const uint8_t sweeping[] = {0xbf, 0x00, 0x00, 0x20, 0x00, 0xb9, 0x00, 0x08, 0x00, 0x00, 0xff, 0x07, 0x81,
                                    0xc7, 0x00, 0x10, 0x00, 0x00, 0xe2, 0xf6, 0xeb, 0xea};
+
+/* Pages that the guest does not know of, whose contents are told by fill_distinct(). */
+#define DISTINCT_FIRST MIB(16)
+#define DISTINCT_PAGES 3000u
 
 static char data_folder[] = "/var/tmp/ringfort-snapshots-XXXXXX";
 
@@ -289,6 +295,105 @@ static void test_reset_meanwhile(void **state)
     assert_int_equal(vm_snapshot_remove("reset"), 0);
 }
 
+/* ---- compressed memory ---- */
+
+/* Words of a page, which do not compress; every tenth page is a copy of another one far away, and some are zero. */
+static void distinct_page(unsigned page, uint64_t words[GUEST_PAGE_SIZE / 8])
+{
+    uint64_t x = (page % 10 ? page : page * 7u % 1000u) + 1ull;
+
+    memset(words, 0, GUEST_PAGE_SIZE);
+    for (unsigned i = 0; page % 17 && i < GUEST_PAGE_SIZE / 8; i++) {
+        x = x * 6364136223846793005u + 1442695040888963407u;
+        words[i] = x;
+    }
+}
+
+static void fill_distinct(struct running *r)
+{
+    uint64_t words[GUEST_PAGE_SIZE / 8];
+
+    for (unsigned i = 0; i < DISTINCT_PAGES; i++) {
+        distinct_page(i, words);
+        assert_int_equal(memory_write(&r->vm->machine.memory, DISTINCT_FIRST + i * GUEST_PAGE_SIZE, words, sizeof(words)), 0);
+    }
+}
+
+static void assert_distinct(struct running *r, unsigned page)
+{
+    uint64_t wanted[GUEST_PAGE_SIZE / 8], words[GUEST_PAGE_SIZE / 8];
+
+    distinct_page(page, wanted);
+    assert_int_equal(memory_read(&r->vm->machine.memory, DISTINCT_FIRST + page * GUEST_PAGE_SIZE, words, sizeof(words)), 0);
+    assert_memory_equal(words, wanted, sizeof(words));
+}
+
+/*
+ * A machine runs from a compressed snapshot before it is unpacked. Pages are right whoever brings them, and what it writes meanwhile
+ * is not overwritten; it can be saved again, change its engine and be reset.
+ */
+static void test_packed(void **state)
+{
+    struct vm_snapshot_result result;
+    struct running r, a, b;
+    uint64_t word_of;
+
+    start(&r, "translate");
+    fill_distinct(&r);
+    assert_int_equal(vm_snapshot_save(r.vm, "packed", true, &result), 0);
+    finish(&r);
+
+    restore(&a, "packed", "a");
+    restore(&b, "packed", "b");
+    for (unsigned i = 0; i < 400; i++)
+        assert_int_equal(memory_write(&a.vm->machine.memory, DISTINCT_FIRST + i * 7 * GUEST_PAGE_SIZE, &i, sizeof(i)), 0);
+    for (unsigned i = 0; i < DISTINCT_PAGES; i++)
+        assert_distinct(&b, (unsigned)(i * 1103u % DISTINCT_PAGES));
+    assert_one_moment(&b);
+    go_on(&b);
+    assert_int_equal(vm_set_engine(b.vm, engine_find("interp"), NULL), 0);
+    await_progress(&b);
+    assert_int_equal(vm_await_memory(a.vm, NULL), 0);
+    assert_int_equal(vm_await_memory(b.vm, NULL), 0);
+    assert_one_moment(&a);
+    for (unsigned i = 0; i < DISTINCT_PAGES; i++) {
+        assert_distinct(&b, i);
+        if (i % 7 || i / 7 >= 400)
+            assert_distinct(&a, i);
+    }
+    for (unsigned i = 0; i < 400; i++) {
+        assert_int_equal(memory_read(&a.vm->machine.memory, DISTINCT_FIRST + i * 7 * GUEST_PAGE_SIZE, &word_of, sizeof(word_of)), 0);
+        assert_int_equal((uint32_t)word_of, i);
+    }
+    finish(&b);
+    vm_destroy(a.vm);
+    vm_config_destroy(&a.config);
+
+    /* At once, while pages are missing: a snapshot of it, a reset, its end. */
+    restore(&a, "packed", "a");
+    assert_int_equal(vm_snapshot_save(a.vm, "again", false, &result), 0);
+    vm_destroy(a.vm);
+    vm_config_destroy(&a.config);
+    restore(&a, "again", "a");
+    for (unsigned i = 0; i < DISTINCT_PAGES; i++)
+        assert_distinct(&a, i);
+    vm_destroy(a.vm);
+    vm_config_destroy(&a.config);
+    assert_int_equal(vm_snapshot_remove("again"), 0);
+    restore(&a, "packed", "a");
+    machine_raise(&a.vm->machine, MACHINE_RESET, 0);
+    go_on(&a);
+    await_progress(&a);
+    assert_int_equal(vm_await_memory(a.vm, NULL), 0);
+    assert_int_equal(memory_read(&a.vm->machine.memory, DISTINCT_FIRST + (DISTINCT_PAGES - 1) * GUEST_PAGE_SIZE, &word_of, sizeof(word_of)), 0);
+    assert_int_equal(word_of, 0);
+    finish(&a);
+    restore(&a, "packed", "a");
+    vm_destroy(a.vm);
+    vm_config_destroy(&a.config);
+    assert_int_equal(vm_snapshot_remove("packed"), 0);
+}
+
 static void spoil(const char *file, off_t at, const void *bytes, size_t len, off_t length)
 {
     char path[160];
@@ -304,6 +409,7 @@ static void spoil(const char *file, off_t at, const void *bytes, size_t len, off
     close(fd);
 }
 
+/* Restores it. 0, -EINVAL: refused, -EIO: the machine ended when all of its memory should have come. */
 static int try_open(void)
 {
     struct vm_snapshot *s;
@@ -318,9 +424,15 @@ static int try_open(void)
     assert_int_equal(vm_config_finish(&c), 0);
     vm = vm_snapshot_restore(s, &c, VM_HOLD_USER, &status);
     vm_snapshot_close(s);
+    err = vm ? 0 : -EINVAL;
+    if (vm && vm_await_memory(vm, NULL)) {
+        assert_true(vm_ended(vm, &status, NULL));
+        assert_int_equal(status, VM_STATUS_BACKEND);
+        err = -EIO;
+    }
     vm_destroy(vm);
     vm_config_destroy(&c);
-    return vm ? 0 : -EINVAL;
+    return err;
 }
 
 static void test_damaged(void **state)
@@ -353,33 +465,80 @@ static void test_damaged(void **state)
     assert_int_equal(vm_snapshot_remove("bad"), 0);
 }
 
-/* Compressed memory is checked as it is unpacked. */
+/* Somebody reads this page of a restored machine: gives the exit status of the process that it did so in; 0: it came back. */
+static int touch_in_child(unsigned page)
+{
+    pid_t child = fork();
+    int status = 0;
+
+    if (!child) {
+        struct running r;
+        uint64_t word_of;
+
+        restore(&r, "bad", "toucher");
+        memory_read(&r.vm->machine.memory, DISTINCT_FIRST + page * GUEST_PAGE_SIZE, &word_of, sizeof(word_of));
+        _exit(0);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+/* Compressed memory is checked as it is unpacked, and nobody gets to see what is not right. */
 static void test_damaged_packed(void **state)
 {
     struct vm_snapshot_result result;
     struct running r;
+    uint64_t index, length;
     char path[160];
     struct stat st;
+    uint8_t was, other;
+    bool kernel;
+    int fd;
 
     start(&r, "translate");
+    fill_distinct(&r);
     assert_int_equal(vm_snapshot_save(r.vm, "bad", true, &result), 0);
     finish(&r);
     snprintf(path, sizeof(path), "%s/ringfort/snapshots/bad/memory.zst", data_folder);
     assert_int_equal(stat(path, &st), 0);
-    assert_true(st.st_size < (off_t)MIB(1));
+    assert_true(st.st_size < (off_t)MIB(12) && st.st_size > (off_t)MIB(10));
+    fd = open(path, O_RDWR);
+    assert_int_equal(pread(fd, &length, sizeof(length), st.st_size - 24), sizeof(length));
+    index = (uint64_t)st.st_size - length;
     log_set_level(-1);
     assert_int_equal(try_open(), 0);
-    for (off_t at = st.st_size - 1; at >= 0; at -= st.st_size / 19) {
-        uint8_t was, other;
-        int fd = open(path, O_RDWR);
+    /* Anything: damage in what says where everything is has it refused, in pages it is found before all of them are there. */
+    for (off_t at = st.st_size - 1; at >= 0; at -= at > (off_t)index ? (off_t)length / 11 : st.st_size / 23) {
         assert_int_equal(pread(fd, &was, 1, at), 1);
         other = was ^ 0x10;
         assert_int_equal(pwrite(fd, &other, 1, at), 1);
-        if (try_open() != -EINVAL)
+        int err = try_open();
+        if (err != -EINVAL && (err != -EIO || at >= (off_t)index))
             fail_msg("bit 4 of byte %lld of %lld is damaged, and it was restored", (long long)at, (long long)st.st_size);
         assert_int_equal(pwrite(fd, &was, 1, at), 1);
-        close(fd);
     }
+    assert_int_equal(try_open(), 0);
+    /* The last chunk's; in it is the last of the pages. */
+    assert_int_equal(touch_in_child(DISTINCT_PAGES - 1), 0);
+    assert_int_equal(pread(fd, &was, 1, (off_t)index - 20), 1);
+    other = was ^ 1;
+    assert_int_equal(pwrite(fd, &other, 1, (off_t)index - 20), 1);
+    if (memory_missing_usable(&kernel) == 0)
+        assert_int_equal(touch_in_child(DISTINCT_PAGES - 1), VM_STATUS_BACKEND);
+    assert_int_equal(pwrite(fd, &was, 1, (off_t)index - 20), 1);
+    close(fd);
+    /* As it was packed once. */
+    snprintf(path, sizeof(path), "%s/ringfort/snapshots/bad/snapshot.json", data_folder);
+    fd = open(path, O_RDWR);
+    char text[1024] = "", *version;
+    assert_true(read(fd, text, sizeof(text) - 1) > 0);
+    close(fd);
+    version = strstr(text, "\"version\": 2");
+    assert_non_null(version);
+    spoil("snapshot.json", version - text + 11, "1", 1, -1);
+    assert_int_equal(try_open(), -EINVAL);
+    spoil("snapshot.json", version - text + 11, "2", 1, -1);
     assert_int_equal(try_open(), 0);
     /* Something behind it, and without its last bytes, up to all that is not zstd's data. */
     spoil("memory.zst", st.st_size, "", 1, -1);
@@ -437,6 +596,7 @@ int main(void)
         cmocka_unit_test(test_kvm),
         cmocka_unit_test(test_engine_changes_meanwhile),
         cmocka_unit_test(test_reset_meanwhile),
+        cmocka_unit_test(test_packed),
         cmocka_unit_test(test_damaged),
         cmocka_unit_test(test_damaged_packed),
         cmocka_unit_test(test_killed_save),
