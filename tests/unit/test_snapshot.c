@@ -6,10 +6,14 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -394,6 +398,52 @@ static void test_packed(void **state)
     assert_int_equal(vm_snapshot_remove("packed"), 0);
 }
 
+/* As in a container that does not allow userfaultfd: in a child, which says by its exit status how it went. */
+static void child_without_userfaultfd(void)
+{
+    struct sock_filter no_userfaultfd[] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
+                                           BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_userfaultfd, 0, 1),
+                                           BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+                                           BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+    struct sock_fprog filter = {ARRAY_SIZE(no_userfaultfd), no_userfaultfd};
+    uint64_t wanted[GUEST_PAGE_SIZE / 8], words[GUEST_PAGE_SIZE / 8];
+    struct running r;
+
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter))
+        _exit(10);
+    restore(&r, "packed", "child");
+    if (r.vm->fill)
+        _exit(11);
+    for (unsigned i = 0; i < DISTINCT_PAGES; i++) {
+        distinct_page(i, wanted);
+        if (memory_read(&r.vm->machine.memory, DISTINCT_FIRST + i * GUEST_PAGE_SIZE, words, sizeof(words)) ||
+            memcmp(words, wanted, sizeof(words)) != 0)
+            _exit(12);
+    }
+    vm_destroy(r.vm);
+    _exit(0);
+}
+
+/* Where pages cannot come later, all of them are there at once. */
+static void test_packed_at_once(void **state)
+{
+    struct vm_snapshot_result result;
+    struct running r;
+    int status = -1;
+    pid_t child;
+
+    start(&r, "translate");
+    fill_distinct(&r);
+    assert_int_equal(vm_snapshot_save(r.vm, "packed", true, &result), 0);
+    finish(&r);
+    child = fork();
+    if (!child)
+        child_without_userfaultfd();
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+    assert_int_equal(vm_snapshot_remove("packed"), 0);
+}
+
 static void spoil(const char *file, off_t at, const void *bytes, size_t len, off_t length)
 {
     char path[160];
@@ -597,6 +647,7 @@ int main(void)
         cmocka_unit_test(test_engine_changes_meanwhile),
         cmocka_unit_test(test_reset_meanwhile),
         cmocka_unit_test(test_packed),
+        cmocka_unit_test(test_packed_at_once),
         cmocka_unit_test(test_damaged),
         cmocka_unit_test(test_damaged_packed),
         cmocka_unit_test(test_killed_save),
