@@ -19,8 +19,8 @@
 
 #include "backend/block/block.h"
 #include "base/util.h"
+#include "block_requests.h"
 #include "log_capture.h"
-#include "loop_helper.h"
 
 #define DISK_SIZE MIB(8)
 #define NO_NBDKIT 77
@@ -125,30 +125,12 @@ static struct block *open_disk(struct fixture *f, unsigned reconnect_s)
 
 /* ---- requests ---- */
 
-#define MOST_IOVS 24
-
-struct request {
-    struct block_request r;
-    struct iovec iov[MOST_IOVS];
-    int status;
-    bool done;
-};
-
-static void request_done(void *opaque, int status)
-{
-    struct request *q = opaque;
-
-    assert_false(q->done);
-    q->status = status;
-    q->done = true;
-}
-
 /* buf in pieces that are multiples of 512 bytes and otherwise as they come. */
 static void submit(struct block *b, struct request *q, enum block_op op, uint64_t offset, uint8_t *buf, uint64_t len, unsigned pieces)
 {
-    memset(q, 0, sizeof(*q));
-    q->r = (struct block_request){ .op = op, .offset = offset, .len = len, .iov = q->iov, .done = request_done, .opaque = q,
-                                   .may_unmap = pieces & 1 };
+    request_set(q, op, offset, buf, len);
+    q->r.may_unmap = pieces & 1;
+    q->r.iovcnt = 0;
     for (uint64_t at = 0; buf && at < len;) {
         uint64_t some = 512 + (uint64_t)(rand() % 40) * 512, n = q->r.iovcnt + 1 == pieces ? len - at : MIN(len - at, some);
 
@@ -158,18 +140,12 @@ static void submit(struct block *b, struct request *q, enum block_op op, uint64_
     block_submit(b, &q->r);
 }
 
-static int wait_for(struct fixture *f, struct request *q, unsigned ms)
-{
-    assert_true(run_until(f->loop, flag_is_set, &q->done, ms));
-    return q->status;
-}
-
 static int io(struct fixture *f, struct block *b, enum block_op op, uint64_t offset, uint8_t *buf, uint64_t len)
 {
     struct request q;
 
     submit(b, &q, op, offset, buf, len, 1);
-    return wait_for(f, &q, 60000);
+    return request_wait(f->loop, &q, 60000);
 }
 
 /* ---- tests ---- */
@@ -204,7 +180,7 @@ static void random_requests(struct fixture *f, unsigned rounds, unsigned kills, 
             if (op[i] == BLOCK_WRITE)
                 for (uint64_t k = 0; k < len[i]; k++)
                     mine[k] = (uint8_t)(rand() >> 8);
-            submit(b, &q[i], op[i], at[i], op[i] == BLOCK_READ || op[i] == BLOCK_WRITE ? mine : NULL, len[i], 1 + (unsigned)rand() % MOST_IOVS);
+            submit(b, &q[i], op[i], at[i], op[i] == BLOCK_READ || op[i] == BLOCK_WRITE ? mine : NULL, len[i], 1 + (unsigned)rand() % REQUEST_IOVS);
         }
         if (kills && round % (rounds / kills) == 1) {
             /* Some are with the server, some are not. */
@@ -214,7 +190,7 @@ static void random_requests(struct fixture *f, unsigned rounds, unsigned kills, 
             start_server(f, server);
         }
         for (unsigned i = 0; i < LANES; i++) {
-            assert_int_equal(wait_for(f, &q[i], 60000), 0);
+            assert_int_equal(request_wait(f->loop, &q[i], 60000), 0);
             if (op[i] == BLOCK_READ)
                 assert_memory_equal(buf + i * lane, mirror + at[i], len[i]);
             else if (op[i] == BLOCK_WRITE)
@@ -271,7 +247,7 @@ static void server_stays_away(void **state)
     for (unsigned i = 0; i < 3; i++)
         submit(b, &q[i], i ? BLOCK_WRITE : BLOCK_READ, i * 4096, memset(buf, 0x5a, sizeof(buf)), 4096, 1);
     for (unsigned i = 0; i < 3; i++)
-        assert_int_equal(wait_for(f, &q[i], 10000), -EIO);
+        assert_int_equal(request_wait(f->loop, &q[i], 10000), -EIO);
     text = log_capture_end();
     assert_non_null(strstr(text, "gets I/O errors until it is there again"));
     /* From now on at once. */
