@@ -149,7 +149,7 @@ static int do_pause(void *opaque)
     /* Most of what is to be synced when the locks are given up, while the guest runs. */
     for (unsigned i = 0; i < vm->parts.board.disk_count; i++) {
         block_presync(vm->parts.disks[i].backend);
-        if (!block_can_save(vm->parts.disks[i].backend))
+        if (!block_is_local(vm->parts.disks[i].backend))
             flush_server(vm, vm->parts.disks[i].backend);
     }
     return vm_pause(vm, VM_HOLD_MIGRATE);

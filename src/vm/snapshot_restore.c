@@ -170,6 +170,10 @@ static int make_overlay(struct vm_snapshot *s, int folder, const char *folder_pa
     }
     free((char *)d->block.path);
     d->block.path = path;
+    /* The saved one may have been on a server; this one is not. */
+    free((char *)d->block.tls);
+    d->block.tls = NULL;
+    d->block.reconnect_s = BLOCK_RECONNECT_S;
     return 0;
 }
 

@@ -509,30 +509,13 @@ static int finish_state(struct saver *s)
     return state_file_write(s->dir, SNAPSHOT_STATE, s->path, stream, len);
 }
 
-/* A snapshot has a copy of each disk that can be written. */
-static int check_disks(const struct saver *s)
-{
-    const struct vm_config *c = s->vm->config;
-
-    for (unsigned i = 0; i < c->disk_count; i++)
-        if (!c->disks[i].block.readonly && !block_can_save(s->vm->parts.disks[i].backend)) {
-            log_error("disk %s: a disk on a server cannot be copied into a snapshot; take a snapshot of it there, or give it readonly=on",
-                      c->disks[i].block.path);
-            return -EOPNOTSUPP;
-        }
-    return 0;
-}
-
 static int save(struct saver *s)
 {
     bool memory_begun = false;
-    int err = check_disks(s);
+    int err = vm_await_memory(s->vm, &s->vm->save_cancelled);
 
-    if (!err) {
-        err = vm_await_memory(s->vm, &s->vm->save_cancelled);
-        if (err == -ESHUTDOWN)
-            log_error("the machine has ended: there is nothing to save");
-    }
+    if (err == -ESHUTDOWN)
+        log_error("the machine has ended: there is nothing to save");
     if (!err)
         err = open_folder(s);
     if (err)

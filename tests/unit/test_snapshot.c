@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +21,7 @@
 
 #include "base/log.h"
 #include "base/util.h"
+#include "block_requests.h"
 #include "memory/missing.h"
 #include "vm/config.h"
 #include "vm/snapshot.h"
@@ -90,9 +92,10 @@ static void await_progress(struct running *r)
     assert_int_not_equal(word(r, 0), before);
 }
 
-static void start(struct running *r, const char *engine)
+/* disk_path: of its disk in place of the image that is made in any case; NULL: that. */
+static void start_with(struct running *r, const char *engine, const char *disk_path)
 {
-    char disk[96];
+    char disk[256];
     int status, fd;
 
     snprintf(r->kernel, sizeof(r->kernel), "%s/kernel-XXXXXX", data_folder);
@@ -102,7 +105,7 @@ static void start(struct running *r, const char *engine)
     assert_int_equal(ftruncate(fd, MIB(16)), 0);
     assert_int_equal(pwrite(fd, "at the start", 12, MIB(3)), 12);
     close(fd);
-    snprintf(disk, sizeof(disk), "path=%s", r->disk);
+    snprintf(disk, sizeof(disk), "path=%s", disk_path ? disk_path : r->disk);
     assert_int_equal(vm_config_init(&r->config), 0);
     assert_int_equal(vm_config_set_flag(&r->config, "name", "sweeper"), 0);
     assert_int_equal(vm_config_set_flag(&r->config, "kernel", r->kernel), 0);
@@ -117,6 +120,8 @@ static void start(struct running *r, const char *engine)
     await_progress(r);
     await_progress(r);
 }
+
+static void start(struct running *r, const char *engine) { start_with(r, engine, NULL); }
 
 static void finish(struct running *r)
 {
@@ -603,6 +608,70 @@ static void test_damaged_packed(void **state)
     assert_int_equal(vm_snapshot_remove("bad"), 0);
 }
 
+/* Through the machine's disk. */
+static int disk_io(struct running *r, enum block_op op, uint64_t offset, char *buf, size_t len)
+{
+    struct request q;
+    struct block *b = r->vm->parts.disks[0].backend;
+
+    pthread_mutex_lock(&r->vm->machine.lock);
+    request_set(&q, op, offset, buf, len);
+    block_submit(b, &q.r);
+    block_drain(b);
+    pthread_mutex_unlock(&r->vm->machine.lock);
+    assert_true(q.done);
+    return q.status;
+}
+
+/* A disk on a server is copied as one that is here; what is restored needs no server, and leaves it alone. */
+static void test_disk_on_server(void **state)
+{
+    struct vm_snapshot_result result;
+    struct running r, a;
+    char socket[64], uri[160], buf[512] = "";
+    pid_t server;
+
+    if (system("nbdkit --version >/dev/null 2>&1") != 0)
+        skip();
+    snprintf(socket, sizeof(socket), "%s/nbd.sock", data_folder);
+    snprintf(uri, sizeof(uri), "nbd+unix:///?socket=%s,reconnect=20", socket);
+    server = fork();
+    if (!server) {
+        execlp("nbdkit", "nbdkit", "-f", "--exit-with-parent", "-U", socket, "memory", "16M", NULL);
+        _exit(127);
+    }
+    for (unsigned i = 0; access(socket, F_OK); i++) {
+        assert_true(i < 10000);
+        assert_int_equal(waitpid(server, NULL, WNOHANG), 0);
+        usleep(2000);
+    }
+    start_with(&r, "translate", uri);
+    assert_int_equal(disk_io(&r, BLOCK_WRITE, MIB(7), strcpy(buf, "before"), sizeof(buf)), 0);
+    assert_int_equal(vm_snapshot_save(r.vm, "nbd", false, &result), 0);
+    assert_int_equal(result.disk_bytes, KIB(256));
+    assert_int_equal(disk_io(&r, BLOCK_WRITE, MIB(7), strcpy(buf, "after"), sizeof(buf)), 0);
+    restore(&a, "nbd", "a");
+    assert_int_equal(disk_io(&a, BLOCK_READ, MIB(7), buf, sizeof(buf)), 0);
+    assert_string_equal(buf, "before");
+    assert_int_equal(disk_io(&a, BLOCK_WRITE, MIB(7), strcpy(buf, "elsewhere"), sizeof(buf)), 0);
+    assert_int_equal(disk_io(&r, BLOCK_READ, MIB(7), buf, sizeof(buf)), 0);
+    assert_string_equal(buf, "after");
+    finish(&r);
+    kill(server, SIGKILL);
+    waitpid(server, NULL, 0);
+    go_on(&a);
+    await_progress(&a);
+    assert_int_equal(vm_snapshot_save(a.vm, "again", false, &result), 0);
+    assert_int_equal(vm_snapshot_remove("nbd"), 0);
+    finish(&a);
+    restore(&a, "again", "b");
+    assert_int_equal(disk_io(&a, BLOCK_READ, MIB(7), buf, sizeof(buf)), 0);
+    assert_string_equal(buf, "elsewhere");
+    vm_destroy(a.vm);
+    vm_config_destroy(&a.config);
+    assert_int_equal(vm_snapshot_remove("again"), 0);
+}
+
 /* A folder that a killed save left is no snapshot, and goes away with the next one. */
 static void test_killed_save(void **state)
 {
@@ -650,6 +719,7 @@ int main(void)
         cmocka_unit_test(test_packed_at_once),
         cmocka_unit_test(test_damaged),
         cmocka_unit_test(test_damaged_packed),
+        cmocka_unit_test(test_disk_on_server),
         cmocka_unit_test(test_killed_save),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
