@@ -13,8 +13,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -628,23 +630,27 @@ static void test_disk_on_server(void **state)
 {
     struct vm_snapshot_result result;
     struct running r, a;
-    char socket[64], uri[160], buf[512] = "";
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    char socket_path[64], uri[160], buf[512] = "";
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     pid_t server;
 
     if (system("nbdkit --version >/dev/null 2>&1") != 0)
         skip();
-    snprintf(socket, sizeof(socket), "%s/nbd.sock", data_folder);
-    snprintf(uri, sizeof(uri), "nbd+unix:///?socket=%s,reconnect=20", socket);
+    snprintf(socket_path, sizeof(socket_path), "%s/nbd.sock", data_folder);
+    snprintf(uri, sizeof(uri), "nbd+unix:///?socket=%s,reconnect=20", socket_path);
     server = fork();
     if (!server) {
-        execlp("nbdkit", "nbdkit", "-f", "--exit-with-parent", "-U", socket, "memory", "16M", NULL);
+        execlp("nbdkit", "nbdkit", "-f", "--exit-with-parent", "-U", socket_path, "memory", "16M", NULL);
         _exit(127);
     }
-    for (unsigned i = 0; access(socket, F_OK); i++) {
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s", socket_path);
+    for (unsigned i = 0; connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0; i++) {
         assert_true(i < 10000);
         assert_int_equal(waitpid(server, NULL, WNOHANG), 0);
         usleep(2000);
     }
+    close(fd);
     start_with(&r, "translate", uri);
     assert_int_equal(disk_io(&r, BLOCK_WRITE, MIB(7), strcpy(buf, "before"), sizeof(buf)), 0);
     assert_int_equal(vm_snapshot_save(r.vm, "nbd", false, &result), 0);
