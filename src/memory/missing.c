@@ -235,7 +235,6 @@ void memory_missing_destroy(struct memory_missing *p)
 {
     if (!p)
         return;
-    publish(p->memory, NULL);
     if (p->started) {
         eventfd_write(p->wake, 1);
         pthread_join(p->thread, NULL);
@@ -251,12 +250,23 @@ void memory_missing_destroy(struct memory_missing *p)
     if (p->wake >= 0)
         close(p->wake);
     atomic_store(&p->memory->touch, false);
+    publish(p->memory, NULL);
     memory_bitmaps_free(p->missing);
     free(p);
 }
 
 uint64_t memory_missing_count(const struct memory_missing *p) { return atomic_load(&p->left); }
 uint64_t *const *memory_missing_bitmaps(const struct memory_missing *p) { return p->missing; }
+
+bool memory_missing_any(struct memory *m)
+{
+    bool any;
+
+    pthread_rwlock_rdlock(&m->missing_lock);
+    any = m->missing;
+    pthread_rwlock_unlock(&m->missing_lock);
+    return any;
+}
 
 uint64_t memory_missing_in(struct memory *m)
 {

@@ -47,6 +47,8 @@ uint64_t memory_missing_count(const struct memory_missing *p);
 uint64_t *const *memory_missing_bitmaps(const struct memory_missing *p);
 /* How many pages are missing in this memory; 0 without anything of this kind. Any thread. */
 uint64_t memory_missing_in(struct memory *m);
+/* Whether there is such a thing still, so that others cannot use the kernel's means for theirs. Any thread. */
+bool memory_missing_any(struct memory *m);
 /* [offset, offset+len) of a region, whole pages, is going to be zero whatever it was. With missing_lock held for writing; for memory.c. */
 void memory_missing_drop(struct memory_missing *p, unsigned region, uint64_t offset, uint64_t len);
 

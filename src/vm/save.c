@@ -187,7 +187,7 @@ static uint64_t monotonic_ns(void)
 
 int vm_await_memory(struct vm *vm, const _Atomic bool *cancel)
 {
-    while (memory_missing_in(&vm->machine.memory)) {
+    while (memory_missing_any(&vm->machine.memory)) {
         if (cancel && atomic_load(cancel))
             return -ECANCELED;
         if (vm_ended(vm, NULL, NULL))

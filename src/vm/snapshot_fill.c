@@ -83,7 +83,8 @@ static void failed(struct snapshot_fill *f, uint32_t chunk, int err, bool waited
         log_error("%s: %s at byte %llu; %s", f->name, err == -EINVAL ? "it is damaged" : strerror(-err),
                   (unsigned long long)f->packed.chunk[chunk].offset,
                   !running ? "was it copied completely?"
-                  : waited ? "the machine ends at once, as it cannot go on without that part of its memory: what it wrote to its disks is as after a power failure"
+                  : waited ? "the machine ends at once, as it cannot go on without that part of its memory: "
+                             "what it wrote to its disks is as after a power failure"
                            : "the machine ends, as it cannot have that part of its memory");
     /* Whoever waits cannot be let go without contents; a terminal that shows the console is put back. */
     if (running && waited)

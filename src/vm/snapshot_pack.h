@@ -12,8 +12,8 @@
  *     for each run     u32 pages, u32 number of the first one's content, the next one has the next; 0: all are zeroes
  *     u64 length of this frame with all of its fields    u64 XXH3-64 of it up to here    8 bytes "RFMEM 02"
  *
- * So every byte of the file is covered by a checksum, and those that are needed before anything runs are read at once: about a
- * thousandth of RAM at most. Checksums are of what is in the file, since some damage unpacks to other pages than zstd's own tells.
+ * So every byte of the file is covered by a checksum, and those that are needed before anything runs are read at once: at most a
+ * 500th of RAM. Checksums are of what is in the file, since some damage unpacks to other pages than zstd's own tells.
  *
  * For the snapshot_*.c files and tests only.
  */

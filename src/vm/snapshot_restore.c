@@ -87,7 +87,8 @@ static int read_snapshot(struct vm_snapshot *s)
         return err;
     }
     if (s->packed && version < snapshot_version(true)) {
-        log_error("%s/%s: compressed by an older ringfort, in a form that this one does not read: restore it with that one, and save it again without --compress",
+        log_error("%s/%s: compressed by an older ringfort, in a form that this one does not read: restore it with that one, "
+                  "and save it again without --compress",
                   s->path, SNAPSHOT_PACKED);
         return -EINVAL;
     }
