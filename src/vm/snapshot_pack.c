@@ -195,7 +195,8 @@ static int put_index(struct packer *p, uint32_t pages)
         store_le32(index + 28, SNAPSHOT_CHUNK_PAGES);
         if (chunks)
             memcpy(index + INDEX_HEADER, p->chunk, chunks);
-        memcpy(index + INDEX_HEADER + chunks, p->run, runs);
+        if (runs)
+            memcpy(index + INDEX_HEADER + chunks, p->run, runs);
         store_le64(tail, len);
         store_le64(tail + 8, XXH3_64bits(index, len - INDEX_TAIL + 8));
         memcpy(tail + 16, INDEX_MAGIC, 8);
