@@ -20,6 +20,7 @@ struct translate_options {
     bool chain;                 /* direct jumps from translation to translation */
     bool share;                 /* one check for accesses off the same base */
     bool liveness;              /* flags are only kept where they can matter */
+    bool redo;                  /* what set flags is done again where keeping them costs more */
     bool returns;               /* returns predicted by the host's return stack */
     bool indirect;              /* targets of indirect jumps looked up in line */
     bool vectors;               /* vector instructions in line */

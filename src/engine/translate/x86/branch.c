@@ -245,8 +245,9 @@ static void emit_call(struct unit *x, unsigned k)
     struct assembler *a = &x->a;
 
     if (is_near(i->target) && i->target <= i->offset)
-        poll(x, i->live, i->offset);
+        poll(x, x->lost < 0 ? i->live : 0, i->offset);
     push_return(x, k, 0);
+    unit_flags(x);
     if (!x->t->options.returns) {
         unit_goto(x, i->target, RFLAGS_ARITH, false);
         return;
@@ -283,7 +284,7 @@ static void lookup_or_leave(struct unit *x, unsigned k)
     unsigned first = x->stubs;
 
     unit_take_a(x, k);
-    lookup(x, x->insn[k].live, STUB_INTERPRET);
+    lookup(x, unit_may_clobber(x, k) ? 0 : x->insn[k].live, STUB_INTERPRET);
     for (unsigned i = first; i < x->stubs; i++)
         x->stub[i].target = x->insn[k].offset;
 }
@@ -292,6 +293,7 @@ static void emit_jump_indirect(struct unit *x, unsigned k)
 {
     branch_operand(x, k);
     lookup_or_leave(x, k);
+    unit_flags(x);
     through_entry(x, 4);
 }
 
@@ -305,6 +307,7 @@ static void emit_call_indirect(struct unit *x, unsigned k)
     asm_store_gs(a, A, T_GS(saved_code));
     asm_store_gs(a, T, T_GS(saved_target));
     push_return(x, k, x->insn[k].accesses - 1u);
+    unit_flags(x);
     asm_load_gs(a, T, T_GS(saved_target));
     asm_gs(a, false, 0xff, x->t->options.returns ? 2 : 4, T_GS(saved_code));
     if (x->t->options.returns)
@@ -319,6 +322,7 @@ static void emit_ret(struct unit *x, unsigned k)
     unsigned extra = i->insn.visible ? (uint16_t)i->insn.imm[0] : 0, first = x->stubs;
 
     asm_mem(a, true, 0x8b, T, m.base, m.index, m.shift, m.disp);
+    unit_flags(x);
     if (x->t->options.returns) {
         asm_lea(a, H_R15, H_R15, H_NONE, 0, (int32_t)(8 + extra));
         /* For the case that it was no address to return to. */
@@ -366,7 +370,10 @@ void unit_branch(struct unit *x, unsigned k)
     case FORM_JCC: emit_jcc(x, k); break;
     case FORM_CALL: emit_call(x, k); break;
     case FORM_CALL_INDIRECT: emit_call_indirect(x, k); break;
-    case FORM_JMP: unit_goto(x, i->target, i->live, i->target <= i->offset); break;
+    case FORM_JMP:
+        unit_flags(x);
+        unit_goto(x, i->target, i->live, i->target <= i->offset);
+        break;
     case FORM_JMP_INDIRECT: emit_jump_indirect(x, k); break;
     case FORM_RET: emit_ret(x, k); break;
     default: emit_end(x, k); break;

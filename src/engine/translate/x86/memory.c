@@ -174,7 +174,7 @@ static void check_group(struct unit *x, struct group *g, unsigned k)
     site->align = g->align;
     site->retry = here(x);
     address(x, g->seg, g->base, g->index, g->leader->shift, (int32_t)(g->disp - (g->leader->delta - g->lo)));
-    (x->insn[k].live ? check_live : check_dead)(x, &c, site);
+    (unit_may_clobber(x, k) ? check_dead : check_live)(x, &c, site);
     asm_mem(&x->a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct tlb_entry, addend));
     g->checked = g->open = true;
     x->held = (int)(g - x->group);
@@ -199,7 +199,7 @@ static struct asm_address place_alone(struct unit *x, unsigned k, const struct a
     struct assembler *a = &x->a;
     struct translate_site *site = unit_site(x, k);
     struct check c = { m->size, m->aligned ? m->size : 1, (enum tlb_kind)m->kind };
-    bool live = x->insn[k].live != 0;
+    bool live = !unit_may_clobber(x, k);
 
     unit_take_a(x, k);
     site->span = m->size;
@@ -233,7 +233,7 @@ struct asm_address unit_place(struct unit *x, unsigned k, unsigned n, bool leave
 
     if (!g || !g->open || (x->held != m->group && !g->stored) ||
         (m->seg && m->base < 16 && unit_host_of[m->base] == H_NONE) ||
-        (m->seg && m->base == X86_REG_RIP && x->insn[k].live))
+        (m->seg && m->base == X86_REG_RIP && !unit_may_clobber(x, k)))
         return place_alone(x, k, m, leaves);
     if (x->held != m->group) {
         unit_take_a(x, k);

@@ -30,6 +30,8 @@
 #define UNIT_MAX_ARENA ((UNIT_MAX_STUBS + UNIT_MAX_INSNS) * MAX(sizeof(struct translate_site), sizeof(struct chain)))
 /* How far the accesses of one group may lie apart. A group that crosses a page has to do without. */
 #define UNIT_GROUP_SPAN 256
+/* No instruction's flags (struct unit_insn's source), but those that were put aside. */
+#define UNIT_ASIDE 127
 
 enum unit_form {
     FORM_OP,            /* run by the interpreter */
@@ -75,6 +77,10 @@ struct unit_insn {
     uint8_t form;               /* enum unit_form */
     uint8_t cc;                 /* FORM_JCC */
     uint16_t live;              /* flags that may be read, by this instruction or later, before they are written */
+    /* The instruction whose flags these are, and that can be done again for them with what the registers hold (unit_flags()); or -1. */
+    int8_t source;
+    bool needs_flags;           /* all that are live are to be right in front of it */
+    uint8_t checks_ahead;       /* its own and those behind it before flags are needed */
     bool crosses;               /* reaches into the next page; the unit's last */
     bool serial;                /* FORM_OP, FORM_QUICK: address space or permissions may be others afterwards */
     uint8_t accesses;
@@ -122,6 +128,7 @@ struct stub {
     uint8_t tag;                /* STUB_FILL: offset of the tag in the entry that T has in it; 0xff: none */
     bool restore_rcx;           /* from its slot */
     bool restore_flags;         /* from the return stack */
+    int8_t lost;                /* as struct unit's */
     struct translate_site *site;
     uint64_t target;            /* guest address, from cpu->code_page on */
     const uint8_t *code;
@@ -145,6 +152,7 @@ struct unit {
     bool entered_anywhere;      /* it is the version without groups: entered at any instruction */
     bool vectors_ready;         /* guest's vector registers are in the host's */
     bool vectors_noted;         /* XINUSE says already that vector state changes */
+    int lost;                   /* the same: EFLAGS hold something else than the guest's flags. UNIT_ASIDE: which are in translator.aside */
     int held;                   /* the group whose addend A holds, or -1 */
     unsigned insns, stubs, groups;
     unsigned end;               /* offset from the page's start behind the last instruction */
@@ -205,6 +213,12 @@ void unit_classify(struct unit *x, struct unit_insn *i);
 /* FORM_QUICK: whether address space, permissions or segments may be others afterwards. */
 bool unit_quick_serial(const struct x86_insn *insn);
 void unit_insn(struct unit *x, unsigned k);
+/* Flags may be overwritten in front of instruction k: they are dead, or unit_flags() can make them again. Notes that in the latter case. */
+bool unit_may_clobber(struct unit *x, unsigned k);
+/* Makes the flags right if they were overwritten. T and A stay. */
+void unit_flags(struct unit *x);
+/* The same for code beside, which goes on in the same state. */
+void unit_flags_of(struct unit *x, int source);
 
 /* ---- branch.c ---- */
 void unit_branch(struct unit *x, unsigned k);
