@@ -306,7 +306,7 @@ static int fetch(struct migrate_source *s, uint64_t *pages)
     int err = memory_dirty_fetch(s->memory, s->todo);
 
     fetch_disks(s);
-    *pages = bitmaps_count(s->memory, s->todo) + disk_pages(s);
+    *pages = memory_bitmaps_count(s->memory, s->todo) + disk_pages(s);
     return err ? because(s, err, "the guest's writes cannot be logged") : 0;
 }
 
@@ -398,7 +398,7 @@ static int pre_copy(struct migrate_source *s, bool can_post_copy, bool *post_cop
     memset(recent, 0xff, sizeof(recent));
     *post_copy = false;
     all_with_contents(s);
-    pages = bitmaps_count(s->memory, s->todo) + disk_pages(s);
+    pages = memory_bitmaps_count(s->memory, s->todo) + disk_pages(s);
     fetched_at = migrate_now_ms();
     if (s->opt->post_copy == MIGRATE_POST_COPY_NOW) {
         *post_copy = true;
@@ -586,7 +586,7 @@ static int push_rest(struct migrate_source *s)
 {
     struct frame f = { 0 };
     char error[CHANNEL_ERROR_MAX];
-    uint64_t pages = bitmaps_count(s->memory, s->todo);
+    uint64_t pages = memory_bitmaps_count(s->memory, s->todo);
     int ret;
 
     source_streams_begin(s);
@@ -787,7 +787,7 @@ enum migrate_stage migrate_source_run(struct migrate_source *s, struct migrate_r
         s->channel_options.tls = channel_tls_load(s->opt->tls_dir, s->reason);
         err = s->channel_options.tls ? 0 : -EINVAL;
     }
-    if (!err && (bitmaps_alloc(s->memory, s->todo) || page_hashes_init(&s->hashes, s->memory) ||
+    if (!err && (memory_bitmaps_alloc(s->memory, s->todo) || page_hashes_init(&s->hashes, s->memory) ||
                  disk_bitmaps_alloc(s->opt->disks, s->disk_todo)))
         err = because(s, -ENOMEM, "out of memory");
     if (!err)
@@ -819,7 +819,7 @@ enum migrate_stage migrate_source_run(struct migrate_source *s, struct migrate_r
     s->progress.stage = end;
     pthread_mutex_unlock(&s->lock);
     report(s);
-    bitmaps_free(s->todo);
+    memory_bitmaps_free(s->todo);
     disk_bitmaps_free(s->disk_todo);
     page_hashes_destroy(&s->hashes);
     channel_tls_free(s->channel_options.tls);
