@@ -6,6 +6,7 @@
  *   loops     counted loops, nested, that walk memory until it faults, and flags that live across branches
  *   vectors   the same with SSE, AVX and AVX-512 registers
  *   mixed     all of that in one case
+ *   walks     loops over pages whose accesses all move by constants, up or down, by pointers and by indexes
  *   self      loops that write their own code: constants, displacements, opcodes, conditions, ahead and behind
  *
  * 64-bit code. Instructions that a model or the host lacks raise on both sides, which is as good a case as any.
@@ -371,6 +372,84 @@ static void loop(struct shape *s, unsigned depth, unsigned percent_vectors)
     s->counters &= ~(1u << counter);
 }
 
+/* Bytes that a pointer moves in each turn of a walk. */
+static int walking_step(struct shape *s)
+{
+    int step = rng_percent(s->r, 70) ? 1 << rng_below(s->r, 7) : (int)rng_below(s->r, 100);
+
+    return rng_percent(s->r, 70) ? step : -step;
+}
+
+static void add_constant(struct shape *s, unsigned reg, int step)
+{
+    encode(s, (struct encoding){ .opcode = 0x81, .w = true, .reg = rng_percent(s->r, 50) ? 0 : 5, .rm = reg, .imm_size = 4,
+                                 .imm = (uint32_t)step });
+}
+
+/*
+ * A loop that its translation can do without checks in between: until a counter is 0, an index has its end, or something faults. Sometimes one
+ * access is made that does not move by a constant.
+ */
+static void walk(struct shape *s)
+{
+    static const uint8_t counters[] = { RCX, RDX, RBX, R12, R8, R15 };
+    unsigned counter, index = 4, start, first = s->base;
+    bool vectors = rng_percent(s->r, 40);
+    uint8_t jcc[6] = { 0x0f, 0x85 };
+
+    if (!has_room(s, 16))
+        return;
+    land(s);
+    do
+        counter = RNG_PICK(s->r, counters);
+    while ((s->counters | s->pointers) >> counter & 1);
+    s->counters |= 1u << counter;
+    encode(s, (struct encoding){ .opcode = 0xc7, .rm = counter, .imm_size = 4, .imm = 1 + rng_below(s->r, 800) });
+    if (rng_percent(s->r, 40)) {
+        do
+            index = data_register(s);
+        while (index == 4);
+        s->counters |= 1u << index;
+        encode(s, (struct encoding){ .opcode = 0xc7, .rm = index, .imm_size = 4, .imm = rng_below(s->r, 64) });
+    }
+    start = s->c->bytes;
+    for (unsigned n = 1 + rng_below(s->r, 6); n > 0; n--) {
+        static const uint16_t moves[] = { 0x8b, 0x89, 0x03, 0x01, 0x39, 0x0fb6, 0x88, 0x8a, 0x33 };
+        struct encoding e = { .opcode = RNG_PICK(s->r, moves), .reg = data_register(s), .rm = first, .memory = true, .index = 4,
+                              .disp = (int32_t)(4 * rng_below(s->r, 12)) - 8, .w = rng_percent(s->r, 50) };
+
+        e.byte = e.opcode == 0x88 || e.opcode == 0x8a;
+        if (s->base != first && rng_percent(s->r, 50))
+            e.rm = s->base;
+        if (index != 4 && rng_percent(s->r, 70)) {
+            e.index = rng_percent(s->r, 90) ? index : data_register(s);
+            e.scale = rng_below(s->r, 4);
+            if (e.index == 4)
+                e.index = index;
+        }
+        if (rng_percent(s->r, 25))
+            compute(s);
+        else if (rng_percent(s->r, 15))
+            branch_over(s);
+        if (vectors && rng_percent(s->r, 50)) {
+            e.opcode = rng_percent(s->r, 50) ? 0x0f28 : 0x0f10;         /* MOVAPS, MOVUPS: loads and stores */
+            e.opcode += rng_percent(s->r, 40);
+            e.reg = rng_below(s->r, 16);
+        }
+        encode(s, e);
+    }
+    land(s);
+    add_constant(s, first, walking_step(s));
+    if (s->base != first && rng_percent(s->r, 60))
+        add_constant(s, s->base, walking_step(s));
+    if (index != 4)
+        add_constant(s, index, walking_step(s));
+    encode(s, (struct encoding){ .opcode = 0x83, .w = true, .reg = 5, .rm = counter, .imm_size = 1, .imm = 1 });
+    add(s, jcc, sizeof(jcc));
+    set_rel32(s->c, s->c->bytes - 4u, start);
+    s->counters &= ~(1u << counter | (index != 4 ? 1u << index : 0));
+}
+
 /*
  *     call f;  …;  jmp end
  * f:  …;  a way to return
@@ -552,7 +631,7 @@ static void change_code(struct shape *s)
 
 /* ---- cases ---- */
 
-const char *const shape_names[] = { "groups", "stack", "loops", "vectors", "mixed", "self", NULL };
+const char *const shape_names[] = { "groups", "stack", "loops", "vectors", "mixed", "self", "walks", NULL };
 
 void generate_shape(struct cpu_case *c, unsigned shape, struct rng *r)
 {
@@ -569,6 +648,8 @@ void generate_shape(struct cpu_case *c, unsigned shape, struct rng *r)
         what = shape == 4 ? rng_below(r, 4) : shape;
         if (what == 5)
             change_code(&s);
+        else if (what == 6)
+            walk(&s);
         else if (what == 0)
             pieces(&s, 2 + rng_below(r, 10), 0);
         else if (what == 1)

@@ -289,7 +289,7 @@ static const char help[] =
     "Usage: difftest [--engine NAME] [--model NAME] [--seed N|random] [--first N] [--count N] [--case N] [--seconds S]\n"
     "                [--percent32 P] [--percent-ac P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
     "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep] [--code16] [--kernel] [--interrupts]\n"
-    "                [--shape groups|stack|loops|vectors|mixed|self]\n";
+    "                [--shape groups|stack|loops|vectors|mixed|self|walks]\n";
 
 /* Mnemonics, comma-separated, in any case. */
 static const bool *parse_mnemonics(const char *list)
