@@ -397,7 +397,7 @@ static void walk(struct shape *s)
     bool vectors = rng_percent(s->r, 40);
     uint8_t jcc[6] = { 0x0f, 0x85 };
 
-    if (!has_room(s, 16))
+    if (!has_room(s, 36))
         return;
     land(s);
     do
