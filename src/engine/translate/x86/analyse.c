@@ -255,8 +255,9 @@ static void find_sources(struct unit *x)
         } else if (registers_written(i) & registers) {
             after = -1;
         }
-        /* Branches see to it themselves when they are emitted. */
+        /* Branches see to it themselves when they are emitted: behind the push, in case of a call. */
         i->needs_flags = i->form == FORM_JCC || i->form == FORM_END ||
+                         ((i->form == FORM_CALL || i->form == FORM_CALL_INDIRECT) && source >= 0 && registers & 1u << RSP) ||
                          (!branch && (i->insn.flags_read || (i->insn.flags_written && i->live) || after != source || runs_apart(i)));
         source = after;
     }
