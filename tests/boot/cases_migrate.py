@@ -1,7 +1,6 @@
 """Linux is moved about between processes and engines while it checks its memory, and either side or the link is killed.
 
-migrate and migrate-disks are the short tests; migrate-storm and migrate-disks-storm, only when asked for, do MIGRATE_ROUNDS (default
-200) with MIGRATE_SEED (default 1).
+bench/migrate-storm does the same for a thousand rounds.
 """
 
 import os
@@ -11,11 +10,37 @@ import time
 
 from cases import case
 from machine import ENGINE, Skipped, check, log, patience
-from migration import ENGINES, Journey
+from migration import ENGINES
+from relay import Place
+from storm import DISK_MIB, WRITTEN_MIB, Storm, make_disk, of_memory_and_disk
 
 
 def other(engine):
     return ENGINES[(ENGINES.index(engine) + 1) % len(ENGINES)]
+
+
+# One of each kind; those at random come on top.
+FAULTS = (
+    ("pre-copy", "kill-target", Place(">", "pages", 20, "inside")),
+    ("stop-and-copy", "cut", Place(">", "state", 1, "before")),
+    ("commitment", "kill-source", Place("<", "prepared", 1, "before")),
+    ("activation", "kill-source", Place(">", "commit", 1, "after")),
+    ("activation", "cut-for-a-while", Place("<", "running", 1, "inside")),
+    ("post-copy", "cut-for-a-while", Place(">", "pages", 5, "inside")),
+    ("pre-copy", "kill-source", Place(">", "pages", 20, "after")),
+)
+
+
+def break_some(name, journey, faults, at_random):
+    """These faults, and so many more that the time of day chooses."""
+    for stage, fault, place in faults:
+        log(f"{name}: {fault} at {place}: {journey.one(stage, fault, place)}")
+    seed = int(time.time())
+    log(f"{name}: {at_random} more by seed {seed}")
+    journey.random.seed(seed)
+    for _ in range(at_random):
+        stage, fault, place = journey.choose(quick=True)
+        log(f"{name}: {fault} at {place}: {journey.one(stage, fault, place)}")
 
 
 @case(seconds=420, parts=True)
@@ -27,9 +52,9 @@ def migrate(report, folder):
         # Both engines take part in each journey.
         report.line("SKIP", "migrate", "runs with the tests of the translator")
         return
-    with Journey(folder) as journey:
+    with of_memory_and_disk(folder, False, seed=1) as journey:
         def there_and_back():
-            journey.start(ENGINE)
+            journey.begin(ENGINE)
             figures = journey.hop(other(ENGINE))
             # bench/migrate measures; this bound is for busy hosts.
             check(figures["rounds"] >= 1 and figures["bytes"] > 0 and not figures["post_copy"], f"bad figures: {figures}")
@@ -48,32 +73,12 @@ def migrate(report, folder):
             journey.progress()
 
         def faults():
-            for fault in ("kill-target", "cut", "cut-for-a-while", "kill-source"):
-                outcome = journey.hop_with_fault(ENGINE, fault)
-                log(f"migrate: {fault}: {outcome}")
-                if outcome == "lost":
-                    # Who is killed after it took the machine takes it along, and settle() saw that this is what was said.
-                    check(fault.startswith("kill"), f"{fault} lost the machine")
-                    journey.start(ENGINE)
-                else:
-                    journey.progress()
+            break_some("migrate", journey, FAULTS, 8)
 
         if report.part("migrate/there-and-back", there_and_back):
             report.part("migrate/post-copy", post_copy)
             report.part("migrate/refused", refused)
             report.part("migrate/faults", faults)
-
-
-# What the guest writes, and what it leaves alone.
-DISK_MIB, WRITTEN_MIB = 48, 16
-
-
-def make_disk(path):
-    """Zero where the guest writes; contents and a hole behind that."""
-    with open(path, "wb") as f:
-        f.seek((WRITTEN_MIB + 4) << 20)
-        f.write(os.urandom(3 << 20))
-        f.truncate(DISK_MIB << 20)
 
 
 def tail(path):
@@ -89,13 +94,12 @@ def migrate_disks(report, folder):
         report.line("SKIP", "migrate-disks", "runs with the tests of the translator")
         return
     disk = folder / "disk.img"
-    make_disk(disk)
-    with Journey(folder, workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda", extra=("--disk", f"path={disk}")) as journey:
+    with of_memory_and_disk(folder, True, seed=1) as journey:
         def place(name):
             return folder / "data/ringfort/machines" / name / "disk0"
 
         def along():
-            journey.start(ENGINE)
+            journey.begin(ENGINE)
             name = journey.current
             figures = journey.hop(ENGINE, "--with-disks")
             log(f"migrate-disks: {figures['disk_bytes']} bytes of disks, stood still for {figures['downtime_ms']} ms")
@@ -113,15 +117,7 @@ def migrate_disks(report, folder):
             check(list(folder.glob("elsewhere/*.disk0")), "the disk is not where it was to be put")
 
         def faults():
-            for fault in ("kill-target", "cut", "cut-for-a-while", "kill-source"):
-                outcome = journey.hop_with_fault(ENGINE, fault, "--with-disks")
-                log(f"migrate-disks: {fault}: {outcome}")
-                if outcome == "lost":
-                    check(fault.startswith("kill"), f"{fault} lost the machine")
-                    make_disk(disk)
-                    journey.start(ENGINE)
-                else:
-                    journey.progress()
+            break_some("migrate-disks", journey, (("pre-copy", "kill-target", Place(">", "disk", 20, "inside")), *FAULTS[2:5]), 4)
 
         if report.part("migrate-disks/along", along):
             report.part("migrate-disks/faults", faults)
@@ -135,8 +131,8 @@ def migrate_disks(report, folder):
         here.mkdir()
         server = Nbdkit(folder, disk)
         uri = f"nbd+unix:///?socket={server.path}"
-        with server, Journey(here, workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda", extra=("--disk", uri)) as journey:
-            journey.start(ENGINE)
+        with server, Storm(here, ("check",), workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda", extra=("--disk", uri)) as journey:
+            journey.begin(ENGINE)
             journey.hop("interp")
             server.stop()
             time.sleep(0.5)
@@ -146,13 +142,9 @@ def migrate_disks(report, folder):
             # Nothing to be copied: it is where it is.
             figures = journey.hop(ENGINE, "--with-disks", "--post-copy", "now")
             check(figures["disk_bytes"] == 0, f"bad figures: {figures}")
-            for fault in ("kill-target", "cut-for-a-while"):
-                outcome = journey.hop_with_fault(ENGINE, fault)
-                log(f"migrate-disks: on a server, {fault}: {outcome}")
-                if outcome == "lost":
-                    break
-                journey.progress()
-            check("cannot be copied" in journey.run("snapshot", "save", journey.current, "s", status=None).stderr or outcome == "lost",
+            for stage, fault, place in FAULTS[:5]:
+                log(f"migrate-disks: on a server, {fault}: {journey.one(stage, fault, place)}")
+            check("cannot be copied" in journey.run("snapshot", "save", journey.current, "s", status=None).stderr,
                   "a snapshot without its disk is taken")
 
     report.part("migrate-disks/on-a-server", on_a_server)
@@ -183,50 +175,3 @@ class Nbdkit:
         self.process.kill()
         self.process.wait()
         self.path.unlink(missing_ok=True)
-
-
-def storm(name, journey, start, *flags):
-    """Migrations, most of them broken at random; the guest finds nothing amiss, and never two machines run."""
-    rounds, outcomes = int(os.environ.get("MIGRATE_ROUNDS", "200")), {}
-    choose = journey.random
-    for i in range(rounds):
-        if not journey.current:
-            start()
-        fault = choose.choice(("none", "none", "kill-target", "kill-source", "cut", "cut-for-a-while"))
-        post_copy = choose.choice(("auto", "never", "now"))
-        if fault in ("kill-target", "cut") and post_copy == "now":
-            post_copy = "never"     # the machine would wait for its memory for ever
-        if fault == "none":
-            journey.hop(choose.choice(ENGINES), "--post-copy", post_copy, *flags)
-            outcome = "moved"
-        else:
-            outcome = journey.hop_with_fault(choose.choice(ENGINES), fault, "--post-copy", post_copy, *flags)
-            if journey.current:
-                journey.progress()
-        outcomes[fault, outcome] = outcomes.get((fault, outcome), 0) + 1
-        if i % 10 == 9:
-            log(f"{name}: {i + 1} rounds: " + ", ".join(f"{f} {o} {n}" for (f, o), n in sorted(outcomes.items())))
-            for old in (journey.folder / "data/ringfort/machines").glob("*"):
-                if old.name != journey.current:
-                    shutil.rmtree(old)
-
-
-def seed():
-    return int(os.environ.get("MIGRATE_SEED", "1"))
-
-
-@case(seconds=48 * 3600, wanted=True)
-def migrate_storm(folder):
-    with Journey(folder, seed=seed(), extra=("--cpus", str(1 + seed() % 2)), workload="memcheck 16 1500 & memcheck 16 1500") as journey:
-        storm("migrate-storm", journey, lambda: journey.start(journey.random.choice(ENGINES)))
-
-
-@case(seconds=48 * 3600, wanted=True)
-def migrate_disks_storm(folder):
-    disk = folder / "disk.img"
-    with Journey(folder, seed=seed(), workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda", extra=("--disk", f"path={disk}")) as journey:
-        def start():
-            make_disk(disk)
-            journey.start(journey.random.choice(ENGINES))
-
-        storm("migrate-disks-storm", journey, start, "--with-disks")

@@ -1,4 +1,4 @@
-"""Machines that are moved about, and links that break under them.
+"""Machines that are moved about.
 
 All machines of a Journey run detached under names of their own (m1, m2, ...), with control sockets and logs in the
 journey's folder. The guest runs memcheck (memcheck.c), which finds writes that were lost on the way.
@@ -10,13 +10,11 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
-import threading
 import time
 
 import machine
-from machine import Failure, check, ringfort, script
+from machine import check, ringfort, script
 
 ENGINES = ("interp", "translate")
 
@@ -32,68 +30,6 @@ def guest_image(folder):
     with open(archive, "wb") as out:
         subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input="\n".join([".", "bin", *(f"bin/{p}" for p in programs), ""]).encode(), stdout=out, cwd=root, check=True)
     return archive
-
-
-class Link:
-    """A relay between two Unix sockets that breaks after some bytes, and perhaps heals."""
-
-    def __init__(self, path, to, after, heals):
-        self.to, self.left, self.heals = str(to), after, heals
-        self.cut_at = None
-        self.pairs = []
-        self.lock = threading.Lock()
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(str(path))
-        self.listener.listen(64)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self):
-        self.listener.close()
-        self.cut()
-
-    def cut(self):
-        with self.lock:
-            self.cut_at = time.monotonic()
-            for s in self.pairs:
-                with contextlib.suppress(OSError):
-                    s.shutdown(socket.SHUT_RDWR)
-            self.pairs = []
-
-    def _accept(self):
-        while True:
-            try:
-                a, _ = self.listener.accept()
-            except OSError:
-                return
-            if self.cut_at is not None and not (self.heals and time.monotonic() - self.cut_at > 0.3):
-                a.close()
-                continue
-            b = socket.socket(socket.AF_UNIX)
-            try:
-                b.connect(self.to)
-            except OSError:
-                a.close()
-                continue
-            with self.lock:
-                self.pairs += [a, b]
-            for x, y in ((a, b), (b, a)):
-                threading.Thread(target=self._pass, args=(x, y), daemon=True).start()
-
-    def _pass(self, source, target):
-        try:
-            while data := source.recv(65536):
-                if self.cut_at is None:
-                    self.left -= len(data)
-                    if self.left <= 0:
-                        self.cut()
-                        break
-                target.sendall(data)
-        except OSError:
-            pass
-        for s in (source, target):
-            with contextlib.suppress(OSError):
-                s.shutdown(socket.SHUT_RDWR)
-            s.close()
 
 
 class Journey:
@@ -198,66 +134,39 @@ class Journey:
         self.progress()
         return figures
 
-    def hop_with_fault(self, engine, fault, *flags):
-        """A migration during which something breaks. Gives what came of it, in a word."""
-        source = self.current
-        name, pids = self.receive(engine)
-        link = None
-        to = f"{self.folder}/{name}.to"
-        if fault in ("cut", "cut-for-a-while"):
-            link = Link(f"{self.folder}/{name}.link", to, self.random.choice((20000, 2000000, 40000000)) * self.random.random(),
-                        fault == "cut-for-a-while")
-            to = f"{self.folder}/{name}.link"
-        client = subprocess.Popen([ringfort(), "migrate", source, f"unix:{to}", "-o", "json", *flags], stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment, text=True)
-        if fault.startswith("kill"):
-            time.sleep(self.random.random() * 0.8)
-            there = self.machines()
-            victims = pids if fault == "kill-target" else [there[source]["pid"]] if source in there else []
-            for pid in victims:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        try:
-            client.wait(60 * machine.patience())
-        except subprocess.TimeoutExpired:
-            raise Failure(f"'ringfort migrate' does not end after {fault}; the source said:\n{self.messages(source)[-800:]}\n"
-                          f"the target said:\n{self.messages(name)[-800:]}") from None
-        finally:
-            if client.poll() is None:
-                client.kill()
-            client.wait()
-        outcome = self.settle(source, name, client.returncode)
-        if link:
-            link.close()
-        return outcome
-
-    def settle(self, source, target, status):
+    def settle(self, source, target):
         """What a person would do by what both sides say; afterwards one machine runs, or it is said that there is none."""
         deadline = time.monotonic() + 60 * machine.patience()
+        outcome = {source: "stayed", target: "moved"}
         while True:
             there = self.machines()
             states = {n: there[n]["state"] for n in (source, target) if n in there}
             run = [n for n, s in states.items() if s == "running"]
+            # Each says what it knows, and a command that cannot be right yet is refused.
+            unknown = any(t in self.messages(source) for t in ("not known who has the machine", "stays paused here"))
+            orphan = "source is gone" in self.messages(target)
             check(len(run) < 2, f"both {source} and {target} run")
-            if run == [target] and source not in states and not self.waits_for_memory(target):
-                self.current = target
-                return "moved"
-            if run == [source] and target not in states:
-                self.current = source
-                return "stayed"
-            if run == [source] and "source is gone" in self.messages(target):
+            if run and run == list(states) and not (run == [target] and self.waits_for_memory(target)):
+                self.current = run[0]
+                return outcome[run[0]]
+            if run == [source] and orphan:
                 # The link broke when all was there: the source knows that it goes on, the target cannot.
                 self.run("stop", "--force", target, status=None)
             elif run == [target] and source not in states:
                 # Killed in post-copy: part of the memory is gone.
                 self.run("stop", "--force", target, status=None)
-            elif run == [target] and "not known who has the machine" in self.messages(source):
+            elif run == [target] and unknown:
                 self.run("stop", "--force", source, status=None)
-            elif not run and source in states and target not in states and (
-                    "not known who has the machine" in self.messages(source) or "stays paused here" in self.messages(source)):
+            elif not run and len(states) == 2 and unknown and orphan:
+                # Neither can know, and both wait: whichever is chosen, the other ends first.
+                chosen, other = self.random.sample((source, target), 2)
+                self.run("stop", "--force", other, status=None)
+            elif not run and list(states) == [source] and unknown:
                 self.run("resume", source)
-            elif not run and target in states and source not in states and "source is gone" in self.messages(target):
+                outcome[source] = "resumed here"
+            elif not run and list(states) == [target] and orphan:
                 self.run("resume", target)
+                outcome[target] = "resumed there"
             elif not states:
                 # The source died as its owner, or in the middle of post-copy; or the target did after it had taken the machine.
                 check(any(t in self.messages(target) for t in ("not received", "will not come")) or
@@ -267,4 +176,4 @@ class Journey:
                 return "lost"
             check(time.monotonic() < deadline, f"after 60 s: {states}; the source said:\n{self.messages(source)[-800:]}\n"
                   f"the target said:\n{self.messages(target)[-800:]}")
-            time.sleep(0.1)
+            time.sleep(0.05)
