@@ -659,8 +659,8 @@ static enum migrate_stage post_copy_rest(struct migrate_source *s)
     set_stage(s, MIGRATE_POST_COPYING);
     err = push_rest(s);
     while (err) {
-        log_warn("migration of %s: the connection failed (%s); the target waits for memory that is here: connecting again",
-                 s->opt->name, s->reason);
+        log_warn("migration of %s: the connection failed (%s); the target waits for memory that is here: connecting again. If it has died, so has the machine: `ringfort stop --force %s`",
+                 s->opt->name, s->reason, s->opt->name);
         do {
             if (atomic_load(&s->cancelled))
                 return MIGRATE_LOST;

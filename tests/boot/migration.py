@@ -170,7 +170,7 @@ class Journey:
             elif not states:
                 # The source died as its owner, or in the middle of post-copy; or the target did after it had taken the machine.
                 check(any(t in self.messages(target) for t in ("not received", "will not come")) or
-                      "has moved" in self.messages(source), f"no machine is left, and nobody says why; the source said:\n"
+                      any(t in self.messages(source) for t in ("has moved", "does not take the rest")), f"no machine is left, and nobody says why; the source said:\n"
                       f"{self.messages(source)[-800:]}\nthe target said:\n{self.messages(target)[-800:]}")
                 self.current = None
                 return "lost"

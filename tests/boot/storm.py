@@ -220,6 +220,8 @@ class Storm(Journey):
         client = subprocess.Popen([ringfort(), "migrate", source, f"unix:{self.folder}/{target}.link", "-o", "json", "--post-copy",
                                    post_copy, *self.flags], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                   env=self.environment, text=True)
+        if fault == "kill-target" and stage == "post-copy":
+            self.give_up_post_copy(source, client, relay)
         try:
             output, errors = client.communicate(timeout=120 * machine.patience())
         except subprocess.TimeoutExpired:
@@ -248,6 +250,15 @@ class Storm(Journey):
         self.consoles.take(self.current)
         self.tidy()
         return outcome
+
+    def give_up_post_copy(self, source, client, relay):
+        """The source of a target that is dead tries for ever to reach it: a person ends it."""
+        deadline = machine.Deadline(60)
+        while client.poll() is None and deadline.left():
+            if relay.fired and "connecting again" in self.messages(source):
+                self.run("stop", "--force", source, status=None)
+                return
+            time.sleep(0.05)
 
     def judge(self, what, stage, fault, place, outcome, source, target):
         """The outcome is one that docs/migration.md has for the fault, and nothing was printed twice."""
@@ -289,7 +300,11 @@ class Storm(Journey):
         for old in (self.folder / "ringfort").glob("m*.*"):
             if old.name.partition(".")[0] != self.current:
                 old.unlink()
-        self.pids = {self.machines()[self.current]["pid"]}
+        # A target whose source was cut off before it said what it is still waits for one.
+        owner = self.machines()[self.current]["pid"]
+        for pid in self.pids - {owner}:
+            kill(pid)
+        self.pids = {owner}
 
     def blow(self, rounds, name="storm"):
         """So many rounds. Gives what they came to; a failure ends them, and is in it."""
