@@ -704,11 +704,13 @@ static int take_state(struct migrate_target *t, const struct frame *f, char reas
     else
         err = -ECANCELED;
     pthread_mutex_unlock(&t->lock);
-    if (!err)
-        err = frame_send(t->control, FRAME_PREPARED, 0, NULL, 0);
-    if (err)
-        snprintf(reason, MIGRATE_TEXT, "%s", err == -ECANCELED ? t->reason : channel_error(t->control));
-    return err;
+    if (err) {
+        snprintf(reason, MIGRATE_TEXT, "%s", t->reason);
+        return err;
+    }
+    /* If that does not arrive the machine is complete all the same, and what comes next is the connection's end. */
+    frame_send(t->control, FRAME_PREPARED, 0, NULL, 0);
+    return 0;
 }
 
 /* COMMIT has come, or a person took the machine. 0: it runs. */

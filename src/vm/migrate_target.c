@@ -116,11 +116,9 @@ static int configure(struct vm_reception *r, const json_t *description)
         c->disks[i].block.size = size > 0 ? (uint64_t)size : 0;
         c->disks[i].block.can_discard = json_is_true(json_object_get(disk, "discard"));
     }
-    if (!err)
-        err = target_disks_create(json_object_get(description, "disks"), c, r->opt->disks, &r->disks);
     vm_config_destroy(&source);
     free(text);
-    return err ? err : vm_config_check_host(c);
+    return err;
 }
 
 /* A guest that resets itself loads them again. */
@@ -213,7 +211,14 @@ static int make(struct vm_reception *r, const json_t *description)
         return err;
     r->configured = true;
     log_set_machine(r->config.name);
-    if (r->on_config && (err = r->on_config(r->on_config_opaque, &r->config)))
+    /* Takes the name; whatever has that name on the host's disk is no living machine's from here on. */
+    if (r->on_config)
+        err = r->on_config(r->on_config_opaque, &r->config);
+    if (!err)
+        err = target_disks_create(json_object_get(description, "disks"), &r->config, r->opt->disks, &r->disks);
+    if (!err)
+        err = vm_config_check_host(&r->config);
+    if (err)
         return err;
     vm = vm_create_empty(&r->config, tsc_hz > 0 ? (uint64_t)tsc_hz : 0, VM_HOLD_MIGRATE, &status);
     if (!vm)
@@ -267,6 +272,7 @@ static int load(void *opaque, const void *data, size_t len, char reason[MIGRATE_
     }
     if (!err) {
         r->stay_paused = load_le32((const uint8_t *)data + 4) & MIGRATE_STATE_PAUSED;
+        target_disks_unlock(r->disks);
         err = vm_migrate_lock_disks(r->vm);
     }
     if (!err) {
@@ -307,12 +313,17 @@ static int activate(void *opaque, char reason[MIGRATE_TEXT])
     log_keep_error(why, sizeof(why));
     /* After load() they are held; an orphan gave them up. */
     err = vm_migrate_lock_disks(r->vm);
+    if (!err)
+        err = target_disks_name(r->disks);
     if (!err && r->stay_paused)
         err = vm_pause(r->vm, VM_HOLD_USER);
     if (!err) {
         vm_resume(r->vm, VM_HOLD_MIGRATE);
         announce(r->vm);
         r->announcing = pthread_create(&r->announcer, NULL, announce_more, r) == 0;
+        /* The guest goes on meanwhile. Should the host lose power right now, the files are there, as partial ones. */
+        if (target_disks_sync_names(r->disks))
+            log_warn("the names of the machine's disks may not have reached the host's disk: %s", strerror(errno));
     }
     return failed(err, why, reason);
 }

@@ -119,7 +119,35 @@ def migrate_disks(report, folder):
         def faults():
             break_some("migrate-disks", journey, (("pre-copy", "kill-target", Place(">", "disk", 20, "inside")), *FAULTS[2:5]), 4)
 
+        def left_behind():
+            """A target that is killed leaves nothing that looks like a disk, and the next one of the name clears it away."""
+            place = folder / "killed"
+            os.makedirs(place)
+            def there():
+                return sorted(f.name for f in place.iterdir())
+
+            journey.one("pre-copy", "kill-target", Place(">", "disk", 20, "inside"), target_flags=("--disks", place))
+            target = f"m{journey.count}"
+            check(there() == [f"{target}.disk0.partial"], f"the killed target left {there()}")
+            journey.hop(ENGINE, "--with-disks", target_flags=("--disks", place), name=target)
+            check(there() == [f"{target}.disk0"], f"the next target left {there()}")
+            # With a source that is gone as well, all of it is there; the name comes with the machine.
+            journey.one("commitment", "kill-source", Place("<", "prepared", 1, "before"), target_flags=("--disks", place))
+            check(f"m{journey.count}.disk0" in there() and not [n for n in there() if n.endswith("partial")], f"left: {there()}")
+            # In a machine's own folder.
+            journey.receive(ENGINE)
+            target = f"m{journey.count}"
+            mine = folder / "data/ringfort/machines" / target
+            mine.mkdir(parents=True)
+            (mine / "disk0.partial").write_bytes(b"half")
+            journey.migrate(target, "--with-disks")
+            journey.current = target
+            journey.progress()
+            check([f.name for f in mine.iterdir()] == ["disk0"], f"left: {list(mine.iterdir())}")
+            check(not list(mine.parent.glob(f"{target}.until-*")), "half a disk is kept as a former machine's")
+
         if report.part("migrate-disks/along", along):
+            report.part("migrate-disks/left-behind", left_behind)
             report.part("migrate-disks/faults", faults)
 
     def on_a_server():
@@ -131,7 +159,7 @@ def migrate_disks(report, folder):
         here.mkdir()
         server = Nbdkit(folder, disk)
         uri = f"nbd+unix:///?socket={server.path}"
-        with server, Storm(here, ("check",), workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda", extra=("--disk", uri)) as journey:
+        with server, Storm(here, ("check",), workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda 0", extra=("--disk", uri)) as journey:
             journey.begin(ENGINE)
             journey.hop("interp")
             server.stop()

@@ -115,8 +115,8 @@ class Journey:
 
     # ---- one migration ----
 
-    def receive(self, engine, *flags):
-        name = self.next_name()
+    def receive(self, engine, *flags, name=None):
+        name = name or self.next_name()
         self.run("receive", name, "--listen", f"unix:{self.folder}/{name}.to", "--detach", "--engine", engine, *flags)
         done = subprocess.run(["pgrep", "-f", f"receive {name} --listen unix:{self.folder}/"], stdout=subprocess.PIPE, text=True)
         self.pids |= {int(p) for p in done.stdout.split()}
@@ -127,8 +127,8 @@ class Journey:
                         seconds=seconds, status=status)
         return json.loads(done.stdout) if done.returncode == 0 else done
 
-    def hop(self, engine, *flags, target_flags=()):
-        name, _ = self.receive(engine, *target_flags)
+    def hop(self, engine, *flags, target_flags=(), name=None):
+        name, _ = self.receive(engine, *target_flags, name=name)
         figures = self.migrate(name, *flags)
         self.current = name
         self.progress()

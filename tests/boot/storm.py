@@ -47,36 +47,31 @@ class DoubleRun(Failure):
     pass
 
 
-def sequence(place):
-    """How far the machine has changed hands when this has crossed: 0 not complete there, 1 complete, 2 committed, 3 known to run."""
-    order = {"prepared": 1, "commit": 2, "running": 3, "complete": 4}.get(place.frame, 0)
-    return order - (place.point != "after" and order > 0)
-
-
 def allowed(fault, place):
-    """What may come of a fault at a place, post-copy aside. Where PREPARED has just passed, COMMIT may have, too."""
-    done, frame = sequence(place), place.frame
+    """What may come of a fault at a place, post-copy aside. Where STATE or PREPARED has just passed, what follows may have, too."""
     here, there = "resumed here", "resumed there"
+    frame, after = place.frame, place.point == "after"
+    racing = after and frame in ("state", "prepared")
+    # Whether COMMIT has left the source, and arrived.
+    sent = frame in ("commit", "running", "complete")
+    committed = sent and (frame != "commit" or after)
     if fault == "stall":
         return {"moved"}
     if fault == "kill-source":
         # Before all is there it is gone, as without migration; then the target has it, or is told so by a person.
-        if frame == "commit":
-            return {"moved"} if done == 2 else {there}
-        if frame == "state" and place.point == "after":
-            return {there, "lost"}
-        return {"lost"} if frame not in ("prepared", "running", "complete") else {there} if done == 0 else {there, "moved"} if done == 1 \
-            else {"moved"}
+        if racing:
+            return {there, "moved", "lost"} if frame == "state" else {there, "moved"}
+        return {"moved"} if committed else {there} if sent or frame == "prepared" else {"lost"}
     if fault == "kill-target":
         # Whether COMMIT left the source the source alone knows: it asks, and a person decides when nobody answers.
-        if frame in ("commit", "running") and done < 3:
-            return {here}
-        return {"stayed"} if done == 0 else {"stayed", here, "lost"} if done == 1 else {"lost"}
-    if frame == "commit" and done == 1:
-        return {"stayed"} if fault == "cut-for-a-while" else {here, there}
-    if frame == "prepared" and done == 1:
+        if racing:
+            return {"stayed", here, "lost"}
+        return {"stayed"} if not sent else {"lost"} if frame == "complete" or (frame == "running" and after) else {here}
+    if racing:
         return {"stayed", "moved"} if fault == "cut-for-a-while" else {"stayed", "moved", here, there}
-    return {"stayed"} if done == 0 else {"moved"}
+    if sent and not committed:
+        return {"stayed"} if fault == "cut-for-a-while" else {here, there}
+    return {"moved"} if committed else {"stayed"}
 
 
 class Consoles:
@@ -192,7 +187,7 @@ class Storm(Journey):
     def is_slow(fault, place):
         return fault == "silence" or (fault in ("cut", "kill-target") and place.frame in ("prepared", "commit", "running"))
 
-    def one(self, stage=None, fault=None, place=None, post_copy=None):
+    def one(self, stage=None, fault=None, place=None, post_copy=None, target_flags=()):
         """One migration, whole or broken; then the machine's sequence is looked at, and it goes on somewhere."""
         self.rounds += 1
         source, engine = self.current, self.random.choice(ENGINES)
@@ -200,7 +195,7 @@ class Storm(Journey):
         protected = fault is not None and fault.startswith("kill") and self.dies(fault, stage, place)
         if protected:
             self.run("snapshot", "save", source, "storm")
-        target, pids = self.receive(engine)
+        target, pids = self.receive(engine, *target_flags)
         victims = {"kill-target": pids, "kill-source": [self.machines()[source]["pid"]]}.get(fault, [])
 
         def act(relay):

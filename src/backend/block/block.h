@@ -22,6 +22,7 @@ enum block_cache { BLOCK_CACHE_WRITEBACK, BLOCK_CACHE_NONE, BLOCK_CACHE_UNSAFE }
 
 struct block_options {
     const char *path;           /* raw image file, block device, overlay, or URI of a disk on an NBD server */
+    const char *until_named;    /* a file that does not have that name yet is here; it is renamed while it is open. NULL: it has. Not kept */
     bool readonly;
     enum block_cache cache;
     bool unlocked;              /* open without locking: another machine has it until block_lock() */
