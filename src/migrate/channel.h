@@ -20,7 +20,7 @@ struct channel;
 struct channel_listener;
 struct channel_tls;
 
-#define CHANNEL_ERROR_MAX 256
+#define CHANNEL_ERROR_MAX 512
 
 /* What both ends of a connection, and listeners, are made with. */
 struct channel_options {

@@ -20,7 +20,7 @@
 
 #define MIGRATE_VERSION 1u
 #define MIGRATE_MAX_STREAMS 16u
-#define MIGRATE_TEXT 256u
+#define MIGRATE_TEXT 512u
 #define MIGRATE_MAX_DISKS 32u
 #define MIGRATE_DISK_GRANULE 65536u     /* bytes in which writes to disks are noted */
 

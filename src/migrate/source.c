@@ -142,7 +142,7 @@ static void hear_reason(struct migrate_source *s)
     struct frame f = { 0 };
 
     if (s->control && channel_wait(s->control, 1000) == 1 && frame_recv(s->control, &f, error) == 0 && f.type == FRAME_REFUSE)
-        snprintf(s->reason, sizeof(s->reason), "the target says: %.220s", (const char *)f.data);
+        snprintf(s->reason, sizeof(s->reason), "the target says: %.480s", (const char *)f.data);
     frame_free(&f);
 }
 
@@ -165,7 +165,7 @@ static int expect(struct migrate_source *s, unsigned type, struct frame *f, unsi
     if (err)
         return because(s, err, error);
     if (f->type == FRAME_REFUSE) {
-        snprintf(s->reason, sizeof(s->reason), "the target refuses: %.220s", (const char *)f->data);
+        snprintf(s->reason, sizeof(s->reason), "the target refuses: %.480s", (const char *)f->data);
         return -EACCES;
     }
     if (f->type != type)

@@ -583,7 +583,7 @@ static int hear(struct migrate_target *t, struct frame *f, char error[CHANNEL_ER
         snprintf(error, CHANNEL_ERROR_MAX, "%s", ready == 0 ? "the source has fallen silent" : channel_error(t->control));
     }
     if (!err && f->type == FRAME_REFUSE) {
-        snprintf(error, CHANNEL_ERROR_MAX, "the source says: %.220s", (const char *)f->data);
+        snprintf(error, CHANNEL_ERROR_MAX, "the source says: %.480s", (const char *)f->data);
         err = -EACCES;
     }
     if (err) {

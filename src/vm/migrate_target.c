@@ -55,12 +55,12 @@ struct vm_reception {
     bool announcing;
 };
 
-/* Errors that were logged while this was on, for the source, too. */
+/* The error that was held back since log_hold_error(): whoever gets the reason tells both sides. */
 static int failed(int err, const char *why, char reason[MIGRATE_TEXT])
 {
     log_keep_error(NULL, 0);
     if (err)
-        snprintf(reason, MIGRATE_TEXT, "%.200s", why[0] ? why : strerror(-err));
+        snprintf(reason, MIGRATE_TEXT, "%.500s", why[0] ? why : strerror(-err));
     return err;
 }
 
@@ -241,7 +241,7 @@ static int prepare(void *opaque, const char *text, size_t len, struct memory **m
     char why[512] = "";
     int err;
 
-    log_keep_error(why, sizeof(why));
+    log_hold_error(why, sizeof(why));
     err = description ? make(r, description) : -EINVAL;
     json_decref(description);
     if (!err)
@@ -265,7 +265,7 @@ static int load(void *opaque, const void *data, size_t len, char reason[MIGRATE_
     char why[512] = "";
     int err = 0;
 
-    log_keep_error(why, sizeof(why));
+    log_hold_error(why, sizeof(why));
     if (len < MIGRATE_STATE_HEADER || load_le32(data) != MIGRATE_STATE_VERSION) {
         log_error("the machine's state is damaged, or of a newer ringfort");
         err = -EINVAL;
@@ -310,7 +310,7 @@ static int activate(void *opaque, char reason[MIGRATE_TEXT])
     char why[512] = "";
     int err;
 
-    log_keep_error(why, sizeof(why));
+    log_hold_error(why, sizeof(why));
     /* After load() they are held; an orphan gave them up. */
     err = vm_migrate_lock_disks(r->vm);
     if (!err)

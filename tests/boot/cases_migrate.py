@@ -150,6 +150,40 @@ def migrate_disks(report, folder):
             report.part("migrate-disks/left-behind", left_behind)
             report.part("migrate-disks/faults", faults)
 
+    def not_there():
+        """What the target will need is looked for before anything is copied: both sides say what is wrong, and the source goes on."""
+        here = folder / "shared"
+        here.mkdir()
+        shared, away = here / "shared.img", here / "away.img"
+        make_disk(shared)
+        with Storm(here, ("check",), workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda 0", extra=("--disk", f"path={shared}")) as journey:
+            journey.begin(ENGINE)
+
+            def refused(why, *prefix):
+                name, _ = journey.receive(ENGINE, prefix=prefix)
+                done = journey.migrate(name, status=1)
+                for side, said in (("source", done.stderr), ("target", journey.messages(name))):
+                    lines = [s for s in said.splitlines() if "ended with status" not in s]
+                    check(len(lines) == 1 and why in lines[0], f"the {side} does not say {why!r} in a line, but {said!r}")
+                check("in stage reservation" in done.stderr, f"not before pre-copy: {done.stderr}")
+                journey.goes_on()
+
+            shared.rename(away)
+            refused("No such file")
+            shared.mkdir()
+            refused("a directory is no disk")
+            shared.rmdir()
+            shared.write_bytes(b"\0" * (DISK_MIB << 19))
+            refused("it is another one")
+            shared.unlink()
+            away.rename(shared)
+            if os.geteuid() == 0:
+                refused("Read-only file system", "unshare", "--mount", "sh", "-c",
+                        f'mount --bind "{shared}" "{shared}" && mount -o remount,bind,ro "{shared}" && exec "$@"', "sh")
+            else:
+                log("migrate-disks: only root can have a disk that only the target cannot write")
+            journey.hop(ENGINE)
+
     def on_a_server():
         """The disk stays; each side has a connection while the machine is its. The server is killed once, too."""
         if not shutil.which("nbdkit"):
@@ -167,6 +201,13 @@ def migrate_disks(report, folder):
             server.start()
             journey.progress()
             check("connected again" in journey.messages(journey.current), "nothing is said of the broken connection")
+            server.stop()
+            name, _ = journey.receive(ENGINE)
+            done = journey.migrate(name, status=1)
+            check("in stage reservation" in done.stderr and "No such file" in done.stderr and
+                  "No such file" in journey.messages(name), f"the source says {done.stderr}, the target {journey.messages(name)}")
+            server.start()
+            journey.progress()
             # Nothing to be copied: it is where it is.
             figures = journey.hop(ENGINE, "--with-disks", "--post-copy", "now")
             check(figures["disk_bytes"] == 0, f"bad figures: {figures}")
@@ -175,6 +216,7 @@ def migrate_disks(report, folder):
             check("cannot be copied" in journey.run("snapshot", "save", journey.current, "s", status=None).stderr,
                   "a snapshot without its disk is taken")
 
+    report.part("migrate-disks/not-there", not_there)
     report.part("migrate-disks/on-a-server", on_a_server)
 
 

@@ -54,8 +54,9 @@ class Journey:
 
     # ---- commands ----
 
-    def run(self, *args, seconds=60, status=0):
-        done = subprocess.run([ringfort(), *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    def run(self, *args, seconds=60, status=0, prefix=()):
+        """prefix: a command that runs ringfort in its turn."""
+        done = subprocess.run([*prefix, ringfort(), *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, env=self.environment, text=True, timeout=seconds * machine.patience())
         if status is not None:
             check(done.returncode == status, f"'ringfort {' '.join(map(str, args))}' ended with {done.returncode}: {done.stderr}")
@@ -115,9 +116,9 @@ class Journey:
 
     # ---- one migration ----
 
-    def receive(self, engine, *flags, name=None):
+    def receive(self, engine, *flags, name=None, prefix=()):
         name = name or self.next_name()
-        self.run("receive", name, "--listen", f"unix:{self.folder}/{name}.to", "--detach", "--engine", engine, *flags)
+        self.run("receive", name, "--listen", f"unix:{self.folder}/{name}.to", "--detach", "--engine", engine, *flags, prefix=prefix)
         done = subprocess.run(["pgrep", "-f", f"receive {name} --listen unix:{self.folder}/"], stdout=subprocess.PIPE, text=True)
         self.pids |= {int(p) for p in done.stdout.split()}
         return name, [int(p) for p in done.stdout.split()]
@@ -168,8 +169,9 @@ class Journey:
                 self.run("resume", target)
                 outcome[target] = "resumed there"
             elif not states:
-                # The source died as its owner, or in the middle of post-copy; or the target did after it had taken the machine.
-                check(any(t in self.messages(target) for t in ("not received", "will not come")) or
+                # The source died as its owner, perhaps before it said that it is one, or in the middle of post-copy; or the target
+                # did after it had taken the machine.
+                check(any(t in self.messages(target) for t in ("not received", "will not come", "turned away")) or
                       any(t in self.messages(source) for t in ("has moved", "does not take the rest")), f"no machine is left, and nobody says why; the source said:\n"
                       f"{self.messages(source)[-800:]}\nthe target said:\n{self.messages(target)[-800:]}")
                 self.current = None
