@@ -4,13 +4,15 @@ bench/migrate-storm does the same for a thousand rounds.
 """
 
 import os
+import select
 import shutil
 import subprocess
+import sys
 import time
 
 from cases import case
 from machine import ENGINE, Skipped, check, log, patience
-from migration import ENGINES
+from migration import ENGINES, Journey
 from relay import Place
 from storm import DISK_MIB, WRITTEN_MIB, Storm, make_disk, of_memory_and_disk
 
@@ -245,3 +247,64 @@ class Nbdkit:
         self.process.kill()
         self.process.wait()
         self.path.unlink(missing_ok=True)
+
+
+# In a network namespace: two hosts' interfaces, and what is seen on the second one.
+NAMESPACE = """
+ip netns add {n} &&
+for i in 0 1; do ip -n {n} tuntap add tap$i mode tap && ip -n {n} link set tap$i up || exit 1; done
+"""
+LISTEN = """
+import socket, sys
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+s.bind(("tap1", 3))
+print("listening", flush=True)
+while True:
+    print(s.recv(2048).hex(), flush=True)
+"""
+GUEST_MAC, GUEST_ADDRESS = "52:54:00:0a:0b:0c", "10.213.8.2"
+
+
+@case(seconds=180)
+def migrate_announce(folder):
+    """After activation the network where the machine is now hears of it: RARP from its host, and ARP from the guest."""
+    namespace = f"rfa{os.getpid() % 100000}"
+    inside = ("ip", "netns", "exec", namespace)
+    if ENGINE != "translate":
+        raise Skipped("runs with the tests of the translator")
+    if os.geteuid() != 0 or not shutil.which("ip") or not os.path.exists("/dev/net/tun"):
+        raise Skipped("needs root, ip(8) and /dev/net/tun")
+    made = subprocess.run(["sh", "-c", NAMESPACE.format(n=namespace)], stderr=subprocess.PIPE, text=True)
+    try:
+        if made.returncode:
+            raise Skipped(f"this host gives no tap in a network namespace: {made.stderr.strip()}")
+        with subprocess.Popen([*inside, sys.executable, "-c", LISTEN], stdout=subprocess.PIPE, bufsize=0) as listener, \
+                Journey(folder, net=f"tap,ifname=tap0,mac={GUEST_MAC}", prefix=inside,
+                        workload=f"ip addr add {GUEST_ADDRESS}/24 dev eth0; ip link set eth0 up; memcheck 4 1000 100") as journey:
+            try:
+                check(listener.stdout.readline() == b"listening\n", "nothing can be heard on the interface")
+                journey.start(ENGINE)
+                journey.hop(ENGINE, target_flags=("--net", "tap,ifname=tap1"))
+                hear_announcements(listener.stdout)
+            finally:
+                listener.kill()
+    finally:
+        subprocess.run(["ip", "netns", "del", namespace], stderr=subprocess.DEVNULL)
+
+
+def hear_announcements(lines):
+    """Ethernet's and ARP's layouts: RFC 826 and 903."""
+    mac, address = bytes.fromhex(GUEST_MAC.replace(":", "")), bytes(map(int, GUEST_ADDRESS.split(".")))
+    to_all = b"\xff" * 6 + mac
+    rarp = to_all + b"\x80\x35" + b"\0\1\x08\0\6\4\0\3" + mac + bytes(4) + mac + bytes(4)
+    arp = to_all + b"\x08\x06" + b"\0\1\x08\0\6\4"
+    heard, deadline = [], time.monotonic() + 20 * patience()
+    missing = {"RARP": 2, "ARP": 1}
+    while any(n > 0 for n in missing.values()):
+        left = deadline - time.monotonic()
+        check(left > 0 and select.select([lines], [], [], left)[0],
+              f"missing on the wire: {missing}; heard: {heard}")
+        frame = bytes.fromhex(lines.readline().decode())
+        heard.append(frame[:42].hex())
+        missing["RARP"] -= frame.startswith(rarp)
+        missing["ARP"] -= frame.startswith(arp) and frame[22:28] == mac and frame[28:32] == address

@@ -226,7 +226,10 @@ class Storm(Journey):
         what = f"round {self.rounds}, {source} to {target}, {fault} at {place}"
         try:
             # The side that lost the link for good waits for a person, who looks at both.
-            outcome = self.settle(source, target)
+            try:
+                outcome = self.settle(source, target)
+            except Failure as e:
+                raise Failure(f"{what}: {e}") from None
             self.judge(what, stage, fault, place if relay.fired else None, outcome, source, target)
         finally:
             relay.close()
