@@ -54,7 +54,7 @@ struct frame {
 /* -EPROTO with channel-independent words in error for anything that is no frame; else channel_recv()'s with its words. f: zeroed at first. */
 int frame_recv(struct channel *c, struct frame *f, char error[CHANNEL_ERROR_MAX]);
 void frame_free(struct frame *f);
-/* data: length bytes, which do not change meanwhile. */
+/* data: length bytes, which do not change meanwhile. Any thread: a frame is sent as a whole. */
 int frame_send(struct channel *c, unsigned type, unsigned flags, const void *data, uint32_t length);
 /* For a caller that has room of FRAME_HEADER_SIZE in front of the payload: one write less. */
 int frame_send_in_place(struct channel *c, unsigned type, unsigned flags, uint8_t *buffer, uint32_t length);

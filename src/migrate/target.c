@@ -63,6 +63,11 @@ struct migrate_target {
     _Atomic bool activated;     /* it runs, or may at any moment */
 
     struct memory *memory;
+    /*
+     * Streams hold it while they put pages into memory, and who sets postcopy holds it alone: a stream that touched a page in
+     * the other way would wait for that page for ever.
+     */
+    pthread_rwlock_t placing;
     struct postcopy *_Atomic postcopy;
     uint64_t *missing[MEMORY_MAX_REGIONS];
 
@@ -170,8 +175,12 @@ static int stream_frame(struct migrate_target *t, struct target_stream *s, struc
 {
     int err;
 
-    if (f->type == FRAME_PAGES)
-        return page_decoder_take(d, f, store_page, t, error);
+    if (f->type == FRAME_PAGES) {
+        pthread_rwlock_rdlock(&t->placing);
+        err = page_decoder_take(d, f, store_page, t, error);
+        pthread_rwlock_unlock(&t->placing);
+        return err;
+    }
     if (f->type == FRAME_DISK && t->ops->disk_write && receives(t))
         return take_disk(t, s, disks, f, error);
     if (f->type == FRAME_FENCE && f->length == 8) {
@@ -322,8 +331,10 @@ static bool dispatch(struct migrate_target *t, struct channel *c, const struct h
             refuse(c, "another migration is under way here");
             return false;
         }
-        if (answer_hello(c, h))
+        if (answer_hello(c, h)) {
+            log_warn("a connection for a migration was turned away: %s", channel_error(c));
             return false;
+        }
         t->hello = *h;
         t->owner = RECEIVING;
         t->next = c;
@@ -429,6 +440,7 @@ struct migrate_target *migrate_target_create(const struct migrate_target_options
     t->opaque = opaque;
     pthread_mutex_init(&t->lock, NULL);
     pthread_cond_init(&t->changed, NULL);
+    pthread_rwlock_init(&t->placing, NULL);
     t->channel_options = (struct channel_options){ .connect_ms = MIN(timeout, 3000u), .idle_ms = timeout };
     if (opt->tls_dir) {
         t->channel_options.tls = channel_tls_load(opt->tls_dir, error);
@@ -510,6 +522,7 @@ void migrate_target_free(struct migrate_target *t)
     channel_tls_free(t->channel_options.tls);
     pthread_mutex_destroy(&t->lock);
     pthread_cond_destroy(&t->changed);
+    pthread_rwlock_destroy(&t->placing);
     free(t);
 }
 
@@ -564,8 +577,11 @@ static bool next_control(struct migrate_target *t, uint64_t until)
         at.tv_nsec %= 1000000000;
         pthread_cond_timedwait(&t->changed, &t->lock, &at);
     }
-    t->control = t->next;
-    t->next = NULL;
+    /* Whoever cancels aborts the control connection that there is, so there must not be another one afterwards. */
+    if (!atomic_load(&t->cancelled)) {
+        t->control = t->next;
+        t->next = NULL;
+    }
     t->broken = false;
     pthread_mutex_unlock(&t->lock);
     return t->control != NULL;
@@ -681,12 +697,15 @@ static int take_state(struct migrate_target *t, const struct frame *f, char reas
 
     set_stage(t, MIGRATE_STOP_AND_COPY);
     if (bitmaps_count(t->memory, t->missing)) {
-        struct postcopy *p = postcopy_create(t->memory, t->missing, reason);
+        struct postcopy *p;
 
+        pthread_rwlock_wrlock(&t->placing);
+        p = postcopy_create(t->memory, t->missing, reason);
+        t->postcopy = p;
+        pthread_rwlock_unlock(&t->placing);
         if (!p)
             return -ENOSYS;
         pthread_mutex_lock(&t->lock);
-        t->postcopy = p;
         /* The source opened it before it sent the state. */
         if (t->stream[URGENT].channel)
             postcopy_connect(p, t->stream[URGENT].channel);

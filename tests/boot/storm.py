@@ -166,8 +166,10 @@ class Storm(Journey):
                 continue                    # the machine would wait for its memory for ever
             if fault.startswith("kill") and self.dies(fault, stage, place) and not (self.snapshots and self.random.random() < 0.3):
                 continue
-            if self.is_slow(fault, place) and (quick or self.random.random() > 0.15):
+            if self.is_slow(fault, place) and (quick or self.random.random() > 0.1):
                 continue
+            if fault == "silence" and stage == "reservation" and self.random.random() > 0.1:
+                continue                    # the target has two minutes to make the machine
             return stage, fault, place
 
     def _nth(self, spot):
