@@ -29,7 +29,7 @@ enum frame_type {
     FRAME_STATE,        /* → everything but RAM: the saved state */
     FRAME_PREPARED,     /* ← the target could run it, and will not yet */
     FRAME_COMMIT,       /* → the machine is the target's */
-    FRAME_RUNNING,      /* ← it runs: u64 nanoseconds that making it run took */
+    FRAME_RUNNING,      /* ← it runs: u64 milliseconds since the source came */
     FRAME_REQUEST,      /* ← post-copy: a page that the guest waits for; struct request */
     FRAME_COMPLETE,     /* ← post-copy: all pages have arrived */
     FRAME_STATUS,       /* ← answer to a HELLO that asks: u32 enum migrate_outcome */

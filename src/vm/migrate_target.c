@@ -308,7 +308,7 @@ static int activate(void *opaque, char reason[MIGRATE_TEXT])
 {
     struct vm_reception *r = opaque;
     char why[512] = "";
-    int err;
+    int err, unsynced;
 
     log_hold_error(why, sizeof(why));
     /* After load() they are held; an orphan gave them up. */
@@ -322,8 +322,9 @@ static int activate(void *opaque, char reason[MIGRATE_TEXT])
         announce(r->vm);
         r->announcing = pthread_create(&r->announcer, NULL, announce_more, r) == 0;
         /* The guest goes on meanwhile. Should the host lose power right now, the files are there, as partial ones. */
-        if (target_disks_sync_names(r->disks))
-            log_warn("the names of the machine's disks may not have reached the host's disk: %s", strerror(errno));
+        unsynced = target_disks_sync_names(r->disks);
+        if (unsynced)
+            log_warn("the names of the machine's disks may not have reached the host's disk: %s", strerror(-unsynced));
     }
     return failed(err, why, reason);
 }
