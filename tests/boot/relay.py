@@ -91,8 +91,18 @@ class Relay:
                 a.close()
                 b.close()
                 continue
-            for way, x, y in ((">", a, b), ("<", b, a)):
-                threading.Thread(target=self._pass, args=(way, x, y), daemon=True).start()
+            threading.Thread(target=self._pair, args=(a, b), daemon=True).start()
+
+    def _pair(self, a, b):
+        """Closed only when nobody uses them any more: a number that is given to another socket must not be read from."""
+        other = threading.Thread(target=self._pass, args=("<", b, a), daemon=True)
+        other.start()
+        self._pass(">", a, b)
+        other.join()
+        with self._lock:
+            self._sockets = [s for s in self._sockets if s not in (a, b)]
+        a.close()
+        b.close()
 
     def _is_here(self, way, frame):
         """Whether this is the frame at which something is to happen."""
@@ -146,4 +156,3 @@ class Relay:
         for s in (source, to):
             with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RDWR)
-            s.close()
