@@ -124,7 +124,7 @@ class Journey:
         name = name or self.next_name()
         self.run("receive", name, "--listen", f"unix:{self.folder}/{name}.to", "--detach", "--engine", engine, *flags,
                  prefix=prefix or self.prefix)
-        done = subprocess.run(["pgrep", "-f", f"receive {name} --listen unix:{self.folder}/"], stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(["pgrep", "-f", f"receive {name} .*--listen unix:{self.folder}/"], stdout=subprocess.PIPE, text=True)
         self.pids |= {int(p) for p in done.stdout.split()}
         return name, [int(p) for p in done.stdout.split()]
 

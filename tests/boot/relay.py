@@ -34,6 +34,8 @@ class Relay:
     def __init__(self, path, to, place=None, act=None):
         self.to, self.place, self.act = str(to), place, act
         self.fired = False
+        self.seen = []                  # what passed but for pages, and how connections ended: for whoever looks why a test failed
+        self._began = time.monotonic()
         self._counts = {}
         self._sockets = []
         self._lock = threading.Lock()
@@ -73,6 +75,7 @@ class Relay:
         self._sockets = []
 
     def _accept(self):
+        number = 0
         while True:
             try:
                 a, _ = self._listener.accept()
@@ -87,17 +90,22 @@ class Relay:
                         self._sockets += [a, b]
                     except OSError:
                         refused = True
+            number = number + 1
             if refused:
+                self._note(number, "refused")
                 a.close()
                 b.close()
                 continue
-            threading.Thread(target=self._pair, args=(a, b), daemon=True).start()
+            threading.Thread(target=self._pair, args=(number, a, b), daemon=True).start()
 
-    def _pair(self, a, b):
+    def _note(self, number, text):
+        self.seen.append(f"{time.monotonic() - self._began:.3f} {number} {text}")
+
+    def _pair(self, number, a, b):
         """Closed only when nobody uses them any more: a number that is given to another socket must not be read from."""
-        other = threading.Thread(target=self._pass, args=("<", b, a), daemon=True)
+        other = threading.Thread(target=self._pass, args=(number, "<", b, a), daemon=True)
         other.start()
-        self._pass(">", a, b)
+        self._pass(number, ">", a, b)
         other.join()
         with self._lock:
             self._sockets = [s for s in self._sockets if s not in (a, b)]
@@ -129,11 +137,14 @@ class Relay:
             data += more
         return bytes(data)
 
-    def _pass(self, way, source, to):
+    def _pass(self, number, way, source, to):
+        end = "ended"
         try:
             while header := self._read(source, HEADER.size):
                 _, kind, _, length, _, _ = HEADER.unpack(header)
                 frame = FRAMES[kind]
+                if frame not in ("pages", "disk", "progress"):
+                    self._note(number, f"{way} {frame}")
                 payload = self._read(source, length)
                 if payload is None:
                     break
@@ -151,8 +162,9 @@ class Relay:
                 self._send(to, whole)
                 if point == "after" and not self.act(self):
                     break
-        except OSError:
-            pass
+        except OSError as e:
+            end = f"ended: {e}"
+        self._note(number, f"{way} {end}")
         for s in (source, to):
             with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RDWR)

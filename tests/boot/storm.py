@@ -228,11 +228,10 @@ class Storm(Journey):
         what = f"round {self.rounds}, {source} to {target}, {fault} at {place}"
         try:
             # The side that lost the link for good waits for a person, who looks at both.
-            try:
-                outcome = self.settle(source, target)
-            except Failure as e:
-                raise Failure(f"{what}: {e}") from None
-            self.judge(what, stage, fault, place if relay.fired else None, outcome, source, target)
+            outcome = self.settle(source, target)
+            self.judge(stage, fault, place if relay.fired else None, outcome, source, target)
+        except Failure as e:
+            raise type(e)(f"{what}: {e}\non the link:\n" + "\n".join(relay.seen[-60:])) from None
         finally:
             relay.close()
         if not relay.fired:
@@ -260,7 +259,7 @@ class Storm(Journey):
                 return
             time.sleep(0.05)
 
-    def judge(self, what, stage, fault, place, outcome, source, target):
+    def judge(self, stage, fault, place, outcome, source, target):
         """The outcome is one that docs/migration.md has for the fault, and nothing was printed twice."""
         if place is None:
             expected = {"moved"}
@@ -268,7 +267,7 @@ class Storm(Journey):
             expected = {"moved", "stayed", "lost"} if fault.startswith("kill") or place.frame == "missing" else {"moved"}
         else:
             expected = allowed(fault, place)
-        check(outcome in expected, f"{what}: {outcome}, and not {' or '.join(sorted(expected))}; the source said:\n"
+        check(outcome in expected, f"{outcome}, and not {' or '.join(sorted(expected))}; the source said:\n"
               f"{self.messages(source)[-1500:]}\nthe target said:\n{self.messages(target)[-1500:]}")
         if outcome in ("moved", "resumed there"):
             self.consoles.take(source)
