@@ -69,6 +69,8 @@ static int print_text(const json_t *info, const json_t *stats)
     fprintf(f, "memory       %s, %s of it in use, and %s for the machine itself\n",
             verb_bytes(number_of(info, "memory_bytes")), verb_bytes(number_of(memory, "ram_resident_bytes")),
             verb_bytes(number_of(memory, "own_bytes")));
+    if (number_of(memory, "missing_bytes") > 0)
+        fprintf(f, "missing      %s of memory still to come\n", verb_bytes(number_of(memory, "missing_bytes")));
     json_array_foreach(json_object_get(config, "disk"), i, o)
         fprintf(f, "disk %-7zu %s%s\n", i, text_of(o, "path"),
                 json_is_true(json_object_get(o, "readonly")) ? " (read-only)" : "");

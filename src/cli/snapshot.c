@@ -28,8 +28,8 @@ static const char save_help[] =
     "Saves the machine NAME as SNAPSHOT. The guest goes on meanwhile; it stands still only for the moment\n"
     "that is saved. Disks are copied (where the file system can, without taking room), but those with\n"
     "readonly=on stay where they are.\n\n"
-    "  --compress           pack memory with zstd: less room, but a restored machine begins later, and\n"
-    "                       shares no memory with others\n"
+    "  --compress           pack memory with zstd: less room, but restored machines share no memory\n"
+    "                       with others, and unpack it while they run\n"
     "  -o, --output FORMAT  text (default) or json: pause_ms, total_ms, memory_bytes, disk_bytes\n"
     "  --help               show this text\n";
 

@@ -126,6 +126,7 @@ bool terminal_raw(int fd, bool keys_only)
         cfmakeraw(&raw);
     raw_fd = fd;
     atexit(terminal_restore);
+    at_quick_exit(terminal_restore);
     for (unsigned i = 0; i < ARRAY_SIZE(ending); i++)
         sigaction(ending[i], &act, NULL);
     if (tcsetattr(fd, TCSAFLUSH, &raw) < 0) {

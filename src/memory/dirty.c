@@ -8,11 +8,43 @@
  */
 #include <assert.h>
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/log.h"
 #include "base/util.h"
 #include "memory/memory.h"
+
+int memory_bitmaps_alloc(const struct memory *m, uint64_t *bitmap[MEMORY_MAX_REGIONS])
+{
+    memset(bitmap, 0, MEMORY_MAX_REGIONS * sizeof(*bitmap));
+    for (unsigned i = 0; i < m->regions; i++) {
+        bitmap[i] = calloc(memory_bitmap_words(&m->region[i]), 8);
+        if (!bitmap[i]) {
+            memory_bitmaps_free(bitmap);
+            return -ENOMEM;
+        }
+    }
+    return 0;
+}
+
+void memory_bitmaps_free(uint64_t *bitmap[MEMORY_MAX_REGIONS])
+{
+    for (unsigned i = 0; i < MEMORY_MAX_REGIONS; i++) {
+        free(bitmap[i]);
+        bitmap[i] = NULL;
+    }
+}
+
+uint64_t memory_bitmaps_count(const struct memory *m, uint64_t *const bitmap[])
+{
+    uint64_t n = 0;
+
+    for (unsigned i = 0; i < m->regions; i++)
+        for (size_t w = 0; w < memory_bitmap_words(&m->region[i]); w++)
+            n += (uint64_t)__builtin_popcountll(__atomic_load_n(&bitmap[i][w], __ATOMIC_RELAXED));
+    return n;
+}
 
 void memory_dirty_attach(struct memory *m, const struct memory_dirty_hooks *hooks, void *opaque)
 {

@@ -18,6 +18,7 @@
 
 #include "base/log.h"
 #include "base/util.h"
+#include "memory/missing.h"
 
 #define HUGE_PAGE MIB(2)
 
@@ -26,6 +27,7 @@ int memory_init(struct memory *m)
     memset(m, 0, sizeof(*m));
     pthread_mutex_init(&m->dirty_lock, NULL);
     pthread_mutex_init(&m->save_lock, NULL);
+    pthread_rwlock_init(&m->missing_lock, NULL);
     return 0;
 }
 
@@ -41,6 +43,7 @@ void memory_destroy(struct memory *m)
     m->regions = 0;
     pthread_mutex_destroy(&m->dirty_lock);
     pthread_mutex_destroy(&m->save_lock);
+    pthread_rwlock_destroy(&m->missing_lock);
 }
 
 /* Maps fd so that host and guest addresses agree in their offset within a huge page. NULL with
@@ -144,19 +147,32 @@ static bool leave_file(struct memory_region *r)
     return false;
 }
 
+/* Whole pages. What is still to come from elsewhere is dropped. False: they have to be written. */
+static bool remove_pages(struct memory *m, struct memory_region *r, gpa_t first, gpa_t last)
+{
+    uint64_t offset = first - r->base, len = last - first;
+    bool removed;
+
+    pthread_rwlock_wrlock(&m->missing_lock);
+    if (m->missing)
+        memory_missing_drop(m->missing, (unsigned)(r - m->region), offset, len);
+    removed = r->fd >= 0 && madvise(r->host + offset, len, MADV_REMOVE) == 0;
+    pthread_rwlock_unlock(&m->missing_lock);
+    return removed;
+}
+
 void memory_clear(struct memory *m, gpa_t gpa, uint64_t len)
 {
     struct memory_region *r = memory_find(m, gpa);
-    uint8_t *host = memory_map(m, gpa, len);
-    if (!host || !len)
+    if (!r || !len || len > r->size - (gpa - r->base))
         return;
+    uint8_t *host = r->host + (gpa - r->base);
     memory_prepare_write(m, gpa, len);
     uint64_t first = align_up(gpa, GUEST_PAGE_SIZE), last = align_down(gpa + len, GUEST_PAGE_SIZE);
     bool whole = gpa == r->base && len == r->size;
     if (r->fd < 0 && whole && leave_file(r)) {
         /* All of it is new. */
-    } else if (r->fd < 0 || first >= last ||
-               madvise(host + (first - gpa), last - first, MADV_REMOVE) < 0) {
+    } else if (first >= last || !remove_pages(m, r, first, last)) {
         memset(host, 0, len);
     } else {
         memset(host, 0, first - gpa);

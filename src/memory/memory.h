@@ -77,10 +77,12 @@ struct memory {
     /* save.c's: */
     _Atomic bool saving;        /* some page may have PAGE_SAVE */
     /*
-     * Pages may be missing, and come when this process touches them, but not when the kernel does on its behalf (post-copy without
+     * Pages may be missing (missing.h), and come when this process touches them, but not when the kernel does on its behalf (no
      * privileges): memory_map() touches what it gives out.
      */
     _Atomic bool touch;
+    pthread_rwlock_t missing_lock; /* missing.c's; a leaf: guest memory may not be touched under it */
+    struct memory_missing *missing; /* guarded by missing_lock; NULL: all pages are there */
     pthread_mutex_t save_lock;  /* guards what follows; inside dirty_lock */
     void (*save_copy)(void *opaque, gpa_t page, const uint8_t *bytes);
     void *save_opaque;
@@ -149,6 +151,11 @@ static inline size_t memory_bitmap_words(const struct memory_region *r)
 {
     return (size_t)((r->size >> GUEST_PAGE_SHIFT) + 63) / 64;
 }
+/* One for each region, all zero. 0 or -ENOMEM (silent; then none). */
+int memory_bitmaps_alloc(const struct memory *m, uint64_t *bitmap[MEMORY_MAX_REGIONS]);
+void memory_bitmaps_free(uint64_t *bitmap[MEMORY_MAX_REGIONS]);
+/* Bits that are set. */
+uint64_t memory_bitmaps_count(const struct memory *m, uint64_t *const bitmap[]);
 
 /* 0; -EBUSY: somebody else logs already; or the engine's error (logged). Nothing is dirty at first. */
 int memory_dirty_start(struct memory *m);

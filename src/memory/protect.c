@@ -63,7 +63,8 @@ static void let_go(struct memory_protect *p, uint64_t address)
             p->let_go[i][page / 64] |= 1ull << (page % 64);
         err = set_protected(p, r->host + offset, GUEST_PAGE_SIZE, false);
         pthread_mutex_unlock(&p->lock);
-        if (err)
+        /* Not there: memory_protect_destroy() has made all of them writable. */
+        if (err && err != -ENOENT)
             log_error("a page of guest memory cannot be made writable: %s", strerror(-err));
         return;
     }

@@ -1,20 +1,13 @@
 /*
- * The target's side of post-copy: memory whose pages are fetched when they are touched.
- *
- * userfaultfd stops whoever touches a page that is not there: vCPUs of any engine, devices, the kernel on their behalf. A
- * thread asks the source for the page through the urgent connection; whoever receives pages places them here. A page
- * that nobody misses (the source never had to send it) is zero.
- *
- * Without the right to handle faults of the kernel (root, CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd = 1) only this
- * process's own touches are stopped. That will do where vCPUs are software, since devices get at memory through memory_map(),
- * which then touches what the kernel is going to; not for KVM.
+ * The target's side of post-copy: pages that are missing (memory/missing.h) are asked for when they are touched, through the urgent
+ * connection; whoever receives pages places them here. A page that nobody misses (the source never had to send it) is zero.
  */
 #ifndef RINGFORT_MIGRATE_POSTCOPY_H
 #define RINGFORT_MIGRATE_POSTCOPY_H
 
 #include <stdbool.h>
 
-#include "memory/memory.h"
+#include "memory/missing.h"
 #include "migrate/channel.h"
 
 struct postcopy;

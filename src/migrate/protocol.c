@@ -59,37 +59,6 @@ int hello_get(const struct frame *f, struct hello *h, char error[CHANNEL_ERROR_M
 
 /* ---- bitmaps ---- */
 
-int bitmaps_alloc(const struct memory *m, uint64_t *bitmap[MEMORY_MAX_REGIONS])
-{
-    memset(bitmap, 0, MEMORY_MAX_REGIONS * sizeof(*bitmap));
-    for (unsigned i = 0; i < m->regions; i++) {
-        bitmap[i] = calloc(memory_bitmap_words(&m->region[i]), 8);
-        if (!bitmap[i]) {
-            bitmaps_free(bitmap);
-            return -ENOMEM;
-        }
-    }
-    return 0;
-}
-
-void bitmaps_free(uint64_t *bitmap[MEMORY_MAX_REGIONS])
-{
-    for (unsigned i = 0; i < MEMORY_MAX_REGIONS; i++) {
-        free(bitmap[i]);
-        bitmap[i] = NULL;
-    }
-}
-
-uint64_t bitmaps_count(const struct memory *m, uint64_t *const bitmap[])
-{
-    uint64_t n = 0;
-
-    for (unsigned i = 0; i < m->regions; i++)
-        for (size_t w = 0; w < memory_bitmap_words(&m->region[i]); w++)
-            n += (uint64_t)__builtin_popcountll(__atomic_load_n(&bitmap[i][w], __ATOMIC_RELAXED));
-    return n;
-}
-
 /* u32 region, u32 0, u64 first word, words */
 int missing_send(struct channel *c, const struct memory *m, uint64_t *const bitmap[])
 {

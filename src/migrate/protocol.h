@@ -41,11 +41,6 @@ enum owner { OWNER_SOURCE = 1, OWNER_TARGET };
 
 uint64_t migrate_now_ms(void);
 
-/* A bitmap for each region of memory; all bits 0. -ENOMEM. */
-int bitmaps_alloc(const struct memory *m, uint64_t *bitmap[MEMORY_MAX_REGIONS]);
-void bitmaps_free(uint64_t *bitmap[MEMORY_MAX_REGIONS]);
-uint64_t bitmaps_count(const struct memory *m, uint64_t *const bitmap[]);
-
 /* MISSING frames, in either direction: the bits of all regions, in as many frames as they need. */
 int missing_send(struct channel *c, const struct memory *m, uint64_t *const bitmap[]);
 /* Adds one frame's bits. -EPROTO with error. */

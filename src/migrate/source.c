@@ -472,7 +472,7 @@ enum migrate_stage migrate_source_run(struct migrate_source *s, struct migrate_r
         s->channel_options.tls = channel_tls_load(s->opt->tls_dir, s->reason);
         err = s->channel_options.tls ? 0 : -EINVAL;
     }
-    if (!err && (bitmaps_alloc(s->memory, s->todo) || page_hashes_init(&s->hashes, s->memory) ||
+    if (!err && (memory_bitmaps_alloc(s->memory, s->todo) || page_hashes_init(&s->hashes, s->memory) ||
                  disk_bitmaps_alloc(s->opt->disks, s->disk_todo)))
         err = source_because(s, -ENOMEM, "out of memory");
     if (!err)
@@ -504,7 +504,7 @@ enum migrate_stage migrate_source_run(struct migrate_source *s, struct migrate_r
     s->progress.stage = end;
     pthread_mutex_unlock(&s->lock);
     source_report(s);
-    bitmaps_free(s->todo);
+    memory_bitmaps_free(s->todo);
     disk_bitmaps_free(s->disk_todo);
     page_hashes_destroy(&s->hashes);
     channel_tls_free(s->channel_options.tls);

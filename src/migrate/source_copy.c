@@ -88,7 +88,7 @@ int source_fetch(struct migrate_source *s, uint64_t *pages)
     int err = memory_dirty_fetch(s->memory, s->todo);
 
     fetch_disks(s);
-    *pages = bitmaps_count(s->memory, s->todo) + source_disk_pages(s);
+    *pages = memory_bitmaps_count(s->memory, s->todo) + source_disk_pages(s);
     return err ? source_because(s, err, "the guest's writes cannot be logged") : 0;
 }
 
@@ -179,7 +179,7 @@ int source_pre_copy(struct migrate_source *s, bool can_post_copy, bool *post_cop
     memset(recent, 0xff, sizeof(recent));
     *post_copy = false;
     all_with_contents(s);
-    pages = bitmaps_count(s->memory, s->todo) + source_disk_pages(s);
+    pages = memory_bitmaps_count(s->memory, s->todo) + source_disk_pages(s);
     fetched_at = migrate_now_ms();
     if (s->opt->post_copy == MIGRATE_POST_COPY_NOW) {
         *post_copy = true;

@@ -15,7 +15,7 @@ static int push_rest(struct migrate_source *s)
 {
     struct frame f = { 0 };
     char error[CHANNEL_ERROR_MAX];
-    uint64_t pages = bitmaps_count(s->memory, s->todo);
+    uint64_t pages = memory_bitmaps_count(s->memory, s->todo);
     int ret;
 
     source_streams_begin(s);

@@ -109,7 +109,7 @@ void migrate_target_free(struct migrate_target *t)
     target_close_connections(t);
     channel_close(t->next);
     postcopy_destroy(t->postcopy);
-    bitmaps_free(t->missing);
+    memory_bitmaps_free(t->missing);
     channel_tls_free(t->channel_options.tls);
     pthread_mutex_destroy(&t->lock);
     pthread_cond_destroy(&t->changed);
@@ -241,7 +241,7 @@ static int take_offer(struct migrate_target *t, const struct frame *f, char reas
         err = -EINVAL;
         goto out;
     }
-    err = bitmaps_alloc(memory, t->missing);
+    err = memory_bitmaps_alloc(memory, t->missing);
     if (err) {
         snprintf(reason, MIGRATE_TEXT, "out of memory");
         goto out;
@@ -287,7 +287,7 @@ static int take_state(struct migrate_target *t, const struct frame *f, char reas
     int err;
 
     set_stage(t, MIGRATE_STOP_AND_COPY);
-    if (bitmaps_count(t->memory, t->missing)) {
+    if (memory_bitmaps_count(t->memory, t->missing)) {
         struct postcopy *p;
 
         pthread_rwlock_wrlock(&t->placing);

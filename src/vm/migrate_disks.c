@@ -96,7 +96,7 @@ struct source_disks *source_disks_create(struct vm *vm, int *err)
         struct block *b = vm->parts.disks[i].backend;
         unsigned n = s->ops.count;
 
-        if (!block_can_save(b))
+        if (!block_is_local(b))
             continue;
         s->fd[n] = block_open_aside(b);
         if (s->fd[n] < 0) {

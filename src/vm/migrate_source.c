@@ -31,6 +31,7 @@ struct vm_migration {
     void (*progress)(void *opaque, const struct migrate_progress *p);
     void *opaque;
     bool released;              /* the disks' locks */
+    _Atomic bool cancelled;
     pthread_t throttler;
     bool throttling;
     pthread_mutex_t lock;
@@ -148,7 +149,7 @@ static int do_pause(void *opaque)
     /* Most of what is to be synced when the locks are given up, while the guest runs. */
     for (unsigned i = 0; i < vm->parts.board.disk_count; i++) {
         block_presync(vm->parts.disks[i].backend);
-        if (!block_can_save(vm->parts.disks[i].backend))
+        if (!block_is_local(vm->parts.disks[i].backend))
             flush_server(vm, vm->parts.disks[i].backend);
     }
     return vm_pause(vm, VM_HOLD_MIGRATE);
@@ -323,8 +324,15 @@ struct vm_migration *vm_migration_create(struct vm *vm, const struct migrate_sou
 
 enum migrate_stage vm_migration_run(struct vm_migration *m, struct migrate_result *result)
 {
-    enum migrate_stage end = migrate_source_run(m->source, result);
+    enum migrate_stage end;
+    int err = vm_await_memory(m->vm, &m->cancelled);
 
+    if (err) {
+        *result = (struct migrate_result){ .end = MIGRATE_FAILED };
+        snprintf(result->reason, sizeof(result->reason), "%s", err == -ECANCELED ? "cancelled" : "the machine has ended");
+        return MIGRATE_FAILED;
+    }
+    end = migrate_source_run(m->source, result);
     end_throttle(m);
     if (end == MIGRATE_UNKNOWN) {
         pthread_mutex_lock(&m->vm->life);
@@ -335,7 +343,11 @@ enum migrate_stage vm_migration_run(struct vm_migration *m, struct migrate_resul
     return end;
 }
 
-bool vm_migration_cancel(struct vm_migration *m, bool force) { return migrate_source_cancel(m->source, force); }
+bool vm_migration_cancel(struct vm_migration *m, bool force)
+{
+    atomic_store(&m->cancelled, true);
+    return migrate_source_cancel(m->source, force);
+}
 
 void vm_migration_free(struct vm_migration *m)
 {

@@ -15,6 +15,7 @@
 #include "base/util.h"
 #include "engine/soft.h"
 #include "isa/x86/cpuid.h"
+#include "memory/missing.h"
 #include "vm/config.h"
 #include "vm/stats.h"
 #include "vm/vm_internal.h"
@@ -184,6 +185,19 @@ static uint64_t monotonic_ns(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+int vm_await_memory(struct vm *vm, const _Atomic bool *cancel)
+{
+    while (memory_missing_any(&vm->machine.memory)) {
+        if (cancel && atomic_load(cancel))
+            return -ECANCELED;
+        if (vm_ended(vm, NULL, NULL))
+            return -ESHUTDOWN;
+        /* A second for each GiB in all: not worth a signal from everywhere where a page may be the last. */
+        nanosleep(&(struct timespec){ .tv_nsec = 5000000 }, NULL);
+    }
+    return 0;
+}
+
 int vm_set_engine(struct vm *vm, const struct engine *engine, uint64_t *pause_ns)
 {
     struct engine_report report;
@@ -201,6 +215,10 @@ int vm_set_engine(struct vm *vm, const struct engine *engine, uint64_t *pause_ns
                   "with engine %s can change to the others and back", engine->name, vm->model->name, missing, engine->name);
         return -ENOSYS;
     }
+    /* Such an engine may need what only this process's own touches bring. */
+    err = engine->checks_pages ? 0 : vm_await_memory(vm, NULL);
+    if (err)
+        return err;
     start = monotonic_ns();
     err = vm_pause(vm, VM_HOLD_ENGINE);
     if (err)

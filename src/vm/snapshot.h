@@ -24,8 +24,8 @@ struct vm_snapshot_result {
 
 /*
  * Saves while the guest runs; it stands still for the moment that is saved. Nothing of an older snapshot changes, and one of this
- * name exists either whole or not at all, whatever happens. compress: RAM takes less room, but has to be unpacked before a restored
- * machine runs, and is not shared. 0, -EINVAL (bad name), -EEXIST, -EBUSY (one is being saved), or
+ * name exists either whole or not at all, whatever happens. compress: RAM takes less room, but a restored
+ * machine has to unpack it, while it runs, and it is not shared. 0, -EINVAL (bad name), -EEXIST, -EBUSY (one is being saved), or
  * another negative errno (all logged).
  */
 int vm_snapshot_save(struct vm *vm, const char *name, bool compress, struct vm_snapshot_result *out);

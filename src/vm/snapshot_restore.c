@@ -2,7 +2,8 @@
  * A machine that goes on from a snapshot.
  *
  * Its RAM is the snapshot's file, mapped privately: pages are read when they are touched, machines from one snapshot share what
- * none of them has written, and removing the snapshot takes nothing away from them. Its disks are overlays in the folder of
+ * none of them has written, and removing the snapshot takes nothing away from them. A compressed one is unpacked while the
+ * machine runs (snapshot_fill.h). Its disks are overlays in the folder of
  * the machine, DATA/machines/NAME, on links to the snapshot's copies. What an earlier machine of that name had there is kept in a
  * folder beside it.
  */
@@ -22,6 +23,7 @@
 #include "base/util.h"
 #include "vm/config.h"
 #include "vm/snapshot.h"
+#include "vm/snapshot_fill.h"
 #include "vm/snapshot_pack.h"
 #include "vm/snapshot_store.h"
 #include "vm/state_file.h"
@@ -58,6 +60,7 @@ static int read_snapshot(struct vm_snapshot *s)
 {
     struct state_reader r;
     const char *machine;
+    json_int_t version;
     json_t *meta;
     int err;
 
@@ -69,6 +72,7 @@ static int read_snapshot(struct vm_snapshot *s)
         return faccessat(s->root, s->name, F_OK, 0) ? -ENOENT : -EINVAL;
     machine = json_string_value(json_object_get(meta, "machine"));
     snprintf(s->machine, sizeof(s->machine), "%s", machine ? machine : s->name);
+    version = json_integer_value(json_object_get(meta, "version"));
     json_decref(meta);
     snprintf(s->path, sizeof(s->path), "%.2000s/%s", s->root_path, s->name);
     s->dir = openat(s->root, s->name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -81,6 +85,12 @@ static int read_snapshot(struct vm_snapshot *s)
         err = -errno;
         log_error("%s/%s: cannot read: %s", s->path, SNAPSHOT_MEMORY, strerror(-err));
         return err;
+    }
+    if (s->packed && version < snapshot_version(true)) {
+        log_error("%s/%s: compressed by an older ringfort, in a form that this one does not read: restore it with that one, "
+                  "and save it again without --compress",
+                  s->path, SNAPSHOT_PACKED);
+        return -EINVAL;
     }
     err = state_file_read(s->dir, SNAPSHOT_STATE, s->path, &s->stream, &s->stream_len);
     if (err)
@@ -161,6 +171,10 @@ static int make_overlay(struct vm_snapshot *s, int folder, const char *folder_pa
     }
     free((char *)d->block.path);
     d->block.path = path;
+    /* The saved one may have been on a server; this one is not. */
+    free((char *)d->block.tls);
+    d->block.tls = NULL;
+    d->block.reconnect_s = BLOCK_RECONNECT_S;
     return 0;
 }
 
@@ -187,37 +201,30 @@ static int make_disks(struct vm_snapshot *s, struct vm_config *c)
 
 static int map_memory(struct vm_snapshot *s, struct memory *m)
 {
-    uint64_t offset = 0;
     struct stat st;
 
-    for (unsigned i = 0; i < m->regions; i++)
-        offset += align_up(m->region[i].size, SNAPSHOT_REGION_ALIGN);
-    if (fstat(s->memory_fd, &st) < 0 || (uint64_t)st.st_size != offset) {
+    if (fstat(s->memory_fd, &st) < 0 || (uint64_t)st.st_size != snapshot_region_offset(m, m->regions)) {
         log_error("%s/%s: it is damaged: it has not the size of the machine's memory; was it copied completely?", s->path,
                   SNAPSHOT_MEMORY);
         return -EINVAL;
     }
-    offset = 0;
     for (unsigned i = 0; i < m->regions; i++) {
-        int err = memory_map_file(m, i, s->memory_fd, offset);
+        int err = memory_map_file(m, i, s->memory_fd, snapshot_region_offset(m, i));
 
         if (err) {
             log_error("%s/%s: cannot map it: %s", s->path, SNAPSHOT_MEMORY, strerror(-err));
             return err;
         }
-        offset += align_up(m->region[i].size, SNAPSHOT_REGION_ALIGN);
     }
     return 0;
 }
 
-static int unpack_memory(struct vm_snapshot *s, struct memory *m)
+static int unpack_memory(struct vm_snapshot *s, struct vm *vm)
 {
-    int err = lseek(s->memory_fd, 0, SEEK_SET) < 0 ? -errno : snapshot_unpack(s->memory_fd, m);
+    char file[PATH_MAX + 16];
 
-    if (err)
-        log_error("%s/%s: %s", s->path, SNAPSHOT_PACKED,
-                  err == -EINVAL ? "it is damaged; was it copied completely?" : strerror(-err));
-    return err;
+    snprintf(file, sizeof(file), "%s/%s", s->path, SNAPSHOT_PACKED);
+    return snapshot_fill_create(vm, s->memory_fd, file, &vm->fill);
 }
 
 struct vm *vm_snapshot_restore(struct vm_snapshot *s, struct vm_config *config, unsigned hold, int *status)
@@ -240,10 +247,12 @@ struct vm *vm_snapshot_restore(struct vm_snapshot *s, struct vm_config *config, 
     vm = vm_create_empty(config, s->tsc_hz, (enum vm_hold)hold, status);
     if (!vm)
         return NULL;
-    err = s->packed ? unpack_memory(s, &vm->machine.memory) : map_memory(s, &vm->machine.memory);
+    err = s->packed ? unpack_memory(s, vm) : map_memory(s, &vm->machine.memory);
     state_reader_init(&r, s->stream, s->stream_len);
     if (!err)
         err = vm_load(vm, &r);
+    if (!err && vm->fill)
+        err = snapshot_fill_begin(vm->fill);
     if (err) {
         *status = vm_status_of(err);
         vm_destroy(vm);

@@ -78,20 +78,11 @@ static uint64_t monotonic_ns(void)
 
 /* ---- RAM ---- */
 
-static uint64_t region_offset(const struct memory *m, unsigned region)
-{
-    uint64_t offset = 0;
-
-    for (unsigned i = 0; i < region; i++)
-        offset += align_up(m->region[i].size, SNAPSHOT_REGION_ALIGN);
-    return offset;
-}
-
 static uint64_t file_offset(const struct memory *m, gpa_t gpa)
 {
     for (unsigned i = 0; i < m->regions; i++)
         if (gpa - m->region[i].base < m->region[i].size)
-            return region_offset(m, i) + (gpa - m->region[i].base);
+            return snapshot_region_offset(m, i) + (gpa - m->region[i].base);
     return 0;                   /* not reached: pages are RAM */
 }
 
@@ -238,7 +229,7 @@ static void write_region(struct saver *s, unsigned index)
         n = MIN(PIECE, r->size - at);
         for (uint64_t page = at; page < at + n; page += GUEST_PAGE_SIZE)
             if (!is_zero(r->host + page))
-                write_bytes(s, region_offset(&s->vm->machine.memory, index) + page, r->host + page, GUEST_PAGE_SIZE);
+                write_bytes(s, snapshot_region_offset(&s->vm->machine.memory, index) + page, r->host + page, GUEST_PAGE_SIZE);
         at += n;
     }
 }
@@ -260,7 +251,7 @@ static int64_t write_dirty(struct saver *s)
             for (uint64_t bits = s->dirty[i][word]; bits; bits &= bits - 1) {
                 uint64_t offset = (word * 64 + (unsigned)__builtin_ctzll(bits)) << GUEST_PAGE_SHIFT;
 
-                write_bytes(s, region_offset(m, i) + offset, m->region[i].host + offset, GUEST_PAGE_SIZE);
+                write_bytes(s, snapshot_region_offset(m, i) + offset, m->region[i].host + offset, GUEST_PAGE_SIZE);
                 bytes += GUEST_PAGE_SIZE;
             }
     return bytes;
@@ -271,10 +262,7 @@ static void end_log(struct saver *s)
     if (s->logging)
         memory_dirty_stop(&s->vm->machine.memory);
     s->logging = false;
-    for (unsigned i = 0; i < MEMORY_MAX_REGIONS; i++) {
-        free(s->dirty[i]);
-        s->dirty[i] = NULL;
-    }
+    memory_bitmaps_free(s->dirty);
 }
 
 /* While the guest runs. Without a log (a migration has it) RAM is written while it stands. */
@@ -283,11 +271,10 @@ static int write_ahead(struct saver *s)
     struct memory *m = &s->vm->machine.memory;
     int64_t before = INT64_MAX, bytes;
 
-    for (unsigned i = 0; i < m->regions; i++)
-        if (!(s->dirty[i] = malloc(memory_bitmap_words(&m->region[i]) * sizeof(uint64_t)))) {
-            log_error("out of memory");
-            return -ENOMEM;
-        }
+    if (memory_bitmaps_alloc(m, s->dirty)) {
+        log_error("out of memory");
+        return -ENOMEM;
+    }
     s->logging = memory_dirty_start(m) == 0;
     for (unsigned i = 0; s->logging && i < m->regions; i++)
         write_region(s, i);
@@ -423,7 +410,7 @@ static int open_folder(struct saver *s)
     if (s->dir < 0 || flock(s->dir, LOCK_EX | LOCK_NB) < 0)
         goto failed;
     s->memory_fd = openat(s->dir, SNAPSHOT_MEMORY, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (s->memory_fd < 0 || ftruncate(s->memory_fd, (off_t)region_offset(&s->vm->machine.memory,
+    if (s->memory_fd < 0 || ftruncate(s->memory_fd, (off_t)snapshot_region_offset(&s->vm->machine.memory,
                                                                           s->vm->machine.memory.regions)) < 0)
         goto failed;
     return 0;
@@ -446,7 +433,7 @@ static int write_meta(struct saver *s)
         snprintf(name, sizeof(name), "disk%u", i);
         json_array_append_new(disks, c->disks[i].block.readonly ? json_null() : json_string(name));
     }
-    meta = json_pack("{s:i, s:s, s:s, s:s, s:s, s:i, s:I, s:o}", "version", 1, "ringfort", RINGFORT_VERSION, "machine",
+    meta = json_pack("{s:i, s:s, s:s, s:s, s:s, s:i, s:I, s:o}", "version", snapshot_version(s->compress), "ringfort", RINGFORT_VERSION, "machine",
                      c->name, "created", s->created, "engine", s->engine, "cpus", (int)c->cpus, "memory",
                      (json_int_t)c->memory, "disks", disks);
     if (!meta) {
@@ -522,25 +509,13 @@ static int finish_state(struct saver *s)
     return state_file_write(s->dir, SNAPSHOT_STATE, s->path, stream, len);
 }
 
-/* A snapshot has a copy of each disk that can be written. */
-static int check_disks(const struct saver *s)
-{
-    const struct vm_config *c = s->vm->config;
-
-    for (unsigned i = 0; i < c->disk_count; i++)
-        if (!c->disks[i].block.readonly && !block_can_save(s->vm->parts.disks[i].backend)) {
-            log_error("disk %s: a disk on a server cannot be copied into a snapshot; take a snapshot of it there, or give it readonly=on",
-                      c->disks[i].block.path);
-            return -EOPNOTSUPP;
-        }
-    return 0;
-}
-
 static int save(struct saver *s)
 {
     bool memory_begun = false;
-    int err = check_disks(s);
+    int err = vm_await_memory(s->vm, &s->vm->save_cancelled);
 
+    if (err == -ESHUTDOWN)
+        log_error("the machine has ended: there is nothing to save");
     if (!err)
         err = open_folder(s);
     if (err)

@@ -15,11 +15,22 @@
 
 #include "base/log.h"
 #include "base/util.h"
+#include "memory/memory.h"
 #include "vm/config_value.h"
 #include "vm/snapshot.h"
 
-#define META_VERSION 1
+#define NEWEST_VERSION 2
+#define REGION_ALIGN MIB(2)
 #define MAX_META MIB(1)
+
+uint64_t snapshot_region_offset(const struct memory *m, unsigned region)
+{
+    uint64_t offset = 0;
+
+    for (unsigned i = 0; i < region; i++)
+        offset += align_up(m->region[i].size, REGION_ALIGN);
+    return offset;
+}
 
 int snapshot_check_name(const char *name)
 {
@@ -244,6 +255,7 @@ static json_t *read_json(int fd)
 json_t *snapshot_read_meta(int root, const char *name, const char *path, bool quiet)
 {
     char file[VM_SNAPSHOT_NAME_MAX + 32];
+    json_int_t version;
     json_t *meta = NULL;
     int fd;
 
@@ -253,11 +265,12 @@ json_t *snapshot_read_meta(int root, const char *name, const char *path, bool qu
         meta = read_json(fd);
     if (fd >= 0)
         close(fd);
-    if (meta && json_is_object(meta) && json_integer_value(json_object_get(meta, "version")) == META_VERSION)
+    version = json_integer_value(json_object_get(meta, "version"));
+    if (meta && json_is_object(meta) && version >= 1 && version <= NEWEST_VERSION)
         return meta;
     if (!quiet && fd < 0)
         log_error("there is no snapshot %s in %s; 'ringfort snapshot ls' shows those that there are", name, path);
-    else if (!quiet && meta && json_integer_value(json_object_get(meta, "version")) > META_VERSION)
+    else if (!quiet && meta && version > NEWEST_VERSION)
         log_error("%s/%s: made by a newer ringfort: use that one", path, file);
     else if (!quiet)
         log_error("%s/%s: this does not describe a snapshot; it is damaged", path, file);

@@ -17,8 +17,13 @@
 #define SNAPSHOT_MEMORY "memory"
 #define SNAPSHOT_META   "snapshot.json"
 
-/* In the memory file, regions stand one after the other, each on a multiple of this. */
-#define SNAPSHOT_REGION_ALIGN ((uint64_t)2 << 20)
+struct memory;
+
+/*
+ * Where a region's bytes begin in the memory file: one after the other, each on a multiple of 2 MiB. region may be how many there are: the
+ * file's size.
+ */
+uint64_t snapshot_region_offset(const struct memory *m, unsigned region);
 
 /* 0, or -EINVAL (logged: what is wrong with it). */
 int snapshot_check_name(const char *name);
@@ -40,6 +45,11 @@ int snapshot_remove_tree(int dirfd, const char *name);
 int snapshot_link_bases(int from, int to, const char *path);
 /* Removes what killed saves left. */
 void snapshot_sweep(int root);
+/*
+ * What snapshot.json says as version. 1: as long as RAM is not packed; 2: it is, as snapshot_pack.h says (packed ones of version 1 were so
+ * otherwise, and are not read any more).
+ */
+static inline int snapshot_version(bool packed) { return packed ? 2 : 1; }
 /* snapshot.json of the snapshot, checked; a new reference, or NULL (logged, unless quiet). */
 json_t *snapshot_read_meta(int root, const char *name, const char *path, bool quiet);
 /* Writes and syncs it. 0 or a negative errno (logged). */

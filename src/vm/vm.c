@@ -28,6 +28,7 @@
 #include "isa/x86/cpuid.h"
 #include "migrate/migrate.h"
 #include "vm/config.h"
+#include "vm/snapshot_fill.h"
 #include "vm/stats.h"
 #include "vm/status.h"
 #include "vm/vm_internal.h"
@@ -588,6 +589,7 @@ void vm_destroy(struct vm *vm)
         machine_destroy_devices(&vm->machine);
         vm_parts_close(&vm->parts);
     }
+    snapshot_fill_destroy(vm->fill);
     if (vm->machine.loop)
         machine_destroy(&vm->machine);
     pthread_mutex_destroy(&vm->life);

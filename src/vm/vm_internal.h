@@ -64,6 +64,7 @@ struct vm {
     struct migrate_target *incoming; /* the migration that brings the machine here; set before vm_run(), borrowed */
     bool undecided;             /* a migration away ended without it being known who has the machine; guarded by life */
 
+    struct snapshot_fill *fill; /* brings RAM out of a compressed snapshot; NULL: nothing does */
     bool saving;                /* a snapshot is being saved; guarded by gate */
     _Atomic bool save_cancelled;
 
@@ -87,6 +88,11 @@ void vm_stop_vcpus(struct vm *vm);
 char *vm_config_text(const struct vm_config *c);
 /* vm_end() with the cause for vm_ended(), which is static. */
 void vm_end_because(struct vm *vm, int status, const char *cause);
+/*
+ * Waits until no page of RAM is missing (memory/missing.h), for who does not get at it by touching. 0; -ECANCELED: *cancel is true;
+ * -ESHUTDOWN: the machine ends (both silent). cancel may be NULL. Any thread that may wait.
+ */
+int vm_await_memory(struct vm *vm, const _Atomic bool *cancel);
 /* Waits until no snapshot is being saved. */
 void vm_snapshot_drain(struct vm *vm);
 /* vm_save() with life and the machine lock held. */

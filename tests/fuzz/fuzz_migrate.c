@@ -104,7 +104,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     log_set_level(-1);
     if (!decoder) {
         if (memory_init(&memory) || memory_add_ram(&memory, 0, 64 * GUEST_PAGE_SIZE) ||
-            memory_add_ram(&memory, GIB(4), 70 * GUEST_PAGE_SIZE) || bitmaps_alloc(&memory, bitmap))
+            memory_add_ram(&memory, GIB(4), 70 * GUEST_PAGE_SIZE) || memory_bitmaps_alloc(&memory, bitmap))
             abort();
         decoder = page_decoder_create(&memory);
         disks = disk_decoder_create();

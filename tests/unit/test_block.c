@@ -21,7 +21,7 @@
 #include "backend/block/block_impl.h"
 #include "base/log.h"
 #include "base/util.h"
-#include "loop_helper.h"
+#include "block_requests.h"
 
 #define DISK_SIZE MIB(4)
 
@@ -66,49 +66,12 @@ static struct block *open_disk(struct fixture *f, enum block_cache cache, bool r
     return b;
 }
 
-struct request {
-    struct block_request r;
-    struct iovec iov[8];
-    int status;
-    bool done;
-};
-
-static void request_done(void *opaque, int status)
-{
-    struct request *q = opaque;
-    assert_false(q->done);
-    q->status = status;
-    q->done = true;
-}
-
-static void prepare(struct request *q, enum block_op op, uint64_t offset, void *buf, uint64_t len)
-{
-    memset(q, 0, sizeof(*q));
-    q->iov[0] = (struct iovec){buf, len};
-    q->r = (struct block_request){.op = op,
-                                  .offset = offset,
-                                  .len = len,
-                                  .iov = q->iov,
-                                  .iovcnt = buf ? 1 : 0,
-                                  .done = request_done,
-                                  .opaque = q};
-}
-
-/* Submits one request, checks that done() comes later and from the loop; its status. */
-static int perform(struct fixture *f, struct block *b, struct request *q)
-{
-    block_submit(b, &q->r);
-    assert_false(q->done);
-    assert_true(run_until(f->loop, flag_is_set, &q->done, 20000));
-    return q->status;
-}
-
 static int io(struct fixture *f, struct block *b, enum block_op op, uint64_t offset, void *buf,
               uint64_t len)
 {
     struct request q;
-    prepare(&q, op, offset, buf, len);
-    return perform(f, b, &q);
+    request_set(&q, op, offset, buf, len);
+    return request_perform(f->loop, b, &q);
 }
 
 static void pattern(uint8_t *p, size_t n, unsigned seed)
@@ -165,7 +128,7 @@ static void odd_buffers_and_offsets(void **state)
             }
             uint8_t *p = buf + rand() % 512;
             struct request q;
-            prepare(&q, i & 1 ? BLOCK_READ : BLOCK_WRITE, offset, p, len);
+            request_set(&q, i & 1 ? BLOCK_READ : BLOCK_WRITE, offset, p, len);
             /* In up to three pieces of any size, one of them perhaps empty. */
             size_t a = (size_t)rand() % (len + 1), c = (size_t)rand() % (len - a + 1);
             q.iov[0].iov_len = a;
@@ -178,7 +141,7 @@ static void odd_buffers_and_offsets(void **state)
             } else {
                 memset(p, 0xee, len);
             }
-            assert_int_equal(perform(f, b, &q), 0);
+            assert_int_equal(request_perform(f->loop, b, &q), 0);
             if (q.r.op == BLOCK_READ)
                 assert_memory_equal(p, model + offset, len);
         }
@@ -202,7 +165,7 @@ static void small_writes_at_once(void **state)
     uint8_t *buf = malloc(N * 100);
     pattern(buf, N * 100, 3);
     for (unsigned i = 0; i < N; i++) {
-        prepare(&q[i], BLOCK_WRITE, 5000 + i * 100, buf + i * 100, 100);
+        request_set(&q[i], BLOCK_WRITE, 5000 + i * 100, buf + i * 100, 100);
         block_submit(b, &q[i].r);
     }
     block_drain(b);
@@ -229,16 +192,16 @@ static void thousands_of_pieces(void **state)
         for (unsigned i = 0; i < PIECES; i++)
             iov[i] = (struct iovec){buf + i * PIECE, PIECE};
         struct request q;
-        prepare(&q, BLOCK_WRITE, 4096, buf, 0);
+        request_set(&q, BLOCK_WRITE, 4096, buf, 0);
         q.r.iov = iov;
         q.r.iovcnt = PIECES;
-        assert_int_equal(perform(f, b, &q), 0);
+        assert_int_equal(request_perform(f->loop, b, &q), 0);
         check_file(f, 4096, buf, PIECES * PIECE);
         memset(buf, 0, PIECES * PIECE);
-        prepare(&q, BLOCK_READ, 4096, buf, 0);
+        request_set(&q, BLOCK_READ, 4096, buf, 0);
         q.r.iov = iov;
         q.r.iovcnt = PIECES;
-        assert_int_equal(perform(f, b, &q), 0);
+        assert_int_equal(request_perform(f->loop, b, &q), 0);
         check_file(f, 4096, buf, PIECES * PIECE);
         block_close(b);
         free(iov);
@@ -258,10 +221,10 @@ static void requests_are_checked(void **state)
     assert_int_equal(io(f, b, BLOCK_WRITE_ZEROES, 512, NULL, UINT64_MAX), -EINVAL);
     assert_int_equal(io(f, b, BLOCK_READ, DISK_SIZE, buf, 0), 0);
     struct request q;
-    prepare(&q, BLOCK_READ, 0, buf, 512);
+    request_set(&q, BLOCK_READ, 0, buf, 512);
     q.iov[1] = (struct iovec){buf, SIZE_MAX};
     q.r.iovcnt = 2;
-    assert_int_equal(perform(f, b, &q), -EINVAL);
+    assert_int_equal(request_perform(f->loop, b, &q), -EINVAL);
     struct stat st;
     assert_int_equal(fstat(f->fd, &st), 0);
     assert_true((uint64_t)st.st_size == DISK_SIZE);
@@ -341,9 +304,9 @@ static void zeroes_are_written(void **state)
                      {DISK_SIZE - 512, 512, false}};
         for (unsigned i = 0; i < ARRAY_SIZE(range); i++) {
             struct request q;
-            prepare(&q, BLOCK_WRITE_ZEROES, range[i].offset, NULL, range[i].len);
+            request_set(&q, BLOCK_WRITE_ZEROES, range[i].offset, NULL, range[i].len);
             q.r.may_unmap = range[i].may_unmap;
-            assert_int_equal(perform(f, b, &q), 0);
+            assert_int_equal(request_perform(f->loop, b, &q), 0);
             memset(model + range[i].offset, 0, range[i].len);
         }
         block_close(b);
@@ -437,7 +400,7 @@ static void drain_completes_everything(void **state)
                                             BLOCK_WRITE_ZEROES};
         enum block_op op = ops[i % 5];
         bool data = op == BLOCK_WRITE || op == BLOCK_READ;
-        prepare(&q[i], op, (i % 512) * 4096, data ? buf + i * 4096 : NULL, 4096);
+        request_set(&q[i], op, (i % 512) * 4096, data ? buf + i * 4096 : NULL, 4096);
         block_submit(b, &q[i].r);
     }
     block_drain(b);
@@ -476,7 +439,7 @@ static void done_may_submit_again(void **state)
     struct fixture *f = *state;
     struct chain c = {.left = 200};
     c.b = open_disk(f, BLOCK_CACHE_WRITEBACK, false);
-    prepare(&c.q, BLOCK_WRITE, 0, c.buf, sizeof(c.buf));
+    request_set(&c.q, BLOCK_WRITE, 0, c.buf, sizeof(c.buf));
     c.q.r.done = chain_done;
     c.q.r.opaque = &c;
     block_submit(c.b, &c.q.r);

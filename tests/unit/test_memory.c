@@ -5,11 +5,12 @@
 #include <cmocka.h>
 
 #include <errno.h>
+#include <pthread.h>
 #include <string.h>
 
 #include "base/log.h"
 #include "base/util.h"
-#include "memory/memory.h"
+#include "memory/missing.h"
 
 #define LOW_SIZE  MIB(3)
 #define HIGH_BASE GIB(4)
@@ -144,6 +145,90 @@ static void code_pages_are_told_once_each(void **state)
     assert_int_equal(code_calls, 3);
 }
 
+/* ---- missing pages ---- */
+
+static struct memory_missing *missing;
+static pthread_mutex_t placing = PTHREAD_MUTEX_INITIALIZER;
+static _Atomic unsigned wanted_calls;
+
+/* Every page holds its number. */
+static void bring(void *opaque, struct memory_missing *p, unsigned region, uint64_t page)
+{
+    uint64_t contents[GUEST_PAGE_SIZE / 8];
+
+    assert_ptr_equal(opaque, &mem);
+    for (unsigned i = 0; i < ARRAY_SIZE(contents); i++)
+        contents[i] = (uint64_t)region << 32 | page;
+    atomic_fetch_add(&wanted_calls, 1);
+    pthread_mutex_lock(&placing);
+    memory_missing_place(p, region, page, (const uint8_t *)contents);
+    pthread_mutex_unlock(&placing);
+}
+
+static uint64_t word_at(gpa_t gpa)
+{
+    uint64_t word;
+
+    assert_int_equal(memory_read(&mem, gpa, &word, sizeof(word)), 0);
+    return word;
+}
+
+/* Once bring() is done with what it woke us for. */
+static uint64_t still_missing(void)
+{
+    pthread_mutex_lock(&placing);
+    uint64_t count = memory_missing_count(missing);
+    pthread_mutex_unlock(&placing);
+    return count;
+}
+
+/* Pages come when they are touched, once; what becomes zero meanwhile stays so. */
+static void missing_pages_come(void **state)
+{
+    uint64_t *bits[MEMORY_MAX_REGIONS];
+    bool kernel;
+    int err;
+
+    if (memory_missing_usable(&kernel))
+        skip();
+    assert_int_equal(memory_bitmaps_alloc(&mem, bits), 0);
+    bits[0][0] = 0xf0;
+    bits[0][3] = ~0ull;
+    bits[2][1] = 1;
+    wanted_calls = 0;
+    missing = memory_missing_create(&mem, bits, bring, &mem, &err);
+    assert_non_null(missing);
+    assert_null(bits[0]);
+    assert_int_equal(still_missing(), 4 + 64 + 1);
+
+    assert_int_equal(word_at(0x3000), 0);
+    assert_int_equal(wanted_calls, 0);
+    assert_int_equal(word_at(0x4008), 4);
+    assert_int_equal(word_at(0x4010), 4);
+    assert_int_equal(word_at(HIGH_BASE + 0x40000), 2ull << 32 | 64);
+    assert_int_equal(memory_write(&mem, 0x5ff8, "write", 5), 0);
+    assert_int_equal(word_at(0x5000), 5);
+    assert_int_equal(still_missing(), 2 + 64);
+
+    /* Parts of pages at both ends: those come first, and then a part of them is zero. */
+    memory_clear(&mem, 0x6ff0, 0xc8010 - 0x6ff0);
+    assert_int_equal(word_at(0x6fe8), 6);
+    assert_int_equal(word_at(0x6ff0), 0);
+    assert_int_equal(word_at(0x7000), 0);
+    assert_int_equal(word_at(0xc7000), 0);
+    assert_int_equal(word_at(0xc8008), 0);
+    assert_int_equal(word_at(0xc8010), 200);
+    assert_false(memory_missing_is(missing, 0, 7));
+    assert_int_equal(still_missing(), 64 - 9);
+    bring(&mem, missing, 0, 193);
+    assert_int_equal(word_at(193 << 12), 0);
+
+    memory_clear(&mem, 0, LOW_SIZE);
+    assert_int_equal(still_missing(), 0);
+    memory_missing_destroy(missing);
+    assert_int_equal(word_at(255 << 12), 0);
+}
+
 int main(void)
 {
     log_set_level(-1);
@@ -155,6 +240,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(pages_and_flags, setup, teardown),
         cmocka_unit_test_setup_teardown(dirty_pages_are_those_written, setup, teardown),
         cmocka_unit_test_setup_teardown(code_pages_are_told_once_each, setup, teardown),
+        cmocka_unit_test_setup_teardown(missing_pages_come, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

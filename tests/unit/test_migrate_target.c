@@ -114,10 +114,10 @@ static void test_no_refusal_once_taken(void **state)
     assert_int_equal(frame_send(control, FRAME_OFFER, 0, offer, (uint32_t)strlen(offer)), 0);
     hear_frame(control, FRAME_READY);
     stream = play(HELLO_STREAM);
-    assert_int_equal(bitmaps_alloc(&t->a.memory, missing), 0);
+    assert_int_equal(memory_bitmaps_alloc(&t->a.memory, missing), 0);
     missing[1][2] = 1;
     assert_int_equal(missing_send(control, &t->a.memory, missing), 0);
-    bitmaps_free(missing);
+    memory_bitmaps_free(missing);
     urgent = play(HELLO_URGENT);
     assert_int_equal(frame_send(control, FRAME_STATE, 0, &t->b.seq, sizeof(t->b.seq)), 0);
     hear_frame(control, FRAME_PREPARED);

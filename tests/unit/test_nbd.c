@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,8 +20,8 @@
 
 #include "backend/block/block.h"
 #include "base/util.h"
+#include "block_requests.h"
 #include "log_capture.h"
-#include "loop_helper.h"
 
 #define DISK_SIZE MIB(8)
 #define NO_NBDKIT 77
@@ -125,30 +126,12 @@ static struct block *open_disk(struct fixture *f, unsigned reconnect_s)
 
 /* ---- requests ---- */
 
-#define MOST_IOVS 24
-
-struct request {
-    struct block_request r;
-    struct iovec iov[MOST_IOVS];
-    int status;
-    bool done;
-};
-
-static void request_done(void *opaque, int status)
-{
-    struct request *q = opaque;
-
-    assert_false(q->done);
-    q->status = status;
-    q->done = true;
-}
-
 /* buf in pieces that are multiples of 512 bytes and otherwise as they come. */
 static void submit(struct block *b, struct request *q, enum block_op op, uint64_t offset, uint8_t *buf, uint64_t len, unsigned pieces)
 {
-    memset(q, 0, sizeof(*q));
-    q->r = (struct block_request){ .op = op, .offset = offset, .len = len, .iov = q->iov, .done = request_done, .opaque = q,
-                                   .may_unmap = pieces & 1 };
+    request_set(q, op, offset, buf, len);
+    q->r.may_unmap = pieces & 1;
+    q->r.iovcnt = 0;
     for (uint64_t at = 0; buf && at < len;) {
         uint64_t some = 512 + (uint64_t)(rand() % 40) * 512, n = q->r.iovcnt + 1 == pieces ? len - at : MIN(len - at, some);
 
@@ -158,18 +141,12 @@ static void submit(struct block *b, struct request *q, enum block_op op, uint64_
     block_submit(b, &q->r);
 }
 
-static int wait_for(struct fixture *f, struct request *q, unsigned ms)
-{
-    assert_true(run_until(f->loop, flag_is_set, &q->done, ms));
-    return q->status;
-}
-
 static int io(struct fixture *f, struct block *b, enum block_op op, uint64_t offset, uint8_t *buf, uint64_t len)
 {
     struct request q;
 
     submit(b, &q, op, offset, buf, len, 1);
-    return wait_for(f, &q, 60000);
+    return request_wait(f->loop, &q, 60000);
 }
 
 /* ---- tests ---- */
@@ -204,7 +181,7 @@ static void random_requests(struct fixture *f, unsigned rounds, unsigned kills, 
             if (op[i] == BLOCK_WRITE)
                 for (uint64_t k = 0; k < len[i]; k++)
                     mine[k] = (uint8_t)(rand() >> 8);
-            submit(b, &q[i], op[i], at[i], op[i] == BLOCK_READ || op[i] == BLOCK_WRITE ? mine : NULL, len[i], 1 + (unsigned)rand() % MOST_IOVS);
+            submit(b, &q[i], op[i], at[i], op[i] == BLOCK_READ || op[i] == BLOCK_WRITE ? mine : NULL, len[i], 1 + (unsigned)rand() % REQUEST_IOVS);
         }
         if (kills && round % (rounds / kills) == 1) {
             /* Some are with the server, some are not. */
@@ -214,7 +191,7 @@ static void random_requests(struct fixture *f, unsigned rounds, unsigned kills, 
             start_server(f, server);
         }
         for (unsigned i = 0; i < LANES; i++) {
-            assert_int_equal(wait_for(f, &q[i], 60000), 0);
+            assert_int_equal(request_wait(f->loop, &q[i], 60000), 0);
             if (op[i] == BLOCK_READ)
                 assert_memory_equal(buf + i * lane, mirror + at[i], len[i]);
             else if (op[i] == BLOCK_WRITE)
@@ -237,6 +214,40 @@ static void random_requests(struct fixture *f, unsigned rounds, unsigned kills, 
 
 static void data_goes_there_and_back(void **state) { random_requests(*state, 40, 0, NULL); }
 
+/* More in one piece than a socket takes at once: all of the disk, twice; several of such on their way, too. */
+static void much_at_once(struct fixture *f, struct block *b)
+{
+    uint8_t *buf = malloc(DISK_SIZE), *got = malloc(DISK_SIZE);
+    struct request q[4];
+
+    for (uint64_t i = 0; i < DISK_SIZE; i++)
+        buf[i] = (uint8_t)(rand() >> 8);
+    assert_int_equal(io(f, b, BLOCK_WRITE, 0, buf, DISK_SIZE), 0);
+    assert_int_equal(io(f, b, BLOCK_READ, 0, got, DISK_SIZE), 0);
+    assert_memory_equal(got, buf, DISK_SIZE);
+    for (unsigned round = 0; round < 2; round++) {
+        memset(got, 0, DISK_SIZE);
+        for (unsigned i = 0; i < 4; i++)
+            submit(b, &q[i], round ? BLOCK_READ : BLOCK_WRITE, i * DISK_SIZE / 4, (round ? got : buf) + i * DISK_SIZE / 4, DISK_SIZE / 4, 1);
+        for (unsigned i = 0; i < 4; i++)
+            assert_int_equal(request_wait(f->loop, &q[i], 60000), 0);
+    }
+    assert_memory_equal(got, buf, DISK_SIZE);
+    free(buf);
+    free(got);
+}
+
+static void long_requests(void **state)
+{
+    struct fixture *f = *state;
+    struct block *b;
+
+    start_server(f, NULL);
+    b = open_disk(f, 10);
+    much_at_once(f, b);
+    block_close(b);
+}
+
 /* It has no command for zeroes, and takes its time. */
 static void poor_server(void **state)
 {
@@ -255,6 +266,123 @@ static void server_is_killed_and_comes_back(void **state)
     assert_true(log_capture_lines(text) <= 2 * 4 + 1);
 }
 
+/* ---- copies ---- */
+
+struct copying {
+    struct block *b;
+    pthread_t thread;
+    uint64_t bytes;
+    int err;
+    bool done;
+};
+
+static void *wait_for_copy(void *opaque)
+{
+    struct copying *c = opaque;
+
+    c->err = block_save_wait(c->b, &c->bytes);
+    __atomic_store_n(&c->done, true, __ATOMIC_RELEASE);
+    return NULL;
+}
+
+static void begin_copy(struct fixture *f, struct copying *c, struct block *b, const char *name, const _Atomic bool *cancel)
+{
+    char path[160];
+    int fd;
+
+    *c = (struct copying){ .b = b };
+    snprintf(path, sizeof(path), "%s/%s", f->dir, name);
+    fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    assert_true(fd >= 0);
+    block_drain(b);
+    assert_int_equal(block_save_begin(b, fd, cancel), 0);
+    assert_int_equal(pthread_create(&c->thread, NULL, wait_for_copy, c), 0);
+}
+
+static int end_copy(struct fixture *f, struct copying *c)
+{
+    assert_true(run_until(f->loop, flag_is_set, &c->done, 60000));
+    pthread_join(c->thread, NULL);
+    block_save_end(c->b);
+    return c->err;
+}
+
+/*
+ * A copy is the disk at the moment at which it was begun, whatever is written meanwhile: before and behind what is copied, from the
+ * loop and while all requests are waited for, by a server that is slow, and is killed once.
+ */
+static void copied_while_used(void **state)
+{
+    static const char *const server[] = { "--filter=delay", "delay-read=3ms", NULL };
+    struct fixture *f = *state;
+    uint8_t *was = malloc(DISK_SIZE), *now = malloc(DISK_SIZE), *got = malloc(DISK_SIZE);
+    _Atomic bool cancel = false;
+    struct request q[16];
+    struct copying c;
+    struct block *b;
+
+    start_server(f, server);
+    b = open_disk(f, 60);
+    for (uint64_t i = 0; i < DISK_SIZE; i++)
+        was[i] = i / MIB(1) == 5 ? 0 : (uint8_t)(rand() >> 8);
+    assert_int_equal(io(f, b, BLOCK_WRITE, 0, was, DISK_SIZE), 0);
+    for (unsigned round = 0; round < 3; round++) {
+        char name[32], path[160];
+        FILE *file;
+
+        memcpy(now, was, DISK_SIZE);
+        snprintf(name, sizeof(name), "copy%u", round);
+        begin_copy(f, &c, b, name, &cancel);
+        for (unsigned step = 0; step < 6; step++) {
+            for (unsigned i = 0; i < ARRAY_SIZE(q); i++) {
+                uint64_t at = (uint64_t)(rand() % (int)(DISK_SIZE / ARRAY_SIZE(q) / 512 - 16)) * 512 + i * (DISK_SIZE / ARRAY_SIZE(q));
+
+                memset(now + at, (int)(round * 100 + step * 16 + i), 4096);
+                submit(b, &q[i], BLOCK_WRITE, at, now + at, 4096, 1);
+            }
+            if (round == 1 && step == 2) {
+                log_capture_begin();
+                kill_server(f);
+                run_until(f->loop, NULL, NULL, 20);
+                start_server(f, server);
+            }
+            if (step & 1)
+                block_drain(b);
+            for (unsigned i = 0; i < ARRAY_SIZE(q); i++)
+                assert_int_equal(request_wait(f->loop, &q[i], 60000), 0);
+            if (round == 1 && step == 2)
+                log_capture_end();
+        }
+        assert_int_equal(end_copy(f, &c), 0);
+        assert_int_equal(c.bytes, round ? DISK_SIZE : DISK_SIZE - MIB(1));
+        snprintf(path, sizeof(path), "%s/%s", f->dir, name);
+        file = fopen(path, "re");
+        assert_int_equal(fread(got, 1, DISK_SIZE, file), DISK_SIZE);
+        fclose(file);
+        assert_memory_equal(got, was, DISK_SIZE);
+        assert_int_equal(io(f, b, BLOCK_READ, 0, got, DISK_SIZE), 0);
+        assert_memory_equal(got, now, DISK_SIZE);
+        memcpy(was, now, DISK_SIZE);
+    }
+    /* Given up while the server is away, with a read under way and a write that waits for it. */
+    begin_copy(f, &c, b, "cancelled", &cancel);
+    run_until(f->loop, NULL, NULL, 2);
+    log_capture_begin();
+    kill_server(f);
+    submit(b, &q[0], BLOCK_WRITE, DISK_SIZE - 4096, now, 4096, 1);
+    run_until(f->loop, NULL, NULL, 5);
+    cancel = true;
+    assert_true(run_until(f->loop, flag_is_set, &c.done, 20000));
+    start_server(f, server);
+    assert_int_equal(end_copy(f, &c), -ECANCELED);
+    assert_int_equal(request_wait(f->loop, &q[0], 60000), 0);
+    block_close(b);
+    log_capture_end();
+    free(was);
+    free(now);
+    free(got);
+}
+
 static void server_stays_away(void **state)
 {
     struct fixture *f = *state;
@@ -271,7 +399,7 @@ static void server_stays_away(void **state)
     for (unsigned i = 0; i < 3; i++)
         submit(b, &q[i], i ? BLOCK_WRITE : BLOCK_READ, i * 4096, memset(buf, 0x5a, sizeof(buf)), 4096, 1);
     for (unsigned i = 0; i < 3; i++)
-        assert_int_equal(wait_for(f, &q[i], 10000), -EIO);
+        assert_int_equal(request_wait(f->loop, &q[i], 10000), -EIO);
     text = log_capture_end();
     assert_non_null(strstr(text, "gets I/O errors until it is there again"));
     /* From now on at once. */
@@ -498,6 +626,7 @@ static void tls(void **state)
     assert_int_equal(io(f, b, BLOCK_READ, 4096, got, 4096), 0);
     log_capture_end();
     assert_memory_equal(got, buf, 4096);
+    much_at_once(f, b);
     block_close(b);
     log_capture_begin();
     assert_true(try_open(f, &(struct block_options){ .path = uri, .tls = other }, &b) < 0);
@@ -509,8 +638,10 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(data_goes_there_and_back, setup, teardown),
+        cmocka_unit_test_setup_teardown(long_requests, setup, teardown),
         cmocka_unit_test_setup_teardown(poor_server, setup, teardown),
         cmocka_unit_test_setup_teardown(server_is_killed_and_comes_back, setup, teardown),
+        cmocka_unit_test_setup_teardown(copied_while_used, setup, teardown),
         cmocka_unit_test_setup_teardown(server_stays_away, setup, teardown),
         cmocka_unit_test_setup_teardown(smaller_server, setup, teardown),
         cmocka_unit_test_setup_teardown(refused, setup, teardown),

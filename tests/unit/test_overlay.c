@@ -18,7 +18,7 @@
 #include "backend/block/block_impl.h"
 #include "base/log.h"
 #include "base/util.h"
-#include "loop_helper.h"
+#include "block_requests.h"
 
 /* Ends in the middle of a granule. */
 #define DISK_SIZE (MIB(3) + 3 * 512)
@@ -94,25 +94,12 @@ static struct block *open_disk(struct fixture *f, const char *name, enum block_c
     return b;
 }
 
-struct request {
-    struct block_request r;
-    struct iovec iov[3];
-    int status;
-    bool done;
-};
-
-static void request_done(void *opaque, int status)
-{
-    struct request *q = opaque;
-    q->status = status;
-    q->done = true;
-}
-
 static int io(struct fixture *f, struct block *b, enum block_op op, uint64_t offset, uint8_t *buf, uint64_t len)
 {
-    struct request q = {.r = {.op = op, .offset = offset, .len = len, .done = request_done, .opaque = &q, .iov = q.iov}};
+    struct request q;
     size_t a = len / 3, c = len / 2;
 
+    request_set(&q, op, offset, buf, len);
     if (buf) {
         q.iov[0] = (struct iovec){buf, a};
         q.iov[1] = (struct iovec){buf + a, c};
@@ -120,9 +107,7 @@ static int io(struct fixture *f, struct block *b, enum block_op op, uint64_t off
         q.r.iovcnt = 3;
     }
     q.r.may_unmap = true;
-    block_submit(b, &q.r);
-    assert_true(run_until(f->loop, flag_is_set, &q.done, 20000));
-    return q.status;
+    return request_perform(f->loop, b, &q);
 }
 
 static void check_all(struct fixture *f, struct block *b, const uint8_t *model)
@@ -219,9 +204,7 @@ static void requests_at_once(void **state)
     for (unsigned i = 0; i < N; i++) {
         uint64_t offset = i * 700, len = 700;
         memset(f->model + offset, (int)i, len);
-        q[i].iov[0] = (struct iovec){f->model + offset, len};
-        q[i].r = (struct block_request){.op = i % 50 == 49 ? BLOCK_FLUSH : BLOCK_WRITE, .offset = offset, .iov = q[i].iov,
-                                        .iovcnt = 1, .done = request_done, .opaque = &q[i]};
+        request_set(&q[i], i % 50 == 49 ? BLOCK_FLUSH : BLOCK_WRITE, offset, f->model + offset, len);
         if (q[i].r.op == BLOCK_FLUSH)
             assert_int_equal(pread(base, f->model + offset, len, (off_t)offset), len);
         block_submit(b, &q[i].r);
@@ -362,9 +345,7 @@ static void copies_end_early(void **state)
         for (unsigned i = 0; i < ARRAY_SIZE(q); i++) {
             uint64_t offset = DISK_SIZE - 512 - i * KIB(300);
             memset(f->model + offset, 0x40 + (int)i, 512);
-            q[i].iov[0] = (struct iovec){f->model + offset, 512};
-            q[i].r = (struct block_request){.op = BLOCK_WRITE, .offset = offset, .iov = q[i].iov, .iovcnt = 1,
-                                            .done = request_done, .opaque = &q[i]};
+            request_set(&q[i], BLOCK_WRITE, offset, f->model + offset, 512);
             block_submit(b, &q[i].r);
         }
         cancel = round == 1;

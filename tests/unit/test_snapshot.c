@@ -6,15 +6,25 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "base/log.h"
 #include "base/util.h"
+#include "block_requests.h"
+#include "memory/missing.h"
 #include "vm/config.h"
 #include "vm/snapshot.h"
 #include "vm/vm_internal.h"
@@ -30,6 +40,10 @@
  */
 static const uint8_t sweeping[] = {0xbf, 0x00, 0x00, 0x20, 0x00, 0xb9, 0x00, 0x08, 0x00, 0x00, 0xff, 0x07, 0x81,
                                    0xc7, 0x00, 0x10, 0x00, 0x00, 0xe2, 0xf6, 0xeb, 0xea};
+
+/* Pages that the guest does not know of, whose contents are told by fill_distinct(). */
+#define DISTINCT_FIRST MIB(16)
+#define DISTINCT_PAGES 3000u
 
 static char data_folder[] = "/var/tmp/ringfort-snapshots-XXXXXX";
 
@@ -80,9 +94,10 @@ static void await_progress(struct running *r)
     assert_int_not_equal(word(r, 0), before);
 }
 
-static void start(struct running *r, const char *engine)
+/* disk_path: of its disk in place of the image that is made in any case; NULL: that. */
+static void start_with(struct running *r, const char *engine, const char *disk_path)
 {
-    char disk[96];
+    char disk[256];
     int status, fd;
 
     snprintf(r->kernel, sizeof(r->kernel), "%s/kernel-XXXXXX", data_folder);
@@ -92,7 +107,7 @@ static void start(struct running *r, const char *engine)
     assert_int_equal(ftruncate(fd, MIB(16)), 0);
     assert_int_equal(pwrite(fd, "at the start", 12, MIB(3)), 12);
     close(fd);
-    snprintf(disk, sizeof(disk), "path=%s", r->disk);
+    snprintf(disk, sizeof(disk), "path=%s", disk_path ? disk_path : r->disk);
     assert_int_equal(vm_config_init(&r->config), 0);
     assert_int_equal(vm_config_set_flag(&r->config, "name", "sweeper"), 0);
     assert_int_equal(vm_config_set_flag(&r->config, "kernel", r->kernel), 0);
@@ -107,6 +122,8 @@ static void start(struct running *r, const char *engine)
     await_progress(r);
     await_progress(r);
 }
+
+static void start(struct running *r, const char *engine) { start_with(r, engine, NULL); }
 
 static void finish(struct running *r)
 {
@@ -156,13 +173,14 @@ static void saved_while_running(const char *engine)
     struct vm_snapshot_result result;
     struct running r, a, b, c;
     struct memory_protect *protect;
-    bool copies;
+    bool copies, can_protect;
 
     start(&r, engine);
     await_progress(&r);
     /* Each page once, however fast the guest writes, where its writes can be stopped. */
     protect = memory_protect_create(&r.vm->machine.memory);
-    copies = engine_find(engine)->checks_pages || protect;
+    can_protect = protect;
+    copies = engine_find(engine)->checks_pages || can_protect;
     memory_protect_destroy(protect);
     await_progress(&r);
     assert_int_equal(vm_snapshot_save(r.vm, "first", false, &result), 0);
@@ -187,6 +205,11 @@ static void saved_while_running(const char *engine)
     assert_one_moment(&c);
     assert_true(word(&c, 0) > word(&b, 0));
     go_on(&c);
+    /* Compressed memory is the machine's own once it is there, so its writes can be stopped as before. */
+    assert_int_equal(vm_await_memory(c.vm, NULL), 0);
+    protect = memory_protect_create(&c.vm->machine.memory);
+    assert_int_equal(protect != NULL, can_protect);
+    memory_protect_destroy(protect);
     go_on(&b);
     await_progress(&c);
     await_progress(&b);
@@ -289,6 +312,151 @@ static void test_reset_meanwhile(void **state)
     assert_int_equal(vm_snapshot_remove("reset"), 0);
 }
 
+/* ---- compressed memory ---- */
+
+/* Words of a page, which do not compress; every tenth page is a copy of another one far away, and some are zero. */
+static void distinct_page(unsigned page, uint64_t words[GUEST_PAGE_SIZE / 8])
+{
+    uint64_t x = (page % 10 ? page : page * 7u % 1000u) + 1ull;
+
+    memset(words, 0, GUEST_PAGE_SIZE);
+    for (unsigned i = 0; page % 17 && i < GUEST_PAGE_SIZE / 8; i++) {
+        x = x * 6364136223846793005u + 1442695040888963407u;
+        words[i] = x;
+    }
+}
+
+static void fill_distinct(struct running *r)
+{
+    uint64_t words[GUEST_PAGE_SIZE / 8];
+
+    for (unsigned i = 0; i < DISTINCT_PAGES; i++) {
+        distinct_page(i, words);
+        assert_int_equal(memory_write(&r->vm->machine.memory, DISTINCT_FIRST + i * GUEST_PAGE_SIZE, words, sizeof(words)), 0);
+    }
+}
+
+static void assert_distinct(struct running *r, unsigned page)
+{
+    uint64_t wanted[GUEST_PAGE_SIZE / 8], words[GUEST_PAGE_SIZE / 8];
+
+    distinct_page(page, wanted);
+    assert_int_equal(memory_read(&r->vm->machine.memory, DISTINCT_FIRST + page * GUEST_PAGE_SIZE, words, sizeof(words)), 0);
+    assert_memory_equal(words, wanted, sizeof(words));
+}
+
+/*
+ * A machine runs from a compressed snapshot before it is unpacked. Pages are right whoever brings them, and what it writes meanwhile
+ * is not overwritten; it can be saved again, change its engine and be reset.
+ */
+static void test_packed(void **state)
+{
+    struct vm_snapshot_result result;
+    struct running r, a, b;
+    uint64_t word_of;
+
+    start(&r, "translate");
+    fill_distinct(&r);
+    assert_int_equal(vm_snapshot_save(r.vm, "packed", true, &result), 0);
+    finish(&r);
+
+    restore(&a, "packed", "a");
+    restore(&b, "packed", "b");
+    for (unsigned i = 0; i < 400; i++)
+        assert_int_equal(memory_write(&a.vm->machine.memory, DISTINCT_FIRST + i * 7 * GUEST_PAGE_SIZE, &i, sizeof(i)), 0);
+    for (unsigned i = 0; i < DISTINCT_PAGES; i++)
+        assert_distinct(&b, (unsigned)(i * 1103u % DISTINCT_PAGES));
+    assert_one_moment(&b);
+    go_on(&b);
+    assert_int_equal(vm_set_engine(b.vm, engine_find("interp"), NULL), 0);
+    await_progress(&b);
+    assert_int_equal(vm_await_memory(a.vm, NULL), 0);
+    assert_int_equal(vm_await_memory(b.vm, NULL), 0);
+    assert_one_moment(&a);
+    for (unsigned i = 0; i < DISTINCT_PAGES; i++) {
+        assert_distinct(&b, i);
+        if (i % 7 || i / 7 >= 400)
+            assert_distinct(&a, i);
+    }
+    for (unsigned i = 0; i < 400; i++) {
+        assert_int_equal(memory_read(&a.vm->machine.memory, DISTINCT_FIRST + i * 7 * GUEST_PAGE_SIZE, &word_of, sizeof(word_of)), 0);
+        assert_int_equal((uint32_t)word_of, i);
+    }
+    finish(&b);
+    vm_destroy(a.vm);
+    vm_config_destroy(&a.config);
+
+    /* At once, while pages are missing: a snapshot of it, a reset, its end. */
+    restore(&a, "packed", "a");
+    assert_int_equal(vm_snapshot_save(a.vm, "again", false, &result), 0);
+    vm_destroy(a.vm);
+    vm_config_destroy(&a.config);
+    restore(&a, "again", "a");
+    for (unsigned i = 0; i < DISTINCT_PAGES; i++)
+        assert_distinct(&a, i);
+    vm_destroy(a.vm);
+    vm_config_destroy(&a.config);
+    assert_int_equal(vm_snapshot_remove("again"), 0);
+    restore(&a, "packed", "a");
+    machine_raise(&a.vm->machine, MACHINE_RESET, 0);
+    go_on(&a);
+    await_progress(&a);
+    assert_int_equal(vm_await_memory(a.vm, NULL), 0);
+    assert_int_equal(memory_read(&a.vm->machine.memory, DISTINCT_FIRST + (DISTINCT_PAGES - 1) * GUEST_PAGE_SIZE, &word_of, sizeof(word_of)), 0);
+    assert_int_equal(word_of, 0);
+    finish(&a);
+    restore(&a, "packed", "a");
+    vm_destroy(a.vm);
+    vm_config_destroy(&a.config);
+    assert_int_equal(vm_snapshot_remove("packed"), 0);
+}
+
+/* As in a container that does not allow userfaultfd: in a child, which says by its exit status how it went. */
+static void child_without_userfaultfd(void)
+{
+    struct sock_filter no_userfaultfd[] = {BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
+                                           BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_userfaultfd, 0, 1),
+                                           BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+                                           BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)};
+    struct sock_fprog filter = {ARRAY_SIZE(no_userfaultfd), no_userfaultfd};
+    uint64_t wanted[GUEST_PAGE_SIZE / 8], words[GUEST_PAGE_SIZE / 8];
+    struct running r;
+
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter))
+        _exit(10);
+    restore(&r, "packed", "child");
+    if (r.vm->fill)
+        _exit(11);
+    for (unsigned i = 0; i < DISTINCT_PAGES; i++) {
+        distinct_page(i, wanted);
+        if (memory_read(&r.vm->machine.memory, DISTINCT_FIRST + i * GUEST_PAGE_SIZE, words, sizeof(words)) ||
+            memcmp(words, wanted, sizeof(words)) != 0)
+            _exit(12);
+    }
+    vm_destroy(r.vm);
+    _exit(0);
+}
+
+/* Where pages cannot come later, all of them are there at once. */
+static void test_packed_at_once(void **state)
+{
+    struct vm_snapshot_result result;
+    struct running r;
+    int status = -1;
+    pid_t child;
+
+    start(&r, "translate");
+    fill_distinct(&r);
+    assert_int_equal(vm_snapshot_save(r.vm, "packed", true, &result), 0);
+    finish(&r);
+    child = fork();
+    if (!child)
+        child_without_userfaultfd();
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_int_equal(status, 0);
+    assert_int_equal(vm_snapshot_remove("packed"), 0);
+}
+
 static void spoil(const char *file, off_t at, const void *bytes, size_t len, off_t length)
 {
     char path[160];
@@ -304,6 +472,7 @@ static void spoil(const char *file, off_t at, const void *bytes, size_t len, off
     close(fd);
 }
 
+/* Restores it. 0, -EINVAL: refused, -EIO: the machine ended when all of its memory should have come. */
 static int try_open(void)
 {
     struct vm_snapshot *s;
@@ -318,9 +487,15 @@ static int try_open(void)
     assert_int_equal(vm_config_finish(&c), 0);
     vm = vm_snapshot_restore(s, &c, VM_HOLD_USER, &status);
     vm_snapshot_close(s);
+    err = vm ? 0 : -EINVAL;
+    if (vm && vm_await_memory(vm, NULL)) {
+        assert_true(vm_ended(vm, &status, NULL));
+        assert_int_equal(status, VM_STATUS_BACKEND);
+        err = -EIO;
+    }
     vm_destroy(vm);
     vm_config_destroy(&c);
-    return vm ? 0 : -EINVAL;
+    return err;
 }
 
 static void test_damaged(void **state)
@@ -353,33 +528,80 @@ static void test_damaged(void **state)
     assert_int_equal(vm_snapshot_remove("bad"), 0);
 }
 
-/* Compressed memory is checked as it is unpacked. */
+/* Somebody reads this page of a restored machine: gives the exit status of the process that it did so in; 0: it came back. */
+static int touch_in_child(unsigned page)
+{
+    pid_t child = fork();
+    int status = 0;
+
+    if (!child) {
+        struct running r;
+        uint64_t word_of;
+
+        restore(&r, "bad", "toucher");
+        memory_read(&r.vm->machine.memory, DISTINCT_FIRST + page * GUEST_PAGE_SIZE, &word_of, sizeof(word_of));
+        _exit(0);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+/* Compressed memory is checked as it is unpacked, and nobody gets to see what is not right. */
 static void test_damaged_packed(void **state)
 {
     struct vm_snapshot_result result;
     struct running r;
+    uint64_t index, length;
     char path[160];
     struct stat st;
+    uint8_t was, other;
+    bool kernel;
+    int fd;
 
     start(&r, "translate");
+    fill_distinct(&r);
     assert_int_equal(vm_snapshot_save(r.vm, "bad", true, &result), 0);
     finish(&r);
     snprintf(path, sizeof(path), "%s/ringfort/snapshots/bad/memory.zst", data_folder);
     assert_int_equal(stat(path, &st), 0);
-    assert_true(st.st_size < (off_t)MIB(1));
+    assert_true(st.st_size < (off_t)MIB(12) && st.st_size > (off_t)MIB(10));
+    fd = open(path, O_RDWR);
+    assert_int_equal(pread(fd, &length, sizeof(length), st.st_size - 24), sizeof(length));
+    index = (uint64_t)st.st_size - length;
     log_set_level(-1);
     assert_int_equal(try_open(), 0);
-    for (off_t at = st.st_size - 1; at >= 0; at -= st.st_size / 19) {
-        uint8_t was, other;
-        int fd = open(path, O_RDWR);
+    /* Anything: damage in what says where everything is has it refused, in pages it is found before all of them are there. */
+    for (off_t at = st.st_size - 1; at >= 0; at -= at > (off_t)index ? (off_t)length / 11 : st.st_size / 23) {
         assert_int_equal(pread(fd, &was, 1, at), 1);
         other = was ^ 0x10;
         assert_int_equal(pwrite(fd, &other, 1, at), 1);
-        if (try_open() != -EINVAL)
+        int err = try_open();
+        if (err != -EINVAL && (err != -EIO || at >= (off_t)index))
             fail_msg("bit 4 of byte %lld of %lld is damaged, and it was restored", (long long)at, (long long)st.st_size);
         assert_int_equal(pwrite(fd, &was, 1, at), 1);
-        close(fd);
     }
+    assert_int_equal(try_open(), 0);
+    /* The last chunk's; in it is the last of the pages. */
+    assert_int_equal(touch_in_child(DISTINCT_PAGES - 1), 0);
+    assert_int_equal(pread(fd, &was, 1, (off_t)index - 20), 1);
+    other = was ^ 1;
+    assert_int_equal(pwrite(fd, &other, 1, (off_t)index - 20), 1);
+    if (memory_missing_usable(&kernel) == 0)
+        assert_int_equal(touch_in_child(DISTINCT_PAGES - 1), VM_STATUS_BACKEND);
+    assert_int_equal(pwrite(fd, &was, 1, (off_t)index - 20), 1);
+    close(fd);
+    /* As it was packed once. */
+    snprintf(path, sizeof(path), "%s/ringfort/snapshots/bad/snapshot.json", data_folder);
+    fd = open(path, O_RDWR);
+    char text[1024] = "", *version;
+    assert_true(read(fd, text, sizeof(text) - 1) > 0);
+    close(fd);
+    version = strstr(text, "\"version\": 2");
+    assert_non_null(version);
+    spoil("snapshot.json", version - text + 11, "1", 1, -1);
+    assert_int_equal(try_open(), -EINVAL);
+    spoil("snapshot.json", version - text + 11, "2", 1, -1);
     assert_int_equal(try_open(), 0);
     /* Something behind it, and without its last bytes, up to all that is not zstd's data. */
     spoil("memory.zst", st.st_size, "", 1, -1);
@@ -392,6 +614,74 @@ static void test_damaged_packed(void **state)
     assert_int_equal(try_open(), -EINVAL);
     log_set_level(LOG_WARN);
     assert_int_equal(vm_snapshot_remove("bad"), 0);
+}
+
+/* Through the machine's disk. */
+static int disk_io(struct running *r, enum block_op op, uint64_t offset, char *buf, size_t len)
+{
+    struct request q;
+    struct block *b = r->vm->parts.disks[0].backend;
+
+    pthread_mutex_lock(&r->vm->machine.lock);
+    request_set(&q, op, offset, buf, len);
+    block_submit(b, &q.r);
+    block_drain(b);
+    pthread_mutex_unlock(&r->vm->machine.lock);
+    assert_true(q.done);
+    return q.status;
+}
+
+/* A disk on a server is copied as one that is here; what is restored needs no server, and leaves it alone. */
+static void test_disk_on_server(void **state)
+{
+    struct vm_snapshot_result result;
+    struct running r, a;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    char socket_path[64], uri[160], buf[512] = "";
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    pid_t server;
+
+    if (system("nbdkit --version >/dev/null 2>&1") != 0)
+        skip();
+    snprintf(socket_path, sizeof(socket_path), "%s/nbd.sock", data_folder);
+    snprintf(uri, sizeof(uri), "nbd+unix:///?socket=%s,reconnect=20", socket_path);
+    server = fork();
+    if (!server) {
+        execlp("nbdkit", "nbdkit", "-f", "--exit-with-parent", "-U", socket_path, "memory", "16M", NULL);
+        _exit(127);
+    }
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s", socket_path);
+    for (unsigned i = 0; connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0; i++) {
+        assert_true(i < 10000);
+        assert_int_equal(waitpid(server, NULL, WNOHANG), 0);
+        usleep(2000);
+    }
+    close(fd);
+    start_with(&r, "translate", uri);
+    assert_int_equal(disk_io(&r, BLOCK_WRITE, MIB(7), strcpy(buf, "before"), sizeof(buf)), 0);
+    assert_int_equal(vm_snapshot_save(r.vm, "nbd", false, &result), 0);
+    assert_int_equal(result.disk_bytes, KIB(256));
+    assert_int_equal(disk_io(&r, BLOCK_WRITE, MIB(7), strcpy(buf, "after"), sizeof(buf)), 0);
+    restore(&a, "nbd", "a");
+    assert_int_equal(disk_io(&a, BLOCK_READ, MIB(7), buf, sizeof(buf)), 0);
+    assert_string_equal(buf, "before");
+    assert_int_equal(disk_io(&a, BLOCK_WRITE, MIB(7), strcpy(buf, "elsewhere"), sizeof(buf)), 0);
+    assert_int_equal(disk_io(&r, BLOCK_READ, MIB(7), buf, sizeof(buf)), 0);
+    assert_string_equal(buf, "after");
+    finish(&r);
+    kill(server, SIGKILL);
+    waitpid(server, NULL, 0);
+    go_on(&a);
+    await_progress(&a);
+    assert_int_equal(vm_snapshot_save(a.vm, "again", false, &result), 0);
+    assert_int_equal(vm_snapshot_remove("nbd"), 0);
+    finish(&a);
+    restore(&a, "again", "b");
+    assert_int_equal(disk_io(&a, BLOCK_READ, MIB(7), buf, sizeof(buf)), 0);
+    assert_string_equal(buf, "elsewhere");
+    vm_destroy(a.vm);
+    vm_config_destroy(&a.config);
+    assert_int_equal(vm_snapshot_remove("again"), 0);
 }
 
 /* A folder that a killed save left is no snapshot, and goes away with the next one. */
@@ -437,8 +727,11 @@ int main(void)
         cmocka_unit_test(test_kvm),
         cmocka_unit_test(test_engine_changes_meanwhile),
         cmocka_unit_test(test_reset_meanwhile),
+        cmocka_unit_test(test_packed),
+        cmocka_unit_test(test_packed_at_once),
         cmocka_unit_test(test_damaged),
         cmocka_unit_test(test_damaged_packed),
+        cmocka_unit_test(test_disk_on_server),
         cmocka_unit_test(test_killed_save),
     };
     return cmocka_run_group_tests(tests, setup, teardown);

@@ -334,6 +334,13 @@ static void start_requests(struct block *b)
     if (b->starting)
         return; /* done() submitted more: the call below us goes on with it */
     b->starting = true;
+    struct block_request *read = b->save ? block_save_take_read(b) : NULL;
+    if (read) {
+        read->next = b->queue;
+        b->queue = read;
+        if (!read->next)
+            b->queue_tail = &read->next;
+    }
     while (b->queue && !b->alone) {
         struct block_request *req = b->queue;
         uint64_t total;
@@ -393,7 +400,7 @@ bool block_is_uri(const char *path)
     return false;
 }
 
-bool block_can_save(const struct block *b)
+bool block_is_local(const struct block *b)
 {
     return b->fd >= 0;
 }

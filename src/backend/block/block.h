@@ -78,7 +78,7 @@ int block_image_size(int dirfd, const char *name, uint64_t *size);
 
 /*
  * Copies the disk as it is at one moment into a new file, while it is used: what has not been copied yet is copied
- * before it is written over. One copy at a time.
+ * before it is written over. One copy at a time. A disk on a server is read through its connection: the event loop has to run meanwhile.
  *
  * block_save_begin() is the moment: nothing is in flight (block_drain()). It takes fd over. Where the file system can share
  * blocks, the copy is complete at once. Once *cancel is true it ends soon, with -ECANCELED. 0 or a negative errno (logged). Machine lock held.
@@ -89,8 +89,8 @@ int block_image_size(int dirfd, const char *name, uint64_t *size);
 int block_save_begin(struct block *b, int fd, const _Atomic bool *cancel);
 int block_save_wait(struct block *b, uint64_t *bytes);
 void block_save_end(struct block *b);
-/* Whether it can be copied so: disks on servers cannot. */
-bool block_can_save(const struct block *b);
+/* Whether it is a file or device of this host, not a disk on a server. */
+bool block_is_local(const struct block *b);
 /* Whether the disk is an overlay: a copy of it needs the files below it. */
 bool block_is_overlay(const struct block *b);
 /* Hands what was written to the host's disk, so that a copy does not have to. Any thread; errors are the flushes' to tell. */

@@ -105,6 +105,8 @@ static inline unsigned block_write_unit(const struct block *b)
 /* save.c: whether a write may start; if not, start_call is scheduled when that has changed. And waiting for that. */
 bool block_save_may_write(struct block *b, uint64_t offset, uint64_t len);
 void block_save_wait_write(struct block *b);
+/* A read for the copy that is to be done before what waits in the queue; NULL: none. When there is one, start_call is scheduled. */
+struct block_request *block_save_take_read(struct block *b);
 
 void block_dirty_mark(struct block *b, uint64_t offset, uint64_t len);
 

@@ -567,13 +567,17 @@ static bool reap(struct nbd_disk *d)
     return any;
 }
 
-static void read_and_write(struct nbd_disk *d, short revents)
+/*
+ * What epoll says of the connection. libnbd is told of one thing at a time and of nothing that is not so: a read that finds nothing to
+ * read makes it forget that it has more to write.
+ */
+static void read_and_write(struct nbd_disk *d, uint32_t events)
 {
     /* Its errors are the connection's end, which check_alive() sees. */
-    if (d->h && revents & POLLOUT && d->events & EPOLLOUT)
-        d->nbd->aio_notify_write(d->h);
-    if (d->h && d->events & EPOLLIN)
+    if (d->h && events & (EPOLLIN | EPOLLHUP))
         d->nbd->aio_notify_read(d->h);
+    else if (d->h && events & (EPOLLOUT | EPOLLERR))
+        d->nbd->aio_notify_write(d->h);
     check_alive(d);
 }
 
@@ -583,7 +587,7 @@ static void ready(void *opaque, int fd, short revents)
     struct epoll_event e;
 
     if (epoll_wait(d->epoll, &e, 1, 0) == 1)
-        read_and_write(d, (short)(e.events & EPOLLOUT ? POLLOUT : 0));
+        read_and_write(d, e.events);
     reap(d);
 }
 
@@ -640,7 +644,7 @@ static void nbd_wait(struct block *b)
             struct epoll_event e;
 
             if (epoll_wait(d->epoll, &e, 1, -1) == 1)
-                read_and_write(d, (short)(e.events & EPOLLOUT ? POLLOUT : 0));
+                read_and_write(d, e.events);
         } else {
             pthread_mutex_lock(&d->lock);
             while (d->connector_started && !d->fresh && !(d->late && !d->failed) && !d->failed)

@@ -4,6 +4,9 @@
  * A thread copies the file chunk by chunk. A write to a chunk that is not copied yet waits in the queue, and its chunks are
  * copied next. The copy is of the file, not of the disk: that of an overlay is an overlay with the same base.
  *
+ * A disk on a server is read by requests of the disk's own, which go ahead of the guest's: another connection need not see what was
+ * written through this one, and the server may take one client only. The thread asks, block.c takes the request with the machine lock.
+ *
  * The chunks' states are guarded by the copy's own lock; block.c calls with the machine lock held.
  */
 #include <errno.h>
@@ -13,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "backend/block/block_impl.h"
@@ -22,12 +26,21 @@
 #define CHUNK MIB(1)
 #define PIECE KIB(256)
 
+/* How often a thread that waits for the server looks whether it is to end. */
+#define PATIENCE_NS 50000000
+
 enum chunk { TODO, URGENT, DONE };
+/* Of the request that reads: not there, to be taken, taken, answered. */
+enum reading { IDLE, ASKED, TAKEN, ANSWERED };
 
 struct block_save {
     struct block *block;
-    int from, to;
+    int from;                   /* -1: a disk on a server */
+    int to;
     uint64_t size;              /* of the file */
+    uint8_t *buf;               /* PIECE */
+    struct block_request read;  /* into buf */
+    struct iovec read_iov;
     uint64_t shift;             /* where the disk's byte 0 is in it */
     pthread_t thread;
     bool started;
@@ -42,6 +55,8 @@ struct block_save {
     int error;                  /* then nothing waits any more */
     const _Atomic bool *cancel;
     bool awaited;               /* a write waits */
+    enum reading reading;
+    int read_status;
 };
 
 /* ---- copying ---- */
@@ -51,29 +66,98 @@ static bool all_zero(const uint8_t *p, size_t n)
     return n == 0 || (p[0] == 0 && memcmp(p, p + 1, n - 1) == 0);
 }
 
+static void read_done(void *opaque, int status)
+{
+    struct block_save *s = opaque;
+
+    pthread_mutex_lock(&s->lock);
+    s->reading = ANSWERED;
+    s->read_status = status;
+    pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* len bytes of a disk on a server. 0 or a negative errno; after -ECANCELED the request may be under way still. */
+static int read_server(struct block_save *s, uint64_t offset, uint64_t len)
+{
+    int err;
+
+    s->read_iov = (struct iovec){ s->buf, len };
+    s->read = (struct block_request){
+        .op = BLOCK_READ, .offset = offset, .iov = &s->read_iov, .iovcnt = 1, .done = read_done, .opaque = s
+    };
+    pthread_mutex_lock(&s->lock);
+    s->reading = ASKED;
+    pthread_cond_broadcast(&s->changed);
+    loop_schedule(s->block->loop, &s->block->start_call);
+    while (s->reading != ANSWERED && !*s->cancel) {
+        struct timespec until;
+
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += PATIENCE_NS;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        pthread_cond_timedwait(&s->changed, &s->lock, &until);
+    }
+    err = s->reading == ANSWERED ? s->read_status : -ECANCELED;
+    if (s->reading != TAKEN)
+        s->reading = IDLE;
+    pthread_mutex_unlock(&s->lock);
+    return err;
+}
+
+struct block_request *block_save_take_read(struct block *b)
+{
+    struct block_save *s = b->save;
+    struct block_request *read = NULL;
+
+    pthread_mutex_lock(&s->lock);
+    if (s->reading == ASKED) {
+        s->reading = TAKEN;
+        read = &s->read;
+    }
+    pthread_mutex_unlock(&s->lock);
+    return read;
+}
+
+/* Up to PIECE bytes into s->buf. Bytes, or a negative errno. */
+static int64_t read_piece(struct block_save *s, uint64_t offset, uint64_t end)
+{
+    uint64_t len = MIN(PIECE, end - offset);
+    ssize_t n;
+
+    if (s->from < 0) {
+        int err = read_server(s, offset, len);
+
+        return err ? err : (int64_t)len;
+    }
+    do
+        n = pread(s->from, s->buf, len, (off_t)offset);
+    while (n < 0 && errno == EINTR);
+    return n > 0 ? n : n < 0 ? -errno : -EIO;
+}
+
 /* Copies what there is in [offset, end), leaving out holes and zeroes. Bytes, or a negative errno. */
-static int64_t copy_range(const struct block_save *s, uint8_t *buf, uint64_t offset, uint64_t end)
+static int64_t copy_range(struct block_save *s, uint64_t offset, uint64_t end)
 {
     int64_t copied = 0;
 
     while (offset < end) {
-        off_t data = lseek(s->from, (off_t)offset, SEEK_DATA);
-        ssize_t n;
+        off_t data = s->from < 0 ? -1 : lseek(s->from, (off_t)offset, SEEK_DATA);
+        int64_t n;
 
-        if (data < 0 && errno == ENXIO)
+        if (s->from >= 0 && data < 0 && errno == ENXIO)
             break;
         if (data > 0 && (uint64_t)data > offset)
             offset = MIN((uint64_t)data, end);
         if (offset == end)
             break;
-        n = pread(s->from, buf, MIN(PIECE, end - offset), (off_t)offset);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return n < 0 ? -errno : -EIO;
-        if (!all_zero(buf, (size_t)n)) {
+        n = read_piece(s, offset, end);
+        if (n < 0)
+            return n;
+        if (!all_zero(s->buf, (size_t)n)) {
             for (ssize_t done = 0, w; done < n; done += w) {
-                w = pwrite(s->to, buf + done, (size_t)(n - done), (off_t)offset + done);
+                w = pwrite(s->to, s->buf + done, (size_t)(n - done), (off_t)offset + done);
                 if (w <= 0)
                     return w < 0 ? -errno : -EIO;
             }
@@ -109,17 +193,14 @@ static void wake_writes(struct block_save *s)
 static void *copy_thread(void *opaque)
 {
     struct block_save *s = opaque;
-    uint8_t *buf = malloc(PIECE);
     uint64_t i;
 
     pthread_mutex_lock(&s->lock);
-    if (!buf)
-        s->error = -ENOMEM;
     while (!s->error && !*s->cancel && (i = choose(s)) < s->chunks) {
         int64_t r;
 
         pthread_mutex_unlock(&s->lock);
-        r = copy_range(s, buf, i * CHUNK, MIN((i + 1) * CHUNK, s->size));
+        r = copy_range(s, i * CHUNK, MIN((i + 1) * CHUNK, s->size));
         pthread_mutex_lock(&s->lock);
         if (r < 0) {
             s->error = (int)r;
@@ -134,7 +215,6 @@ static void *copy_thread(void *opaque)
         s->error = -ECANCELED;
     wake_writes(s);
     pthread_mutex_unlock(&s->lock);
-    free(buf);
     return NULL;
 }
 
@@ -174,13 +254,13 @@ bool block_save_may_write(struct block *b, uint64_t offset, uint64_t len)
     return may;
 }
 
-/* The queue's head waits. */
+/* The queue's head waits: until that has changed, or there is something to read for it. */
 void block_save_wait_write(struct block *b)
 {
     struct block_save *s = b->save;
 
     pthread_mutex_lock(&s->lock);
-    if (s->urgent && !s->error)
+    if (s->urgent && !s->error && s->reading != ASKED)
         pthread_cond_wait(&s->changed, &s->lock);
     pthread_mutex_unlock(&s->lock);
 }
@@ -194,7 +274,6 @@ void block_presync(struct block *b)
 /* The bitmap in the file is not up to date, and changes with later flushes: it is copied now. */
 static int copy_head(struct block_save *s, struct block *b)
 {
-    uint8_t *buf;
     int64_t r;
 
     if (!b->overlay)
@@ -202,9 +281,7 @@ static int copy_head(struct block_save *s, struct block *b)
     if (!b->readonly && (r = overlay_write_bitmap(b->overlay, b->buffered_fd)))
         return (int)r;
     /* What was written without a flush is in the bitmap now, but need not be on the disk: as after any write. */
-    buf = malloc(PIECE);
-    r = buf ? copy_range(s, buf, 0, s->shift) : -ENOMEM;
-    free(buf);
+    r = copy_range(s, 0, s->shift);
     for (uint64_t i = 0; i < s->shift / CHUNK; i++)
         s->chunk[i] = DONE;
     return r < 0 ? (int)r : 0;
@@ -213,20 +290,21 @@ static int copy_head(struct block_save *s, struct block *b)
 static int prepare(struct block_save *s, struct block *b)
 {
     char name[64];
-    off_t end;
+    off_t end = (off_t)b->size;
 
     snprintf(name, sizeof(name), "/proc/self/fd/%d", b->fd);
-    s->from = open(name, O_RDONLY | O_CLOEXEC);
-    if (s->from < 0)
+    if (b->fd >= 0 && (s->from = open(name, O_RDONLY | O_CLOEXEC)) < 0)
         return -errno;
-    end = lseek(s->from, 0, SEEK_END);
+    if (s->from >= 0)
+        end = lseek(s->from, 0, SEEK_END);
     if (end < 0)
         return -errno;
     s->size = (uint64_t)end;
     s->shift = b->overlay ? overlay_data_offset(b->overlay) : 0;
     s->chunks = (s->size + CHUNK - 1) / CHUNK;
     s->chunk = calloc(s->chunks + 1, 1);
-    if (!s->chunk)
+    s->buf = malloc(PIECE);
+    if (!s->chunk || !s->buf)
         return -ENOMEM;
     return ftruncate(s->to, end) < 0 ? -errno : 0;
 }
@@ -240,6 +318,7 @@ static void destroy(struct block_save *s)
     pthread_mutex_destroy(&s->lock);
     pthread_cond_destroy(&s->changed);
     free(s->chunk);
+    free(s->buf);
     free(s);
 }
 
@@ -261,7 +340,7 @@ int block_save_begin(struct block *b, int fd, const _Atomic bool *cancel)
     err = prepare(s, b);
     if (!err)
         err = copy_head(s, b);
-    if (!err && !b->device && ioctl(s->to, FICLONE, s->from) == 0) {
+    if (!err && s->from >= 0 && !b->device && ioctl(s->to, FICLONE, s->from) == 0) {
         memset(s->chunk, DONE, s->chunks);
     } else if (!err) {
         err = -pthread_create(&s->thread, NULL, copy_thread, s);
@@ -297,6 +376,9 @@ void block_save_end(struct block *b)
 {
     struct block_save *s = b->save;
 
+    /* A read may be under way that nobody waits for any more. */
+    if (s->reading == TAKEN)
+        block_drain(b);
     b->save = NULL;
     destroy(s);
     loop_schedule(b->loop, &b->start_call);

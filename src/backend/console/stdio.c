@@ -82,6 +82,7 @@ static int make_raw(int fd)
         return -errno;
     if (!registered) {
         atexit(restore_terminal);
+        at_quick_exit(restore_terminal);
         registered = true;
     }
     raw_fd = fd;

@@ -151,7 +151,7 @@ static inline void asm_alu_imm(struct assembler *a, bool w, unsigned digit, unsi
     else
         asm_u32(a, (uint32_t)imm);
 }
-enum { ALU_DIGIT_AND = 4, ALU_DIGIT_SUB = 5, ALU_DIGIT_CMP = 7 };
+enum { ALU_DIGIT_ADD = 0, ALU_DIGIT_AND = 4, ALU_DIGIT_SUB = 5, ALU_DIGIT_CMP = 7 };
 
 /* RORX reg, src, count: no flags. BMI2. */
 static inline void asm_rorx(struct assembler *a, unsigned reg, unsigned src, unsigned count)

@@ -29,7 +29,7 @@ void code_destroy(struct code_memory *c);
 /* Everything up to end, in the writable view, is in use from now on. */
 void code_use(struct code_memory *c, const uint8_t *end);
 /* Room for slow paths, at most CODE_COLD_MAX bytes, in the writable view. hot_end: how far the rest is filled. NULL: there is none. */
-#define CODE_COLD_MAX KIB(32)
+#define CODE_COLD_MAX KIB(64)
 uint8_t *code_cold(struct code_memory *c, size_t bytes, const uint8_t *hot_end);
 /* The slow paths up to end are in use from now on. */
 static inline void code_use_cold(struct code_memory *c, const uint8_t *end) { c->cold = (size_t)(end - c->write); }

@@ -260,6 +260,8 @@ static int translate_create(struct vcpu *vcpu)
     t->tracing = trace_on();
     if (t->tracing)             /* each block by itself, and through here */
         t->options.chain = t->options.returns = t->options.indirect = t->options.extend = false;
+    if (t->tracing || t->options.count || !t->options.chain)
+        t->options.loops = false;
     if (t->options.lockstep) {
         err = lockstep_create(t, vcpu->count);
         if (err)

@@ -592,7 +592,7 @@ int lockstep_create(struct translator *t, unsigned vcpus)
     t->lockstep->trial.writing = note_store;
     t->lockstep->trial.device = reached_device;
     /* Translations come out at their end, with all flags. */
-    t->options.chain = t->options.returns = t->options.indirect = t->options.liveness = false;
+    t->options.chain = t->options.returns = t->options.indirect = t->options.liveness = t->options.loops = false;
     return 0;
 }
 

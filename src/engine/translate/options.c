@@ -6,7 +6,7 @@
 #define DEFAULTS \
     { \
         /* Translating a block costs as much as interpreting it some hundred times. */ \
-        .tier = 2, .threshold = 120, .cache = MIB(48), .chain = true, .share = true, .liveness = true, .returns = true, \
+        .tier = 2, .threshold = 120, .cache = MIB(48), .chain = true, .share = true, .loops = true, .liveness = true, .redo = true, .returns = true, \
         .indirect = true, .vectors = true, .extend = true, .count = false, .lockstep = false, .perf = TRANSLATE_PERF_OFF, \
     }
 struct translate_options translate_options = DEFAULTS;
@@ -25,7 +25,9 @@ const struct translate_option translate_option_table[] = {
     SIZE(cache, "memory for translations, per processor", MIB(1), MIB(1024)),
     SWITCH(chain, "translations jump to each other"),
     SWITCH(share, "one check for accesses off one base"),
+    SWITCH(loops, "checks ahead of simple loops"),
     SWITCH(liveness, "keep flags only where they matter"),
+    SWITCH(redo, "set flags again rather than keep them"),
     SWITCH(returns, "predict returns by the host's stack"),
     SWITCH(indirect, "look up indirect targets in line"),
     SWITCH(vectors, "vector instructions in line"),

@@ -19,7 +19,9 @@ struct translate_options {
     uint64_t cache;             /* bytes of memory for translations, for each vCPU */
     bool chain;                 /* direct jumps from translation to translation */
     bool share;                 /* one check for accesses off the same base */
+    bool loops;                 /* checks of simple loops hoisted out of them */
     bool liveness;              /* flags are only kept where they can matter */
+    bool redo;                  /* what set flags is done again where keeping them costs more */
     bool returns;               /* returns predicted by the host's return stack */
     bool indirect;              /* targets of indirect jumps looked up in line */
     bool vectors;               /* vector instructions in line */

@@ -116,7 +116,9 @@ struct translator {
     uint64_t page_mask;
     uint64_t aligned_mask[7];   /* by log2 of the size: page_mask and the bits that an aligned address has not */
     uint64_t addend[TRANSLATE_ADDENDS];         /* of groups */
-    uint64_t rcx;               /* around JRCXZ */
+    uint64_t rcx, rax;          /* around JRCXZ; around LAHF and SAHF */
+    uint16_t aside;             /* flags, as cpu.arith */
+    uint32_t loop_turns;        /* of a loop with hoisted checks, until it looks around */
     uint8_t vectors_loaded;
     uint8_t vectors_reload;
     uint8_t interpret_once;     /* the next block is not to be entered by its translation, which would come back at once */

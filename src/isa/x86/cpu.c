@@ -102,9 +102,7 @@ void x86_update_mode(struct x86_cpu *cpu)
         cpu->code_base = 0;
         cpu->code_size = cpu->stack_size = 8;
         cpu->flat = true;
-        cpu->code_base = 0;
     } else {
-        cpu->code_base = cs->base;
         cpu->code_base = cs->base;
         cpu->code_size = cs->attr & SEG_DB ? 4 : 2;
         cpu->stack_size = ss->attr & SEG_DB ? 4 : 2;

@@ -13,6 +13,7 @@
 #include "base/resident.h"
 #include "base/util.h"
 #include "isa/x86/cpuid.h"
+#include "memory/missing.h"
 #include "vm/config.h"
 #include "vm/control/server.h"
 #include "vm/vm_internal.h"
@@ -198,11 +199,12 @@ static int get_stats(struct control_request *r, json_t **answer)
 
     resident_read(&now);
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-    *answer = json_pack("{s:s, s:s, s:s, s:f, s:f, s:f, s:{s:I, s:I, s:I}, s:o, s:o}", "name", vm->config->name, "state",
+    *answer = json_pack("{s:s, s:s, s:s, s:f, s:f, s:f, s:{s:I, s:I, s:I, s:I}, s:o, s:o}", "name", vm->config->name, "state",
                         control_state(vm), "engine", vm->engine->name, "uptime_seconds", running_seconds(),
                         "guest_seconds", seconds(clock_now(vm->machine.clock)), "cpu_seconds",
                         seconds((uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec), "memory", "ram_bytes",
-                        (json_int_t)vm->config->memory, "ram_resident_bytes", (json_int_t)now.shared, "own_bytes",
+                        (json_int_t)vm->config->memory, "missing_bytes",
+                        (json_int_t)(memory_missing_in(&vm->machine.memory) * GUEST_PAGE_SIZE), "ram_resident_bytes", (json_int_t)now.shared, "own_bytes",
                         (json_int_t)now.own, "vcpus", vcpu_stats(vm), "devices", device_stats(&vm->machine));
     return *answer ? 200 : control_refuse(answer, 500, "out of memory");
 }

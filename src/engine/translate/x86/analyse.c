@@ -9,9 +9,6 @@
 #define FLAGS_ALL RFLAGS_ARITH
 #define PEEK_MAX 16
 
-/* Value numbers: the registers at the unit's start, then these, then new ones. */
-enum { VALUE_ZERO = 16, VALUE_RIP, VALUE_FIRST };
-
 /* ---- decoding ---- */
 
 static int condition_of(const struct x86_insn *insn)
@@ -187,6 +184,81 @@ static void find_liveness(struct unit *x)
         if (!x->t->options.liveness)
             live = FLAGS_ALL;
         i->live = live;
+    }
+}
+
+/* ---- flags that can be made again ---- */
+
+static bool is_mapped(const struct x86_operand *o) { return o->kind == OPERAND_GPR && unit_host_of[o->reg] != H_NONE; }
+
+/*
+ * The registers whose contents the instruction's flags can be made from afterwards, or 0: compares as they are, others from what they
+ * leave behind (unit_flags_of()).
+ */
+static unsigned flags_from(const struct unit_insn *i)
+{
+    const struct x86_operand *d = &i->insn.operand[0], *s = &i->insn.operand[1];
+    unsigned registers;
+
+    if (i->form != FORM_COPY || i->insn.has_mem || !is_mapped(d) || (s->kind != OPERAND_IMM && !is_mapped(s)))
+        return 0;
+    registers = 1u << d->reg;
+    switch (i->insn.mnemonic) {
+    case ZYDIS_MNEMONIC_ADD: case ZYDIS_MNEMONIC_SUB:
+        if (d->size < 4 || (s->kind == OPERAND_GPR && s->reg == d->reg))
+            return 0;
+        /* fall through */
+    case ZYDIS_MNEMONIC_CMP: case ZYDIS_MNEMONIC_TEST: return registers | (s->kind == OPERAND_GPR ? 1u << s->reg : 0);
+    case ZYDIS_MNEMONIC_AND: case ZYDIS_MNEMONIC_OR: case ZYDIS_MNEMONIC_XOR: return registers;
+    default: return 0;
+    }
+}
+
+static unsigned registers_written(const struct unit_insn *i)
+{
+    unsigned registers = 0;
+
+    switch (i->form) {
+    case FORM_PUSH: case FORM_PUSHF: return 1u << RSP;
+    case FORM_LEAVE: return 1u << RSP | 1u << RBP;
+    case FORM_POP: registers = 1u << RSP; break;
+    }
+    for (unsigned n = 0; n < i->insn.operands; n++)
+        if ((i->insn.operand[n].kind == OPERAND_GPR || i->insn.operand[n].kind == OPERAND_GPR8H) && i->insn.operand[n].write)
+            registers |= 1u << i->insn.operand[n].reg;
+    return registers;
+}
+
+/* Other code does it, or a part of it, which sees the flags. */
+static bool runs_apart(const struct unit_insn *i)
+{
+    return i->form == FORM_OP || i->form == FORM_QUICK || i->form == FORM_PUSHF || i->form == FORM_DIVIDE || i->form == FORM_END;
+}
+
+/* From the first instruction on, behind find_liveness(). */
+static void find_sources(struct unit *x)
+{
+    unsigned registers = 0;
+    int source = -1;
+
+    for (unsigned k = 0; k < x->insns; k++) {
+        struct unit_insn *i = &x->insn[k];
+        bool branch = i->form >= FORM_JCC && i->form != FORM_END;
+        int after = source;
+
+        i->source = (int8_t)source;
+        if (runs_apart(i) || (branch && i->form != FORM_JCC)) {
+            after = -1;
+        } else if (i->insn.flags_written) {
+            registers = flags_from(i);
+            after = registers ? (int)k : -1;
+        } else if (registers_written(i) & registers) {
+            after = -1;
+        }
+        /* Branches see to it themselves when they are emitted. */
+        i->needs_flags = i->form == FORM_JCC || i->form == FORM_END ||
+                         (!branch && (i->insn.flags_read || (i->insn.flags_written && i->live) || after != source || runs_apart(i)));
+        source = after;
     }
 }
 
@@ -494,6 +566,22 @@ static void find_groups(struct unit *x)
     }
 }
 
+/* How many checks are to come, from each instruction on, before flags have to be right. */
+static void count_checks(struct unit *x)
+{
+    unsigned ahead = 0;
+
+    for (unsigned k = x->insns; k-- > 0;) {
+        struct unit_insn *i = &x->insn[k];
+
+        if (i->needs_flags || !i->live || i->form >= FORM_JMP)
+            ahead = 0;
+        for (unsigned n = 0; n < i->accesses; n++)
+            ahead += i->access[n].group < 0 || x->group[i->access[n].group].first == k;
+        i->checks_ahead = (uint8_t)ahead;
+    }
+}
+
 /* ---- the whole ---- */
 
 /* A unit begins at this offset in the page already: nothing is gained by having its code twice. */
@@ -581,6 +669,9 @@ bool unit_analyse(struct unit *x)
     if (!x->insns || x->insn[0].form == FORM_END)
         return false;
     find_liveness(x);
+    find_sources(x);
     find_groups(x);
+    count_checks(x);
+    unit_find_loop(x);
     return true;
 }

@@ -9,7 +9,7 @@
 /* Kept free at the end of code memory, so that nothing has to be checked byte by byte. */
 #define CODE_MARGIN 256
 /* A slow path takes no more. */
-#define STUB_MAX 96
+#define STUB_MAX 160
 _Static_assert((UNIT_MAX_STUBS + 1) * STUB_MAX <= CODE_COLD_MAX, "a unit's slow paths are emitted at one place");
 
 struct stub *unit_stub(struct unit *x, enum stub_kind kind, uint8_t *jump)
@@ -21,7 +21,7 @@ struct stub *unit_stub(struct unit *x, enum stub_kind kind, uint8_t *jump)
         return NULL;
     }
     s = &x->stub[x->stubs++];
-    *s = (struct stub){ .jump = jump, .kind = (uint8_t)kind, .tag = 0xff };
+    *s = (struct stub){ .jump = jump, .kind = (uint8_t)kind, .tag = 0xff, .lost = (int8_t)x->lost };
     return s;
 }
 
@@ -72,6 +72,12 @@ static void emit_count(struct unit *x, unsigned insns)
     x->counted = insns;
 }
 
+static void stub_flags(struct unit *x, const struct stub *s)
+{
+    if (s->lost >= 0)
+        unit_flags_of(x, s->lost);
+}
+
 static void emit_stub(struct unit *x, struct stub *s)
 {
     struct translator *t = x->t;
@@ -87,6 +93,8 @@ static void emit_stub(struct unit *x, struct stub *s)
         asm_set_target(asm_call(a), t->jump_miss);
         asm_jmp_to(a, s->back);
     }
+    if (s->kind != STUB_FILL)
+        stub_flags(x, s);
     switch (s->kind) {
     case STUB_FILL: {
         uint8_t *crosses = NULL;
@@ -99,10 +107,12 @@ static void emit_stub(struct unit *x, struct stub *s)
             }
             asm_mem(a, true, 0x2b, T, A, H_NONE, 0, s->tag);
         }
+        stub_flags(x, s);
         load_pointer(a, s->site);
         asm_jmp_to(a, t->fill);
         if (crosses) {
             asm_set_target(crosses, a->at);
+            stub_flags(x, s);
             load_pointer(a, s->site);
             asm_mem(a, false, 0xff, 4, A, H_NONE, 0, offsetof(struct translate_site, apart));
         }
@@ -148,10 +158,27 @@ static void begin(struct unit *x, struct translator *t, struct block *b, bool sh
     x->share = share && t->options.share;
     x->stubs = 0;
     x->failed = x->vectors_ready = x->vectors_noted = false;
-    x->held = -1;
+    x->held = x->lost = -1;
     x->counted = 0;
     x->sites = NULL;
+    x->loop_start = x->loop_turn = NULL;
     x->a = (struct assembler){ .at = t->code.write + t->code.used, .end = t->code.write + t->code.limit - CODE_MARGIN };
+}
+
+void unit_body(struct unit *x, unsigned k)
+{
+    const struct unit_insn *i = &x->insn[k];
+
+    if (!i->live)
+        x->lost = -1;
+    if (i->needs_flags)
+        unit_flags(x);
+    if (!x->loop_turn)
+        unit_checks(x, k);
+    if (i->form >= FORM_JCC)
+        unit_branch(x, k);
+    else
+        unit_insn(x, k);
 }
 
 static void emit_insns(struct unit *x)
@@ -167,11 +194,7 @@ static void emit_insns(struct unit *x)
             emit_count(x, k + 1);
         if (x->insn[k].crosses)
             unit_cross(x, k);
-        unit_checks(x, k);
-        if (form >= FORM_JCC)
-            unit_branch(x, k);
-        else
-            unit_insn(x, k);
+        unit_body(x, k);
         /* Who comes back from a slow path has nothing in A. */
         if (x->sites)
             x->held = -1;
@@ -181,6 +204,7 @@ static void emit_insns(struct unit *x)
     if (form < FORM_JMP && (x->t->options.returns || (form != FORM_CALL && form != FORM_CALL_INDIRECT))) {
         if (x->t->options.count && x->counted < x->insns)
             emit_count(x, x->insns);
+        unit_flags(x);
         unit_goto(x, x->end, x->end_live, false);
     }
 }
@@ -246,6 +270,8 @@ bool translate_block(struct translator *t, struct block *b)
     asm_store_gs(&x->a, A, CPU_GS(code_page));
     entry = x->a.at;
     emit_insns(x);
+    if (x->back >= 0)
+        unit_loop(x, entry);
     if (!finish(x)) {
         take_back(b, NULL, NULL);
         b->sites = NULL;

@@ -35,8 +35,7 @@ void unit_set_rip(struct unit *x, uint64_t offset)
 
 static bool is_near(uint64_t target) { return target < GUEST_PAGE_SIZE; }
 
-/* Leaves for s.rip = target where request is not 0. */
-static void poll(struct unit *x, uint16_t live, uint64_t target)
+void unit_poll(struct unit *x, uint16_t live, uint64_t target)
 {
     struct assembler *a = &x->a;
     struct stub *s;
@@ -138,7 +137,7 @@ void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward)
 {
     if (is_near(target)) {
         if (backward)
-            poll(x, live, target);
+            unit_poll(x, live, target);
         chain_to(x, asm_jmp(&x->a), target);
         return;
     }
@@ -188,6 +187,13 @@ static void emit_jcc(struct unit *x, unsigned k)
     struct assembler *a = &x->a;
     uint8_t *over;
 
+    if ((int)k == x->back) {
+        over = asm_jcc(a, i->cc ^ 1u);
+        unit_loop_back(x);
+        if (!a->full)
+            asm_set_target(over, a->at);
+        return;
+    }
     if (is_near(i->target) && i->target > i->offset) {
         chain_to(x, asm_jcc(a, i->cc), i->target);
         return;
@@ -245,8 +251,9 @@ static void emit_call(struct unit *x, unsigned k)
     struct assembler *a = &x->a;
 
     if (is_near(i->target) && i->target <= i->offset)
-        poll(x, i->live, i->offset);
+        unit_poll(x, x->lost < 0 ? i->live : 0, i->offset);
     push_return(x, k, 0);
+    unit_flags(x);
     if (!x->t->options.returns) {
         unit_goto(x, i->target, RFLAGS_ARITH, false);
         return;
@@ -283,7 +290,7 @@ static void lookup_or_leave(struct unit *x, unsigned k)
     unsigned first = x->stubs;
 
     unit_take_a(x, k);
-    lookup(x, x->insn[k].live, STUB_INTERPRET);
+    lookup(x, unit_may_clobber(x, k) ? 0 : x->insn[k].live, STUB_INTERPRET);
     for (unsigned i = first; i < x->stubs; i++)
         x->stub[i].target = x->insn[k].offset;
 }
@@ -292,6 +299,7 @@ static void emit_jump_indirect(struct unit *x, unsigned k)
 {
     branch_operand(x, k);
     lookup_or_leave(x, k);
+    unit_flags(x);
     through_entry(x, 4);
 }
 
@@ -305,6 +313,7 @@ static void emit_call_indirect(struct unit *x, unsigned k)
     asm_store_gs(a, A, T_GS(saved_code));
     asm_store_gs(a, T, T_GS(saved_target));
     push_return(x, k, x->insn[k].accesses - 1u);
+    unit_flags(x);
     asm_load_gs(a, T, T_GS(saved_target));
     asm_gs(a, false, 0xff, x->t->options.returns ? 2 : 4, T_GS(saved_code));
     if (x->t->options.returns)
@@ -319,6 +328,7 @@ static void emit_ret(struct unit *x, unsigned k)
     unsigned extra = i->insn.visible ? (uint16_t)i->insn.imm[0] : 0, first = x->stubs;
 
     asm_mem(a, true, 0x8b, T, m.base, m.index, m.shift, m.disp);
+    unit_flags(x);
     if (x->t->options.returns) {
         asm_lea(a, H_R15, H_R15, H_NONE, 0, (int32_t)(8 + extra));
         /* For the case that it was no address to return to. */
@@ -366,7 +376,13 @@ void unit_branch(struct unit *x, unsigned k)
     case FORM_JCC: emit_jcc(x, k); break;
     case FORM_CALL: emit_call(x, k); break;
     case FORM_CALL_INDIRECT: emit_call_indirect(x, k); break;
-    case FORM_JMP: unit_goto(x, i->target, i->live, i->target <= i->offset); break;
+    case FORM_JMP:
+        unit_flags(x);
+        if ((int)k == x->back)
+            unit_loop_back(x);
+        else
+            unit_goto(x, i->target, i->live, i->target <= i->offset);
+        break;
     case FORM_JMP_INDIRECT: emit_jump_indirect(x, k); break;
     case FORM_RET: emit_ret(x, k); break;
     default: emit_end(x, k); break;

@@ -289,6 +289,95 @@ static void store_back(struct unit *x, const struct renamed *r)
             asm_store_gs(&x->a, r->host[n], gpr_offset(r->guest[n]));
 }
 
+/* ---- flags ---- */
+
+/* Putting flags aside and taking them back costs what this many checks cost to keep them. */
+#define ASIDE_CHECKS 3
+
+static void put_aside(struct unit *x)
+{
+    struct assembler *a = &x->a;
+
+    asm_store_gs(a, H_RAX, T_GS(rax));
+    asm_byte(a, 0x9f);                                          /* lahf */
+    asm_byte(a, 0x0f), asm_byte(a, 0x90), asm_byte(a, 0xc0);    /* seto %al */
+    asm_byte(a, 0x66), asm_gs(a, false, 0x89, H_RAX, T_GS(aside));
+    asm_load_gs(a, H_RAX, T_GS(rax));
+    x->lost = UNIT_ASIDE;
+}
+
+static void take_back(struct unit *x)
+{
+    struct assembler *a = &x->a;
+
+    asm_store_gs(a, H_RAX, T_GS(rax));
+    asm_gs(a, false, 0x0fb7, H_RAX, T_GS(aside));               /* movzwl */
+    asm_byte(a, 0x04), asm_byte(a, 0x7f);                       /* add $0x7f, %al: overflows if it was 1 */
+    asm_byte(a, 0x9e);                                          /* sahf */
+    asm_load_gs(a, H_RAX, T_GS(rax));
+}
+
+bool unit_may_clobber(struct unit *x, unsigned k)
+{
+    const struct unit_insn *i = &x->insn[k];
+
+    if (!i->live)
+        return true;
+    if (i->needs_flags || !x->t->options.redo)
+        return false;
+    if (x->lost < 0 && i->source < 0) {
+        /* Who comes in in the middle has put nothing aside. */
+        if (i->checks_ahead < ASIDE_CHECKS || x->entered_anywhere)
+            return false;
+        put_aside(x);
+    }
+    if (x->lost < 0)
+        x->lost = i->source;
+    return true;
+}
+
+void unit_flags_of(struct unit *x, int source)
+{
+    const struct x86_insn *insn = &x->insn[source == UNIT_ASIDE ? 0 : source].insn;
+    const struct x86_operand *d = &insn->operand[0], *s = &insn->operand[1];
+    struct assembler *a = &x->a;
+    unsigned to = unit_host_of[d->reg], from = s->kind == OPERAND_GPR ? unit_host_of[s->reg] : H_NONE;
+    bool w = d->size == 8, adds = insn->mnemonic == ZYDIS_MNEMONIC_ADD;
+    struct renamed r;
+
+    if (source == UNIT_ASIDE) {
+        take_back(x);
+        return;
+    }
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_ADD: case ZYDIS_MNEMONIC_SUB:           /* back, and again */
+        for (unsigned n = 0; n < 2; n++, adds = !adds)
+            if (from == H_NONE)
+                asm_alu_imm(a, w, adds ? ALU_DIGIT_SUB : ALU_DIGIT_ADD, to, (int32_t)insn->imm[s->reg]);
+            else
+                asm_rr(a, w, adds ? 0x29 : 0x01, from, to);
+        break;
+    case ZYDIS_MNEMONIC_AND: case ZYDIS_MNEMONIC_OR: case ZYDIS_MNEMONIC_XOR:   /* the flags of the result */
+        if (d->size == 2)
+            asm_byte(a, 0x66);
+        asm_rex(a, w, to, 0, to, d->size == 1);
+        asm_byte(a, d->size == 1 ? 0x84 : 0x85);                                /* test */
+        asm_byte(a, 0xc0 | (to & 7) << 3 | (to & 7));
+        break;
+    default:                                                    /* CMP, TEST */
+        rename_operands(x, (unsigned)source, NULL, &r);
+        unit_copy(x, insn, r.reg, r.rm, NULL);
+        break;
+    }
+}
+
+void unit_flags(struct unit *x)
+{
+    if (x->lost >= 0)
+        unit_flags_of(x, x->lost);
+    x->lost = -1;
+}
+
 /* ---- instructions ---- */
 
 static void emit_copy(struct unit *x, unsigned k)
@@ -317,18 +406,15 @@ static void emit_copy(struct unit *x, unsigned k)
     store_back(x, &r);
 }
 
-static void emit_vector(struct unit *x, unsigned k)
+void unit_vectors(struct unit *x, bool vectors, bool components, bool dead)
 {
-    const struct unit_insn *i = &x->insn[k];
     struct assembler *a = &x->a;
-    struct asm_address m, *at = NULL;
-    struct renamed r;
 
-    if (i->native->kind != NATIVE_INTEGER && !x->vectors_ready) {
+    if (vectors && !x->vectors_ready) {
         uint8_t *there, *load;
 
         /* The routine keeps all registers and flags. */
-        if (i->live) {
+        if (!dead) {
             unit_save_rcx(x);
             asm_gs(a, false, 0x0fb6, H_RCX, T_GS(vectors_loaded));
             asm_lea(a, H_RCX, H_RCX, H_NONE, 0, -1);
@@ -347,12 +433,23 @@ static void emit_vector(struct unit *x, unsigned k)
             asm_set_target(load, x->t->vectors_load);
         x->vectors_ready = true;
     }
-    if (i->native->components && !x->vectors_noted) {
+    if (components && !x->vectors_noted) {
         /* movq $…, xinuse_hint */
         asm_gs(a, true, 0xc7, 0, CPU_GS(s.fpu.xinuse_hint));
         asm_u32(a, (uint32_t)(x->t->it.cpu.s.xcr0 | 3));
         x->vectors_noted = true;
     }
+}
+
+static void emit_vector(struct unit *x, unsigned k)
+{
+    const struct unit_insn *i = &x->insn[k];
+    bool vectors = i->native->kind != NATIVE_INTEGER;
+    struct assembler *a = &x->a;
+    struct asm_address m, *at = NULL;
+    struct renamed r;
+
+    unit_vectors(x, vectors, i->native->components != 0, vectors && !x->vectors_ready && unit_may_clobber(x, k));
     if (i->accesses) {
         m = unit_place(x, k, 0, false);
         at = &m;

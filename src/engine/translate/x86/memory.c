@@ -109,30 +109,43 @@ static struct stub *miss(struct unit *x, uint8_t *jump, unsigned tag, struct tra
     return s;
 }
 
-/* T: address → offset in the page. A: entry. */
-static void check_dead(struct unit *x, const struct check *c, struct translate_site *site)
-{
-    struct assembler *a = &x->a;
-    unsigned tag = (unsigned)(offsetof(struct tlb_entry, tag) + c->kind * 8u);
+static int32_t tag_of(enum tlb_kind kind) { return (int32_t)(offsetof(struct tlb_entry, tag) + kind * 8u); }
 
+/*
+ * T: address → offset in the page. A: entry. Gives the jumps that are taken where the soft TLB has not got it; the first is NULL unless the
+ * address is to be aligned.
+ */
+static void look_up(struct assembler *a, const struct check *c, uint8_t *missed[2])
+{
     asm_rorx(a, A, T, GUEST_PAGE_SHIFT - ENTRY_SHIFT);
     asm_alu_imm(a, false, ALU_DIGIT_AND, A, INDEX_MASK);
     asm_gs(a, true, 0x03, A, CPU_GS(tlb));
-    asm_mem(a, true, 0x03, T, A, H_NONE, 0, (int32_t)tag);
+    asm_mem(a, true, 0x03, T, A, H_NONE, 0, tag_of(c->kind));
+    missed[0] = NULL;
     if (c->align > 1) {
         asm_rex(a, false, 0, 0, T, true);
         asm_byte(a, 0xf6), asm_byte(a, 0xc0 | (T & 7)), asm_byte(a, c->align - 1);      /* test $…, T */
-        miss(x, asm_jcc(a, 5), tag, site);
+        missed[0] = asm_jcc(a, 5);
     }
     asm_alu_imm(a, true, ALU_DIGIT_CMP, T, (int32_t)(GUEST_PAGE_SIZE - c->span));
-    miss(x, asm_jcc(a, 7), tag, site);
+    missed[1] = asm_jcc(a, 7);
+}
+
+/* The same. */
+static void check_dead(struct unit *x, const struct check *c, struct translate_site *site)
+{
+    uint8_t *missed[2];
+
+    look_up(&x->a, c, missed);
+    for (unsigned i = 0; i < 2; i++)
+        if (missed[i])
+            miss(x, missed[i], (unsigned)tag_of(c->kind), site);
 }
 
 /* T: address, kept. A: entry. */
 static void check_live(struct unit *x, const struct check *c, struct translate_site *site)
 {
     struct assembler *a = &x->a;
-    int32_t tag = (int32_t)(offsetof(struct tlb_entry, tag) + c->kind * 8u);
     unsigned tests = c->align > 1 && c->span > c->align ? 2 : 1;
     struct stub *s;
 
@@ -145,7 +158,7 @@ static void check_live(struct unit *x, const struct check *c, struct translate_s
         bool aligned = c->align > 1 && i == tests - 1;
         uint8_t *hit;
 
-        asm_mem(a, true, 0x8b, H_RCX, A, H_NONE, 0, tag);
+        asm_mem(a, true, 0x8b, H_RCX, A, H_NONE, 0, tag_of(c->kind));
         asm_lea(a, H_RCX, H_RCX, T, 0, aligned ? 0 : (int32_t)c->span - 1);
         asm_pext_gs(a, H_RCX, H_RCX, aligned ? T_GS(aligned_mask) + (unsigned)__builtin_ctz(c->align) * 8 : T_GS(page_mask));
         hit = asm_jrcxz(a);
@@ -155,6 +168,18 @@ static void check_live(struct unit *x, const struct check *c, struct translate_s
         asm_set_short(hit, a->at);
     }
     unit_restore_rcx(x);
+}
+
+void unit_look_up(struct unit *x, unsigned base, unsigned index, unsigned shift, const struct group *g, const uint8_t *missed)
+{
+    struct check c = { (unsigned)(g->hi - g->lo), g->align, g->write ? TLB_WRITE : TLB_READ };
+    uint8_t *jump[2];
+
+    address(x, 0, base, index, shift, (int32_t)g->lo);
+    look_up(&x->a, &c, jump);
+    for (unsigned i = 0; i < 2; i++)
+        if (jump[i] && !x->a.full)
+            asm_set_target(jump[i], missed);
 }
 
 static const void *here(struct unit *x) { return code_exec(&x->t->code, x->a.at); }
@@ -174,7 +199,7 @@ static void check_group(struct unit *x, struct group *g, unsigned k)
     site->align = g->align;
     site->retry = here(x);
     address(x, g->seg, g->base, g->index, g->leader->shift, (int32_t)(g->disp - (g->leader->delta - g->lo)));
-    (x->insn[k].live ? check_live : check_dead)(x, &c, site);
+    (unit_may_clobber(x, k) ? check_dead : check_live)(x, &c, site);
     asm_mem(&x->a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct tlb_entry, addend));
     g->checked = g->open = true;
     x->held = (int)(g - x->group);
@@ -199,7 +224,7 @@ static struct asm_address place_alone(struct unit *x, unsigned k, const struct a
     struct assembler *a = &x->a;
     struct translate_site *site = unit_site(x, k);
     struct check c = { m->size, m->aligned ? m->size : 1, (enum tlb_kind)m->kind };
-    bool live = x->insn[k].live != 0;
+    bool live = !unit_may_clobber(x, k);
 
     unit_take_a(x, k);
     site->span = m->size;
@@ -214,7 +239,7 @@ static struct asm_address place_alone(struct unit *x, unsigned k, const struct a
     address(x, m->seg, m->base, m->index, m->shift, m->disp);
     (live ? check_live : check_dead)(x, &c, site);
     if (!live && !unit_is_plain(m))
-        asm_mem(a, true, 0x2b, T, A, H_NONE, 0, (int32_t)(offsetof(struct tlb_entry, tag) + m->kind * 8u));
+        asm_mem(a, true, 0x2b, T, A, H_NONE, 0, tag_of(c.kind));
     asm_mem(a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct tlb_entry, addend));
     if (!unit_is_plain(m))
         return (struct asm_address){ T, A, 0, 0 };
@@ -233,7 +258,7 @@ struct asm_address unit_place(struct unit *x, unsigned k, unsigned n, bool leave
 
     if (!g || !g->open || (x->held != m->group && !g->stored) ||
         (m->seg && m->base < 16 && unit_host_of[m->base] == H_NONE) ||
-        (m->seg && m->base == X86_REG_RIP && x->insn[k].live))
+        (m->seg && m->base == X86_REG_RIP && !unit_may_clobber(x, k)))
         return place_alone(x, k, m, leaves);
     if (x->held != m->group) {
         unit_take_a(x, k);

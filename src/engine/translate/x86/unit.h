@@ -6,6 +6,7 @@
  *   encode.c    guest instructions again as host instructions, with other registers and other memory operands
  *   insn.c      one instruction
  *   branch.c    control transfers
+ *   loop.c      loops of one unit, without checks
  *   block.c     the unit as a whole, its slow paths and exits
  *
  * A unit is a run of guest instructions in one page, entered at its first one only. It goes on behind conditional branches that
@@ -30,6 +31,8 @@
 #define UNIT_MAX_ARENA ((UNIT_MAX_STUBS + UNIT_MAX_INSNS) * MAX(sizeof(struct translate_site), sizeof(struct chain)))
 /* How far the accesses of one group may lie apart. A group that crosses a page has to do without. */
 #define UNIT_GROUP_SPAN 256
+/* No instruction's flags (struct unit_insn's source), but those that were put aside. */
+#define UNIT_ASIDE 127
 
 enum unit_form {
     FORM_OP,            /* run by the interpreter */
@@ -61,6 +64,9 @@ struct access {
     int64_t delta;
 };
 
+/* Value numbers: the registers at the unit's start, then these, then new ones. */
+enum { VALUE_ZERO = 16, VALUE_RIP, VALUE_FIRST };
+
 /* A value number and what is to be added. */
 struct value {
     uint32_t number;
@@ -75,6 +81,10 @@ struct unit_insn {
     uint8_t form;               /* enum unit_form */
     uint8_t cc;                 /* FORM_JCC */
     uint16_t live;              /* flags that may be read, by this instruction or later, before they are written */
+    /* The instruction whose flags these are, and that can be done again for them with what the registers hold (unit_flags()); or -1. */
+    int8_t source;
+    bool needs_flags;           /* all that are live are to be right in front of it */
+    uint8_t checks_ahead;       /* its own and those behind it before flags are needed */
     bool crosses;               /* reaches into the next page; the unit's last */
     bool serial;                /* FORM_OP, FORM_QUICK: address space or permissions may be others afterwards */
     uint8_t accesses;
@@ -122,6 +132,7 @@ struct stub {
     uint8_t tag;                /* STUB_FILL: offset of the tag in the entry that T has in it; 0xff: none */
     bool restore_rcx;           /* from its slot */
     bool restore_flags;         /* from the return stack */
+    int8_t lost;                /* as struct unit's */
     struct translate_site *site;
     uint64_t target;            /* guest address, from cpu->code_page on */
     const uint8_t *code;
@@ -145,11 +156,16 @@ struct unit {
     bool entered_anywhere;      /* it is the version without groups: entered at any instruction */
     bool vectors_ready;         /* guest's vector registers are in the host's */
     bool vectors_noted;         /* XINUSE says already that vector state changes */
+    int lost;                   /* the same: EFLAGS hold something else than the guest's flags. UNIT_ASIDE: which are in translator.aside */
     int held;                   /* the group whose addend A holds, or -1 */
     unsigned insns, stubs, groups;
     unsigned end;               /* offset from the page's start behind the last instruction */
     uint16_t seen_from, seen_to;        /* bytes of the page that the translation depends on */
     uint16_t end_live;
+    int back;                   /* the branch back to the unit's beginning that makes it a loop with hoisted checks; or -1 */
+    unsigned loop_groups;       /* the first ones are the loop's */
+    uint8_t *loop_jump;         /* from the first version into the loop */
+    const uint8_t *loop_start, *loop_turn;      /* NULL in the first version */
     uint32_t values;            /* value numbers given out */
     unsigned sums;
     struct sum sum[32];
@@ -192,6 +208,12 @@ void unit_take_a(struct unit *x, unsigned k);
 /* All shared checks are void from here on. */
 void unit_barrier(struct unit *x);
 
+/*
+ * Flags are dead. T := offset in its page of [base + (index << shift) + disp], A := its entry in the soft TLB, if that has it for all of the
+ * group's bytes; otherwise goes to missed. base may be X86_REG_RIP, or as index X86_NO_REG.
+ */
+void unit_look_up(struct unit *x, unsigned base, unsigned index, unsigned shift, const struct group *g, const uint8_t *missed);
+
 /* ---- encode.c ---- */
 /* A legacy-encoded instruction; reg and rm replace ModRM's registers (H_NONE: as they are), m its memory operand. */
 void unit_copy(struct unit *x, const struct x86_insn *insn, unsigned reg, unsigned rm, const struct asm_address *m);
@@ -205,11 +227,21 @@ void unit_classify(struct unit *x, struct unit_insn *i);
 /* FORM_QUICK: whether address space, permissions or segments may be others afterwards. */
 bool unit_quick_serial(const struct x86_insn *insn);
 void unit_insn(struct unit *x, unsigned k);
+/* Sees to it that vector registers are the guest's (vectors) and that what was not in use before is noted (components). dead: flags are. */
+void unit_vectors(struct unit *x, bool vectors, bool components, bool dead);
+/* Flags may be overwritten in front of instruction k: they are dead, or unit_flags() can make them again. Notes that in the latter case. */
+bool unit_may_clobber(struct unit *x, unsigned k);
+/* Makes the flags right if they were overwritten. T and A stay. */
+void unit_flags(struct unit *x);
+/* The same for code beside, which goes on in the same state. */
+void unit_flags_of(struct unit *x, int source);
 
 /* ---- branch.c ---- */
 void unit_branch(struct unit *x, unsigned k);
 /* In front of an instruction that reaches into the next page: leaves when that is not the page it was decoded from. */
 void unit_cross(struct unit *x, unsigned k);
+/* Leaves for the target, from the page's start on, where somebody wants something. */
+void unit_poll(struct unit *x, uint16_t live, uint64_t target);
 /* To a fixed target, all else being done. live: flags that may be read there. backward: looks for requests. */
 void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward);
 /* s.rip := offset from the page's start; A is lost. */
@@ -217,7 +249,18 @@ void unit_set_rip(struct unit *x, uint64_t offset);
 /* T := the guest address that lies offset from the page's start. */
 void unit_target(struct unit *x, uint64_t offset);
 
+/* ---- loop.c ---- */
+/* Whether the unit is a loop that can be done without checks: x->back. */
+void unit_find_loop(struct unit *x);
+/* Emits that version of it. entry: of the first. */
+void unit_loop(struct unit *x, const uint8_t *entry);
+/* The branch back, taken, in either version. */
+void unit_loop_back(struct unit *x);
+
 /* ---- block.c ---- */
+/* One instruction, without checks of groups. */
+void unit_body(struct unit *x, unsigned k);
+
 struct stub *unit_stub(struct unit *x, enum stub_kind kind, uint8_t *jump);
 /* A place in guest code for the runtime; see translate.h. */
 struct translate_site *unit_site(struct unit *x, unsigned k);
