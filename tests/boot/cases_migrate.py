@@ -201,15 +201,18 @@ def migrate_disks(report, folder):
             server.stop()
             time.sleep(0.5)
             server.start()
-            journey.progress()
-            check("connected again" in journey.messages(journey.current), "nothing is said of the broken connection")
+            deadline = time.monotonic() + 20 * patience()
+            while "connected again" not in journey.messages(journey.current):
+                check(time.monotonic() < deadline, "nothing is said of the broken connection")
+                time.sleep(0.05)
+            journey.goes_on()
             server.stop()
             name, _ = journey.receive(ENGINE)
             done = journey.migrate(name, status=1)
             check("in stage reservation" in done.stderr and "No such file" in done.stderr and
                   "No such file" in journey.messages(name), f"the source says {done.stderr}, the target {journey.messages(name)}")
             server.start()
-            journey.progress()
+            journey.goes_on()
             # Nothing to be copied: it is where it is.
             figures = journey.hop(ENGINE, "--with-disks", "--post-copy", "now")
             check(figures["disk_bytes"] == 0, f"bad figures: {figures}")
@@ -218,7 +221,7 @@ def migrate_disks(report, folder):
             # What goes on from a snapshot has the disk as it was then, without the server.
             journey.go_on_from_snapshot()
             server.stop()
-            journey.progress()
+            journey.goes_on()
 
     report.part("migrate-disks/not-there", not_there)
     report.part("migrate-disks/on-a-server", on_a_server)
