@@ -50,6 +50,23 @@ void target_set_broken(struct migrate_target *t, const char *reason)
     pthread_cond_broadcast(&t->changed);
 }
 
+/* ---- running the machine ---- */
+
+static void *runner_main(void *opaque)
+{
+    struct migrate_target *t = opaque;
+
+    t->ops->run(t->opaque);
+    return NULL;
+}
+
+static void join_runner(struct migrate_target *t)
+{
+    if (t->runner_started)
+        pthread_join(t->runner, NULL);
+    t->runner_started = false;
+}
+
 /* ---- making and ending ---- */
 
 struct migrate_target *migrate_target_create(const struct migrate_target_options *opt, const struct migrate_target_ops *ops,
@@ -109,6 +126,7 @@ void migrate_target_free(struct migrate_target *t)
     target_close_connections(t);
     channel_close(t->next);
     postcopy_destroy(t->postcopy);
+    join_runner(t);
     memory_bitmaps_free(t->missing);
     channel_tls_free(t->channel_options.tls);
     pthread_mutex_destroy(&t->lock);
@@ -323,7 +341,10 @@ static int take_state(struct migrate_target *t, const struct frame *f, char reas
     return 0;
 }
 
-/* COMMIT has come, or a person took the machine. 0: it runs. */
+/*
+ * COMMIT has come, or a person took the machine. 0: it runs. In post-copy its devices may need memory to begin with; when the link
+ * breaks just now the source has to be told whose the machine is, and has to be heard when it connects again to send that memory.
+ */
 static int activate(struct migrate_target *t, char reason[MIGRATE_TEXT])
 {
     int err;
@@ -332,6 +353,9 @@ static int activate(struct migrate_target *t, char reason[MIGRATE_TEXT])
     err = t->ops->activate(t->opaque, reason);
     if (!err) {
         atomic_store(&t->activated, true);
+        t->runner_started = t->postcopy && pthread_create(&t->runner, NULL, runner_main, t) == 0;
+        if (!t->runner_started)
+            t->ops->run(t->opaque);
         return 0;
     }
     pthread_mutex_lock(&t->lock);
@@ -580,6 +604,7 @@ enum migrate_stage migrate_target_run(struct migrate_target *t, struct migrate_r
     t->progress.stage = end;
     report(t);
     if (end == MIGRATE_DONE) {
+        join_runner(t);
         postcopy_destroy(t->postcopy);
         t->postcopy = NULL;
     }

@@ -43,6 +43,8 @@ struct migrate_target {
     bool acceptor_started;
     _Atomic bool cancelled;
     _Atomic bool activated;     /* it runs, or may at any moment */
+    pthread_t runner;           /* ops->run() in post-copy */
+    bool runner_started;
 
     struct memory *memory;
     /*

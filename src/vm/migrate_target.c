@@ -308,7 +308,7 @@ static int activate(void *opaque, char reason[MIGRATE_TEXT])
 {
     struct vm_reception *r = opaque;
     char why[512] = "";
-    int err, unsynced;
+    int err;
 
     log_hold_error(why, sizeof(why));
     /* After load() they are held; an orphan gave them up. */
@@ -317,16 +317,21 @@ static int activate(void *opaque, char reason[MIGRATE_TEXT])
         err = target_disks_name(r->disks);
     if (!err && r->stay_paused)
         err = vm_pause(r->vm, VM_HOLD_USER);
-    if (!err) {
-        vm_resume(r->vm, VM_HOLD_MIGRATE);
-        announce(r->vm);
-        r->announcing = pthread_create(&r->announcer, NULL, announce_more, r) == 0;
-        /* The guest goes on meanwhile. Should the host lose power right now, the files are there, as partial ones. */
-        unsynced = target_disks_sync_names(r->disks);
-        if (unsynced)
-            log_warn("the names of the machine's disks may not have reached the host's disk: %s", strerror(-unsynced));
-    }
     return failed(err, why, reason);
+}
+
+static void run(void *opaque)
+{
+    struct vm_reception *r = opaque;
+    int err;
+
+    vm_resume(r->vm, VM_HOLD_MIGRATE);
+    announce(r->vm);
+    r->announcing = pthread_create(&r->announcer, NULL, announce_more, r) == 0;
+    /* The guest goes on meanwhile. Should the host lose power right now, the files are there, as partial ones. */
+    err = target_disks_sync_names(r->disks);
+    if (err)
+        log_warn("the names of the machine's disks may not have reached the host's disk: %s", strerror(-err));
 }
 
 static void abandon(void *opaque)
@@ -352,8 +357,8 @@ static void orphan(void *opaque)
     vm_migrate_unlock_disks(r->vm);
 }
 
-static const struct migrate_target_ops ops = { prepare, in_kernel, load,       activate,  abandon,
-                                              orphan,  NULL,      disk_write, disk_sync };
+static const struct migrate_target_ops ops = { prepare, in_kernel, load, activate,   run,
+                                              abandon, orphan,    NULL, disk_write, disk_sync };
 
 /* ---- life ---- */
 

@@ -264,7 +264,7 @@ class Storm(Journey):
         if place is None:
             expected = {"moved"}
         elif stage == "post-copy":
-            expected = {"moved", "stayed", "lost"} if fault.startswith("kill") or place.frame == "missing" else {"moved"}
+            expected = {"moved", "stayed", "lost", "resumed here"} if fault.startswith("kill") or place.frame == "missing" else {"moved"}
         else:
             expected = allowed(fault, place)
         check(outcome in expected, f"{outcome}, and not {' or '.join(sorted(expected))}; the source said:\n"

@@ -113,6 +113,15 @@ static int activate(void *opaque, char reason[MIGRATE_TEXT])
     return 0;
 }
 
+/* Devices that look at memory. */
+static void run(void *opaque)
+{
+    uint64_t first;
+
+    MUST(machine.activated && !machine.abandoned);
+    memory_read(&machine.memory, 4 * GUEST_PAGE_SIZE, &first, sizeof(first));
+}
+
 static void abandon(void *opaque)
 {
     MUST(!machine.activated && !machine.abandoned);
@@ -135,7 +144,7 @@ static int disk_write(void *opaque, unsigned disk, uint64_t offset, const void *
 
 static int disk_sync(void *opaque) { return 0; }
 
-static const struct migrate_target_ops ops = { prepare, in_kernel, load, activate, abandon, orphan, NULL, disk_write, disk_sync };
+static const struct migrate_target_ops ops = { prepare, in_kernel, load, activate, run, abandon, orphan, NULL, disk_write, disk_sync };
 
 /* ---- the source ---- */
 

@@ -292,14 +292,23 @@ static int op_activate(void *opaque, char reason[MIGRATE_TEXT])
         return refuse(m->refuse_activate, reason);
     if (m->activate[0] && (write(m->activating[1], "", 1) != 1 || read(m->activate[0], &byte, 1) != 1))
         abort();
-    machine_run(m, true);
     return 0;
+}
+
+static void op_run(void *opaque)
+{
+    struct machine *m = opaque;
+    uint64_t first;
+
+    /* Devices may need memory before anything runs, which in post-copy has yet to come. */
+    memory_read(&m->memory, 5 * GUEST_PAGE_SIZE, &first, sizeof(first));
+    machine_run(m, true);
 }
 
 static void op_abandon(void *opaque) { ((struct machine *)opaque)->abandoned = true; }
 static void op_orphan(void *opaque) { ((struct machine *)opaque)->orphaned = true; }
 
-static const struct migrate_target_ops target_ops = { op_prepare, op_in_kernel, op_load, op_activate, op_abandon, op_orphan, op_progress, op_disk_write, op_disk_sync };
+static const struct migrate_target_ops target_ops = { op_prepare, op_in_kernel, op_load, op_activate, op_run, op_abandon, op_orphan, op_progress, op_disk_write, op_disk_sync };
 
 /* ---- one migration ---- */
 
