@@ -87,14 +87,22 @@ static void write_line(const char *p, size_t n)
 static _Thread_local struct {
     char *buf;
     size_t size;
+    bool hold;
 } keep;
 
 void log_keep_error(char *buf, size_t size)
 {
     keep.buf = buf;
     keep.size = size;
+    keep.hold = false;
     if (buf)
         buf[0] = 0;
+}
+
+void log_hold_error(char *buf, size_t size)
+{
+    log_keep_error(buf, size);
+    keep.hold = true;
 }
 
 void log_at(enum log_level level, const char *fmt, ...)
@@ -105,6 +113,8 @@ void log_at(enum log_level level, const char *fmt, ...)
         vsnprintf(keep.buf, keep.size, fmt, ap);
         va_end(ap);
         make_printable(keep.buf, strlen(keep.buf));
+        if (keep.hold)
+            return;
     }
     if (!log_enabled(level))
         return;

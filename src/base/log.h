@@ -30,6 +30,8 @@ void log_set_raw_terminal(bool raw);
  * NULL: no more.
  */
 void log_keep_error(char *buf, size_t size);
+/* The same, and the first one is not printed: it is the caller's to tell. log_keep_error(NULL, 0) ends it. */
+void log_hold_error(char *buf, size_t size);
 
 void log_at(enum log_level level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 

@@ -13,6 +13,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -40,6 +41,7 @@ struct channel {
     uint64_t deadline;          /* now_ms(); 0: none */
     _Atomic bool aborted;
     _Atomic uint64_t bytes;
+    pthread_mutex_t sending;    /* one thread at a time */
     char error[CHANNEL_ERROR_MAX];
 };
 
@@ -302,6 +304,7 @@ struct channel *channel_from_fd(int fd, unsigned idle_ms)
     }
     c->fd = fd;
     c->idle_ms = idle_ms;
+    pthread_mutex_init(&c->sending, NULL);
     fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
     return c;
 }
@@ -436,7 +439,22 @@ static int transfer(struct channel *c, uint8_t *p, size_t len, ssize_t (*attempt
     return 0;
 }
 
-int channel_send(struct channel *c, const void *data, size_t len) { return transfer(c, (uint8_t *)data, len, try_send); }
+int channel_send_parts(struct channel *c, const struct iovec *part, unsigned parts)
+{
+    int err = 0;
+
+    pthread_mutex_lock(&c->sending);
+    for (unsigned i = 0; i < parts && !err; i++)
+        err = transfer(c, part[i].iov_base, part[i].iov_len, try_send);
+    pthread_mutex_unlock(&c->sending);
+    return err;
+}
+
+int channel_send(struct channel *c, const void *data, size_t len)
+{
+    return channel_send_parts(c, &(struct iovec){ (void *)data, len }, 1);
+}
+
 int channel_recv(struct channel *c, void *data, size_t len) { return transfer(c, data, len, try_recv); }
 
 int channel_wait(struct channel *c, int wait_ms)
@@ -466,6 +484,7 @@ void channel_close(struct channel *c)
     if (c->session)
         gnutls_deinit(c->session);
     close(c->fd);
+    pthread_mutex_destroy(&c->sending);
     free(c);
 }
 

@@ -15,12 +15,13 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/uio.h>
 
 struct channel;
 struct channel_listener;
 struct channel_tls;
 
-#define CHANNEL_ERROR_MAX 256
+#define CHANNEL_ERROR_MAX 512
 
 /* What both ends of a connection, and listeners, are made with. */
 struct channel_options {
@@ -57,6 +58,8 @@ struct channel *channel_connect(const char *address, const struct channel_option
 
 /* All len bytes, or a negative errno: -ECONNRESET (closed), -ETIMEDOUT, -ECANCELED (aborted), -EPROTO (TLS), … */
 int channel_send(struct channel *c, const void *data, size_t len);
+/* Any thread: nothing of another one's comes between the parts. */
+int channel_send_parts(struct channel *c, const struct iovec *part, unsigned parts);
 int channel_recv(struct channel *c, void *data, size_t len);
 /* Waits for something to receive: 1, 0 after wait_ms, or a negative errno. */
 int channel_wait(struct channel *c, int wait_ms);

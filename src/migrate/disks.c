@@ -5,12 +5,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <zstd.h>
 
 #include "base/util.h"
+#include "migrate/pack.h"
 
 #define HEADER 24u
-#define ZSTD_LEVEL 1
 
 /* ---- bitmaps ---- */
 
@@ -50,7 +49,7 @@ uint64_t disk_bitmaps_count(const struct migrate_disks *d, uint64_t *const bitma
 
 struct disk_encoder {
     const struct migrate_disks *disks;
-    ZSTD_CCtx *zstd;
+    struct packer *packer;
     uint8_t contents[MIGRATE_DISK_GRANULE];
     uint8_t out[FRAME_HEADER_SIZE + DISK_MAX_PAYLOAD];
 };
@@ -59,24 +58,18 @@ struct disk_encoder *disk_encoder_create(const struct migrate_disks *d, bool com
 {
     struct disk_encoder *e = calloc(1, sizeof(*e));
 
-    if (!e)
+    if (!e || !(e->packer = packer_create(compress))) {
+        free(e);
         return NULL;
-    e->disks = d;
-    if (compress) {
-        e->zstd = ZSTD_createCCtx();
-        if (!e->zstd) {
-            free(e);
-            return NULL;
-        }
-        ZSTD_CCtx_setParameter(e->zstd, ZSTD_c_compressionLevel, ZSTD_LEVEL);
     }
+    e->disks = d;
     return e;
 }
 
 void disk_encoder_free(struct disk_encoder *e)
 {
     if (e)
-        ZSTD_freeCCtx(e->zstd);
+        packer_free(e->packer);
     free(e);
 }
 
@@ -86,7 +79,6 @@ uint8_t *disk_encoder_put(struct disk_encoder *e, unsigned disk, uint64_t granul
 {
     uint64_t offset = granule * MIGRATE_DISK_GRANULE, len = MIN(MIGRATE_DISK_GRANULE, e->disks->size[disk] - offset);
     uint8_t *payload = e->out + FRAME_HEADER_SIZE;
-    size_t bytes = len, packed;
 
     *flags = 0;
     *length = 0;
@@ -101,32 +93,21 @@ uint8_t *disk_encoder_put(struct disk_encoder *e, unsigned disk, uint64_t granul
         *length = fresh ? 0 : HEADER;
         return e->out;
     }
-    if (e->zstd) {
-        packed = ZSTD_compress2(e->zstd, payload + HEADER, bytes, e->contents, bytes);
-        /* What does not shrink is sent as it is. */
-        if (!ZSTD_isError(packed) && packed < bytes) {
-            *flags = FRAME_FLAG_ZSTD;
-            bytes = packed;
-        }
-    }
-    if (!*flags)
-        memcpy(payload + HEADER, e->contents, bytes);
-    *length = (uint32_t)(HEADER + bytes);
+    *length = HEADER + (uint32_t)packer_put(e->packer, payload + HEADER, e->contents, len, flags);
     return e->out;
 }
 
 /* ---- decoding ---- */
 
 struct disk_decoder {
-    ZSTD_DCtx *zstd;
-    uint8_t contents[MIGRATE_DISK_GRANULE];
+    struct unpacker *unpacker;
 };
 
 struct disk_decoder *disk_decoder_create(void)
 {
     struct disk_decoder *d = calloc(1, sizeof(*d));
 
-    if (d && !(d->zstd = ZSTD_createDCtx())) {
+    if (d && !(d->unpacker = unpacker_create(MIGRATE_DISK_GRANULE))) {
         free(d);
         d = NULL;
     }
@@ -136,7 +117,7 @@ struct disk_decoder *disk_decoder_create(void)
 void disk_decoder_free(struct disk_decoder *d)
 {
     if (d)
-        ZSTD_freeDCtx(d->zstd);
+        unpacker_free(d->unpacker);
     free(d);
 }
 
@@ -147,23 +128,16 @@ int disk_decoder_take(struct disk_decoder *d, const struct frame *f, disk_sink_f
     size_t bytes;
     int err;
 
-    if (f->length < HEADER || f->flags & ~FRAME_FLAG_ZSTD)
+    if (f->length < HEADER)
         goto damaged;
-    contents = f->data + HEADER;
     offset = load_le64(f->data + 8);
     len = load_le64(f->data + 16);
     bytes = f->length - HEADER;
     if (load_le32(f->data + 4) || !len || len > MIGRATE_DISK_GRANULE || offset % MIGRATE_DISK_GRANULE)
         goto damaged;
-    if (f->flags & FRAME_FLAG_ZSTD) {
-        size_t n = ZSTD_decompressDCtx(d->zstd, d->contents, sizeof(d->contents), contents, bytes);
-
-        if (ZSTD_isError(n) || n != len)
-            goto damaged;
-        contents = d->contents;
-    } else if (bytes && bytes != len) {
+    contents = unpacker_take(d->unpacker, f->flags, f->data + HEADER, &bytes);
+    if (!contents || (bytes != len && (bytes || f->flags)))
         goto damaged;
-    }
     err = sink(opaque, load_le32(f->data), offset, bytes ? contents : NULL, len);
     if (err == -EPROTO)
         goto damaged;

@@ -57,11 +57,9 @@ static void put_header(uint8_t header[FRAME_HEADER_SIZE], unsigned type, unsigne
 int frame_send(struct channel *c, unsigned type, unsigned flags, const void *data, uint32_t length)
 {
     uint8_t header[FRAME_HEADER_SIZE];
-    int err;
 
     put_header(header, type, flags, data, length);
-    err = channel_send(c, header, sizeof(header));
-    return err || !length ? err : channel_send(c, data, length);
+    return channel_send_parts(c, (struct iovec[]){ { header, sizeof(header) }, { (void *)data, length } }, length ? 2 : 1);
 }
 
 int frame_send_in_place(struct channel *c, unsigned type, unsigned flags, uint8_t *buffer, uint32_t length)

@@ -29,7 +29,7 @@ enum frame_type {
     FRAME_STATE,        /* → everything but RAM: the saved state */
     FRAME_PREPARED,     /* ← the target could run it, and will not yet */
     FRAME_COMMIT,       /* → the machine is the target's */
-    FRAME_RUNNING,      /* ← it runs: u64 nanoseconds that making it run took */
+    FRAME_RUNNING,      /* ← it runs: u64 milliseconds since the source came */
     FRAME_REQUEST,      /* ← post-copy: a page that the guest waits for; struct request */
     FRAME_COMPLETE,     /* ← post-copy: all pages have arrived */
     FRAME_STATUS,       /* ← answer to a HELLO that asks: u32 enum migrate_outcome */
@@ -54,7 +54,7 @@ struct frame {
 /* -EPROTO with channel-independent words in error for anything that is no frame; else channel_recv()'s with its words. f: zeroed at first. */
 int frame_recv(struct channel *c, struct frame *f, char error[CHANNEL_ERROR_MAX]);
 void frame_free(struct frame *f);
-/* data: length bytes, which do not change meanwhile. */
+/* data: length bytes, which do not change meanwhile. Any thread: a frame is sent as a whole. */
 int frame_send(struct channel *c, unsigned type, unsigned flags, const void *data, uint32_t length);
 /* For a caller that has room of FRAME_HEADER_SIZE in front of the payload: one write less. */
 int frame_send_in_place(struct channel *c, unsigned type, unsigned flags, uint8_t *buffer, uint32_t length);

@@ -20,7 +20,7 @@
 
 #define MIGRATE_VERSION 1u
 #define MIGRATE_MAX_STREAMS 16u
-#define MIGRATE_TEXT 256u
+#define MIGRATE_TEXT 512u
 #define MIGRATE_MAX_DISKS 32u
 #define MIGRATE_DISK_GRANULE 65536u     /* bytes in which writes to disks are noted */
 
@@ -151,8 +151,10 @@ struct migrate_target_ops {
     bool (*in_kernel)(void *opaque);
     /* Memory is there (post-copy: comes when touched). Takes locks, loads the state; does not run. Errors as prepare. */
     int (*load)(void *opaque, const void *data, size_t len, char reason[MIGRATE_TEXT]);
-    /* Runs it, and announces it to the network. Its owner from the call on. */
+    /* All that may fail before it runs. Its owner from the call on, unless that fails. */
     int (*activate)(void *opaque, char reason[MIGRATE_TEXT]);
+    /* Runs it, and announces it to the network. In post-copy it may wait for memory, and so is in a thread of its own. */
+    void (*run)(void *opaque);
     /* The source keeps it: what prepare and load did is undone as far as others could notice. */
     void (*abandon)(void *opaque);
     /*

@@ -11,13 +11,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
-#include <zstd.h>
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include "base/util.h"
+#include "migrate/pack.h"
 
-#define ZSTD_LEVEL 1
 #define TABLE 8u
 
 /* ---- hashes ---- */
@@ -49,7 +48,7 @@ void page_hashes_destroy(struct page_hashes *h)
 struct page_encoder {
     struct memory *memory;
     struct page_hashes *hashes;
-    ZSTD_CCtx *zstd;
+    struct packer *packer;
     unsigned region, count, raw;
     uint64_t entry[PAGES_PER_FRAME];
     struct page_counts counts;
@@ -61,25 +60,19 @@ struct page_encoder *page_encoder_create(struct memory *m, struct page_hashes *h
 {
     struct page_encoder *e = calloc(1, sizeof(*e));
 
-    if (!e)
+    if (!e || !(e->packer = packer_create(compress))) {
+        free(e);
         return NULL;
+    }
     e->memory = m;
     e->hashes = hashes;
-    if (compress) {
-        e->zstd = ZSTD_createCCtx();
-        if (!e->zstd) {
-            free(e);
-            return NULL;
-        }
-        ZSTD_CCtx_setParameter(e->zstd, ZSTD_c_compressionLevel, ZSTD_LEVEL);
-    }
     return e;
 }
 
 void page_encoder_free(struct page_encoder *e)
 {
     if (e)
-        ZSTD_freeCCtx(e->zstd);
+        packer_free(e->packer);
     free(e);
 }
 
@@ -125,7 +118,6 @@ bool page_encoder_add(struct page_encoder *e, unsigned region, uint64_t page)
 uint8_t *page_encoder_take(struct page_encoder *e, uint32_t *length, unsigned *flags)
 {
     uint8_t *payload = e->out + FRAME_HEADER_SIZE, *contents = payload + TABLE + 8u * e->count;
-    size_t bytes = (size_t)e->raw * GUEST_PAGE_SIZE, packed;
 
     *flags = 0;
     *length = 0;
@@ -136,17 +128,7 @@ uint8_t *page_encoder_take(struct page_encoder *e, uint32_t *length, unsigned *f
     store_le32(payload + 4, 0);
     for (unsigned i = 0; i < e->count; i++)
         store_le64(payload + TABLE + 8 * i, e->entry[i]);
-    if (e->zstd && bytes) {
-        packed = ZSTD_compress2(e->zstd, contents, bytes, e->contents, bytes);
-        /* What does not shrink is sent as it is. */
-        if (!ZSTD_isError(packed) && packed < bytes) {
-            *flags = FRAME_FLAG_ZSTD;
-            bytes = packed;
-        }
-    }
-    if (!*flags)
-        memcpy(contents, e->contents, bytes);
-    *length = (uint32_t)(TABLE + 8u * e->count + bytes);
+    *length = TABLE + 8u * e->count + (uint32_t)packer_put(e->packer, contents, e->contents, (size_t)e->raw * GUEST_PAGE_SIZE, flags);
     e->count = e->raw = 0;
     return e->out;
 }
@@ -157,29 +139,25 @@ const struct page_counts *page_encoder_counts(const struct page_encoder *e) { re
 
 struct page_decoder {
     const struct memory *memory;
-    ZSTD_DCtx *zstd;
-    uint8_t contents[PAGES_PER_FRAME * GUEST_PAGE_SIZE];
+    struct unpacker *unpacker;
 };
 
 struct page_decoder *page_decoder_create(const struct memory *m)
 {
     struct page_decoder *d = calloc(1, sizeof(*d));
 
-    if (!d)
-        return NULL;
-    d->memory = m;
-    d->zstd = ZSTD_createDCtx();
-    if (!d->zstd) {
+    if (!d || !(d->unpacker = unpacker_create(PAGES_PER_FRAME * GUEST_PAGE_SIZE))) {
         free(d);
         return NULL;
     }
+    d->memory = m;
     return d;
 }
 
 void page_decoder_free(struct page_decoder *d)
 {
     if (d)
-        ZSTD_freeDCtx(d->zstd);
+        unpacker_free(d->unpacker);
     free(d);
 }
 
@@ -191,7 +169,7 @@ int page_decoder_take(struct page_decoder *d, const struct frame *f, page_sink_f
     uint64_t pages;
     size_t bytes;
 
-    if (f->length < TABLE || f->flags & ~FRAME_FLAG_ZSTD)
+    if (f->length < TABLE)
         goto damaged;
     region = load_le16(f->data);
     count = load_le16(f->data + 2);
@@ -206,17 +184,9 @@ int page_decoder_take(struct page_decoder *d, const struct frame *f, page_sink_f
             goto damaged;
         raw += (entry & 0xff) == PAGE_RAW;
     }
-    contents = f->data + TABLE + 8 * count;
     bytes = f->length - (TABLE + 8 * count);
-    if (f->flags & FRAME_FLAG_ZSTD) {
-        size_t n = ZSTD_decompressDCtx(d->zstd, d->contents, sizeof(d->contents), contents, bytes);
-
-        if (ZSTD_isError(n))
-            goto damaged;
-        contents = d->contents;
-        bytes = n;
-    }
-    if (bytes != (size_t)raw * GUEST_PAGE_SIZE)
+    contents = unpacker_take(d->unpacker, f->flags, f->data + TABLE + 8 * count, &bytes);
+    if (!contents || bytes != (size_t)raw * GUEST_PAGE_SIZE)
         goto damaged;
     for (unsigned i = 0; i < count; i++) {
         uint64_t entry = load_le64(f->data + TABLE + 8 * i);

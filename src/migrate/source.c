@@ -13,7 +13,6 @@
 #include <string.h>
 #include <sys/random.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "base/log.h"
 #include "base/util.h"
@@ -21,15 +20,8 @@
 
 #define DEFAULT_TIMEOUT_MS 10000u
 #define DEFAULT_SETTLE_MS 30000u
-/* What standing still costs besides sending the last pages. */
-#define OVERHEAD_MS 10u
 /* How long the target may take to make the machine. */
 #define PATIENCE_MS 120000u
-#define MAX_ROUNDS 100u
-/* A local minimum is one among so many rounds: what the guest once left alone it may never leave alone again. */
-#define WINDOW 8u
-#define THROTTLE_STEP 20u
-#define THROTTLE_MAX 99u
 
 /* ---- what is shared ---- */
 
@@ -88,7 +80,7 @@ bool migrate_source_cancel(struct migrate_source *s, bool force)
     return early || force;
 }
 
-static void report(struct migrate_source *s)
+void source_report(struct migrate_source *s)
 {
     s->progress.bytes = source_bytes(s);
     s->progress.elapsed_ms = migrate_now_ms() - s->began_ms;
@@ -96,16 +88,16 @@ static void report(struct migrate_source *s)
         s->ops->progress(s->opaque, &s->progress);
 }
 
-static void set_stage(struct migrate_source *s, enum migrate_stage stage)
+void source_set_stage(struct migrate_source *s, enum migrate_stage stage)
 {
     pthread_mutex_lock(&s->lock);
     s->progress.stage = stage;
     pthread_mutex_unlock(&s->lock);
     log_info("migration: %s", migrate_stage_name(stage));
-    report(s);
+    source_report(s);
 }
 
-static int because(struct migrate_source *s, int err, const char *reason)
+int source_because(struct migrate_source *s, int err, const char *reason)
 {
     if (!s->reason[0])
         snprintf(s->reason, sizeof(s->reason), "%s", reason);
@@ -115,7 +107,7 @@ static int because(struct migrate_source *s, int err, const char *reason)
 /* ---- the control connection ---- */
 
 /* Taken away before it is closed: whoever cancels aborts what is there. */
-static void control_close(struct migrate_source *s)
+void source_control_close(struct migrate_source *s)
 {
     struct channel *c;
 
@@ -128,21 +120,21 @@ static void control_close(struct migrate_source *s)
     channel_close(c);
 }
 
-static int control_send(struct migrate_source *s, unsigned type, const void *data, uint32_t length)
+int source_control_send(struct migrate_source *s, unsigned type, const void *data, uint32_t length)
 {
     int err = frame_send(s->control, type, 0, data, length);
 
-    return err ? because(s, err, channel_error(s->control)) : 0;
+    return err ? source_because(s, err, channel_error(s->control)) : 0;
 }
 
 /* Something that the target says unasked is a reason to stop; ask for it where a connection broke. */
-static void hear_reason(struct migrate_source *s)
+void source_hear_reason(struct migrate_source *s)
 {
     char error[CHANNEL_ERROR_MAX];
     struct frame f = { 0 };
 
     if (s->control && channel_wait(s->control, 1000) == 1 && frame_recv(s->control, &f, error) == 0 && f.type == FRAME_REFUSE)
-        snprintf(s->reason, sizeof(s->reason), "the target says: %.220s", (const char *)f.data);
+        snprintf(s->reason, sizeof(s->reason), "the target says: %.480s", (const char *)f.data);
     frame_free(&f);
 }
 
@@ -155,26 +147,26 @@ static int expect(struct migrate_source *s, unsigned type, struct frame *f, unsi
 
     do {
         ready = channel_wait(s->control, 100);
-        report(s);
+        source_report(s);
     } while (ready == 0 && migrate_now_ms() < until);
     if (ready == 0)
-        return because(s, -ETIMEDOUT, "the target does not answer");
+        return source_because(s, -ETIMEDOUT, "the target does not answer");
     if (ready < 0)
-        return because(s, ready, channel_error(s->control));
+        return source_because(s, ready, channel_error(s->control));
     err = frame_recv(s->control, f, error);
     if (err)
-        return because(s, err, error);
+        return source_because(s, err, error);
     if (f->type == FRAME_REFUSE) {
-        snprintf(s->reason, sizeof(s->reason), "the target refuses: %.220s", (const char *)f->data);
+        snprintf(s->reason, sizeof(s->reason), "the target refuses: %.480s", (const char *)f->data);
         return -EACCES;
     }
     if (f->type != type)
-        return because(s, -EPROTO, "the target answers something else than was asked");
+        return source_because(s, -EPROTO, "the target answers something else than was asked");
     return 0;
 }
 
 /* Also against the silence that the target bears only so long; nothing when it was said lately. */
-static int send_progress(struct migrate_source *s)
+int source_send_progress(struct migrate_source *s)
 {
     const struct migrate_progress *p = &s->progress;
     uint64_t now = migrate_now_ms();
@@ -187,7 +179,7 @@ static int send_progress(struct migrate_source *s)
                      migrate_stage_name(p->stage), p->round, (unsigned long long)p->left_pages,
                      (unsigned long long)p->total_pages, p->throttle);
 
-    return control_send(s, FRAME_PROGRESS, text, (uint32_t)n);
+    return source_control_send(s, FRAME_PROGRESS, text, (uint32_t)n);
 }
 
 /* ---- checks and reservation ---- */
@@ -209,10 +201,10 @@ static int offer(struct migrate_source *s, bool *post_copy)
                 : NULL;
     text = o ? json_dumps(o, JSON_COMPACT) : NULL;
     if (text) {
-        set_stage(s, MIGRATE_RESERVATION);
-        err = control_send(s, FRAME_OFFER, text, (uint32_t)strlen(text));
+        source_set_stage(s, MIGRATE_RESERVATION);
+        err = source_control_send(s, FRAME_OFFER, text, (uint32_t)strlen(text));
     } else {
-        because(s, err, "the machine cannot be described");
+        source_because(s, err, "the machine cannot be described");
     }
     if (!err)
         err = expect(s, FRAME_READY, &f, PATIENCE_MS);
@@ -222,7 +214,7 @@ static int offer(struct migrate_source *s, bool *post_copy)
         if (!*post_copy && s->opt->post_copy == MIGRATE_POST_COPY_NOW) {
             const char *why = json_string_value(json_object_get(answer, "post_copy_reason"));
 
-            err = because(s, -ENOSYS, why ? why : "the target cannot do post-copy");
+            err = source_because(s, -ENOSYS, why ? why : "the target cannot do post-copy");
         }
         json_decref(answer);
     }
@@ -234,214 +226,6 @@ static int offer(struct migrate_source *s, bool *post_copy)
     return err;
 }
 
-/* ---- pre-copy ---- */
-
-/* All pages that the host has given contents; the others are zero, which the target's are, too. */
-static void all_with_contents(struct migrate_source *s)
-{
-    for (unsigned i = 0; i < s->memory->regions; i++) {
-        const struct memory_region *r = &s->memory->region[i];
-        off_t at = 0, size = (off_t)r->size;
-
-        while (at < size) {
-            off_t data = lseek(r->fd, at, SEEK_DATA), hole = data < 0 ? -1 : lseek(r->fd, data, SEEK_HOLE);
-
-            if (data < 0 && errno == ENXIO)
-                break;
-            if (data < 0 || hole < 0) {
-                /* A host that cannot say has contents everywhere. */
-                data = at;
-                hole = size;
-            }
-            for (uint64_t page = (uint64_t)data >> GUEST_PAGE_SHIFT; page < ((uint64_t)hole + GUEST_PAGE_SIZE - 1) >> GUEST_PAGE_SHIFT; page++)
-                s->todo[i][page / 64] |= 1ull << (page % 64);
-            at = hole;
-        }
-    }
-}
-
-/* Sends what is in todo. The rate is measured where there was enough to measure. */
-static int send_round(struct migrate_source *s, uint64_t pages)
-{
-    uint64_t began = migrate_now_ms(), ms;
-    int ret;
-
-    source_streams_begin(s);
-    while ((ret = source_streams_wait(s, 100)) == 0) {
-        uint64_t now = migrate_now_ms(), handled = atomic_load(&s->handled);
-
-        s->progress.left_pages = pages > handled ? pages - handled : 0;
-        if (now - began > 300)
-            s->progress.rate = handled * GUEST_PAGE_SIZE * 1000 / (now - began);
-        ret = send_progress(s);
-        if (ret)
-            return ret;
-        if (atomic_load(&s->cancelled))
-            return because(s, -ECANCELED, "cancelled");
-        report(s);
-    }
-    if (ret < 0) {
-        if (!atomic_load(&s->cancelled))
-            hear_reason(s);
-        return atomic_load(&s->cancelled) ? because(s, -ECANCELED, "cancelled") : ret;
-    }
-    s->progress.left_pages = 0;
-    ms = migrate_now_ms() - began;
-    if (pages >= 2048 || !s->progress.rate)
-        s->progress.rate = pages * GUEST_PAGE_SIZE * 1000 / MAX(ms, 1u);
-    return 0;
-}
-
-/* Of disks, in pages. */
-static uint64_t disk_pages(const struct migrate_source *s) { return disk_bitmaps_count(s->opt->disks, s->disk_todo) * DISK_PAGES; }
-
-static void fetch_disks(struct migrate_source *s)
-{
-    for (unsigned i = 0; s->opt->disks && i < s->opt->disks->count; i++)
-        s->opt->disks->written(s->opt->disks->opaque, i, s->disk_todo[i]);
-}
-
-static int fetch(struct migrate_source *s, uint64_t *pages)
-{
-    int err = memory_dirty_fetch(s->memory, s->todo);
-
-    fetch_disks(s);
-    *pages = memory_bitmaps_count(s->memory, s->todo) + disk_pages(s);
-    return err ? because(s, err, "the guest's writes cannot be logged") : 0;
-}
-
-static uint64_t estimate(const struct migrate_source *s, uint64_t pages)
-{
-    return OVERHEAD_MS + (s->progress.rate ? pages * GUEST_PAGE_SIZE * 1000 / s->progress.rate : 0);
-}
-
-static uint64_t least(const uint64_t pages[WINDOW])
-{
-    uint64_t best = UINT64_MAX;
-
-    for (unsigned i = 0; i < WINDOW; i++)
-        best = MIN(best, pages[i]);
-    return best;
-}
-
-/* What stalled pre-copy is tried with next. */
-enum remedy { GO_ON, SWITCH, POST_COPY };
-
-/* best: the fewest pages that one of the latest rounds left. */
-static enum remedy relieve(struct migrate_source *s, bool post_copy, uint64_t pages, uint64_t best)
-{
-    unsigned *throttle = &s->progress.throttle;
-
-    /* What is left of disks does not follow: the guest stands still for it. */
-    if (post_copy && estimate(s, disk_pages(s)) <= s->opt->downtime_ms && s->opt->post_copy == MIGRATE_POST_COPY_AUTO) {
-        log_info("migration: the guest dirties memory faster than it is sent: changing to post-copy");
-        return POST_COPY;
-    }
-    if (*throttle < THROTTLE_MAX && s->ops->throttle) {
-        *throttle = MIN(*throttle + THROTTLE_STEP, THROTTLE_MAX);
-        log_info("migration: the guest dirties memory faster than it is sent: taking %u %% of its processors' time", *throttle);
-        s->ops->throttle(s->opaque, *throttle);
-        return GO_ON;
-    }
-    if (pages <= best + best / 10) {
-        log_info("migration: not getting closer: switching at a local minimum, %llu ms of standing still expected",
-                 (unsigned long long)s->progress.estimate_ms);
-        return SWITCH;
-    }
-    return GO_ON;
-}
-
-/*
- * Disks go first, in rounds as long as these become shorter, since memory that is sent before a disk of gigabytes would have to be
- * sent again.
- */
-static int copy_disks(struct migrate_source *s)
-{
-    const struct migrate_disks *d = s->opt->disks;
-    uint64_t pages, before;
-    int err;
-
-    if (!d)
-        return 0;
-    err = d->start(d->opaque);
-    s->disks_logged = !err;
-    if (err)
-        return because(s, err, "writes to the machine's disks cannot be logged");
-    for (unsigned i = 0; i < d->count; i++)
-        d->contents(d->opaque, i, s->disk_todo[i]);
-    s->only_disks = s->fresh = true;
-    pages = disk_pages(s);
-    do {
-        before = pages;
-        s->progress.left_pages = pages;
-        s->progress.total_pages = pages;
-        log_info("migration: disks: %llu MiB to look at", (unsigned long long)(pages * GUEST_PAGE_SIZE >> 20));
-        err = send_round(s, pages);
-        if (err)
-            return err;
-        s->fresh = false;
-        fetch_disks(s);
-        pages = disk_pages(s);
-    } while (pages < before / 2 && estimate(s, pages) > s->opt->downtime_ms / 2);
-    s->only_disks = false;
-    s->progress.total_pages = memory_total(s->memory) >> GUEST_PAGE_SHIFT;
-    return 0;
-}
-
-/* Ends with todo holding what the last fetch found, the guest running. */
-static int pre_copy(struct migrate_source *s, bool can_post_copy, bool *post_copy)
-{
-    uint64_t pages, before, fetched_at, recent[WINDOW];
-    unsigned stalls = 0;
-    int err;
-
-    memset(recent, 0xff, sizeof(recent));
-    *post_copy = false;
-    all_with_contents(s);
-    pages = memory_bitmaps_count(s->memory, s->todo) + disk_pages(s);
-    fetched_at = migrate_now_ms();
-    if (s->opt->post_copy == MIGRATE_POST_COPY_NOW) {
-        *post_copy = true;
-        return 0;
-    }
-    for (;;) {
-        uint64_t now;
-
-        s->progress.round++;
-        before = pages;
-        err = send_round(s, pages);
-        if (!err)
-            err = fetch(s, &pages);
-        if (err)
-            return err;
-        now = migrate_now_ms();
-        s->progress.dirty_rate = pages * GUEST_PAGE_SIZE * 1000 / MAX(now - fetched_at, 1u);
-        s->progress.left_pages = pages;
-        s->progress.estimate_ms = estimate(s, pages);
-        fetched_at = now;
-        err = send_progress(s);
-        if (err)
-            return err;
-        log_info("migration: round %u: %llu pages sent, %llu dirty, %llu ms of standing still expected", s->progress.round,
-                 (unsigned long long)before, (unsigned long long)pages, (unsigned long long)s->progress.estimate_ms);
-        report(s);
-        if (s->progress.estimate_ms <= s->opt->downtime_ms &&
-            /* Good enough; better only while each round halves what is left. */
-            (s->progress.estimate_ms <= 2 * OVERHEAD_MS || pages > before / 2 || s->progress.round >= 10))
-            return 0;
-        stalls = pages > before - before / 10 ? stalls + 1 : 0;
-        if (stalls >= 2 || s->progress.round >= MAX_ROUNDS) {
-            enum remedy r = relieve(s, can_post_copy, pages, least(recent));
-
-            *post_copy = r == POST_COPY;
-            if (r != GO_ON)
-                return 0;
-            stalls = 0;
-        }
-        recent[s->progress.round % WINDOW] = pages;
-    }
-}
-
 /* ---- stop-and-copy ---- */
 
 static int send_state(struct migrate_source *s)
@@ -451,12 +235,12 @@ static int send_state(struct migrate_source *s)
     int err = s->ops->save(s->opaque, &data, &len);
 
     if (err)
-        because(s, err, "the machine's state cannot be saved");
+        source_because(s, err, "the machine's state cannot be saved");
     else if (len > frame_limit(FRAME_STATE))
-        err = because(s, -EFBIG, "the machine's state is too big to be sent");
+        err = source_because(s, -EFBIG, "the machine's state is too big to be sent");
     if (!err) {
         s->ops->release(s->opaque);
-        err = control_send(s, FRAME_STATE, data, (uint32_t)len);
+        err = source_control_send(s, FRAME_STATE, data, (uint32_t)len);
     }
     free(data);
     return err;
@@ -468,33 +252,33 @@ static int stop_and_copy(struct migrate_source *s, bool post_copy)
     uint64_t pages;
     int err;
 
-    set_stage(s, MIGRATE_STOP_AND_COPY);
+    source_set_stage(s, MIGRATE_STOP_AND_COPY);
     err = s->ops->pause(s->opaque);
     if (err)
-        return because(s, err, "the machine cannot be stopped");
-    err = fetch(s, &pages);
+        return source_because(s, err, "the machine cannot be stopped");
+    err = source_fetch(s, &pages);
     /* Disks have to be complete in any case. */
-    if (!err && post_copy && disk_pages(s)) {
+    if (!err && post_copy && source_disk_pages(s)) {
         s->only_disks = true;
-        err = send_round(s, disk_pages(s));
+        err = source_send_round(s, source_disk_pages(s));
         s->only_disks = false;
     }
     if (!err && post_copy) {
         err = missing_send(s->control, s->memory, s->todo);
         if (err)
-            because(s, err, channel_error(s->control));
+            source_because(s, err, channel_error(s->control));
         /* The streams' connections are for later; the urgent one has to be there before the target loads the state. */
         if (!err)
             err = source_streams_forget(s);
         if (!err)
             err = source_urgent_open(s);
     } else if (!err) {
-        err = send_round(s, pages);
+        err = source_send_round(s, pages);
     }
     if (!err)
         err = send_state(s);
     if (!err) {
-        set_stage(s, MIGRATE_COMMITMENT);
+        source_set_stage(s, MIGRATE_COMMITMENT);
         err = expect(s, FRAME_PREPARED, &f, s->channel_options.idle_ms);
     }
     frame_free(&f);
@@ -532,7 +316,7 @@ static int ask_owner(struct migrate_source *s)
     return ret;
 }
 
-static void nap(unsigned ms) { nanosleep(&(struct timespec){ .tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000 }, NULL); }
+void source_nap(unsigned ms) { nanosleep(&(struct timespec){ .tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000 }, NULL); }
 
 /* COMMIT may or may not have arrived. */
 static enum migrate_stage settle(struct migrate_source *s)
@@ -546,7 +330,7 @@ static enum migrate_stage settle(struct migrate_source *s)
             return MIGRATE_DONE;
         if (owner == OWNER_SOURCE)
             return MIGRATE_FAILED;
-        nap(200);
+        source_nap(200);
     } while (migrate_now_ms() < until && !atomic_load(&s->cancelled));
     return MIGRATE_UNKNOWN;
 }
@@ -560,13 +344,13 @@ static enum migrate_stage give_back(struct migrate_source *s, bool paused, bool 
     /* A target that has the state may hold the disks' locks, and may be told by a person to run the machine. */
     if (told) {
         source_streams_close(s);
-        control_close(s);
+        source_control_close(s);
         for (unsigned tries = 0; tries < 3 && ask_owner(s) < 0; tries++)
-            nap(100);
+            source_nap(100);
     }
     if (paused) {
         while ((err = s->ops->reclaim(s->opaque)) && migrate_now_ms() < until)
-            nap(200);
+            source_nap(200);
         if (err) {
             log_error("migration of %s: the target still holds the machine's disks; it stays paused here: end the target, then `ringfort resume %s`",
                       s->opt->name, s->opt->name);
@@ -579,105 +363,6 @@ static enum migrate_stage give_back(struct migrate_source *s, bool paused, bool 
     return MIGRATE_FAILED;
 }
 
-/* ---- post-copy ---- */
-
-/* Sends what is left in todo until the target has all. */
-static int push_rest(struct migrate_source *s)
-{
-    struct frame f = { 0 };
-    char error[CHANNEL_ERROR_MAX];
-    uint64_t pages = memory_bitmaps_count(s->memory, s->todo);
-    int ret;
-
-    source_streams_begin(s);
-    do {
-        uint64_t handled = atomic_load(&s->handled);
-
-        s->progress.left_pages = pages > handled ? pages - handled : 0;
-        report(s);
-        ret = source_streams_wait(s, 100);
-        if (ret < 0)
-            return ret;
-        if (send_progress(s))
-            return -EIO;
-        ret = channel_wait(s->control, 0);
-    } while (ret == 0);
-    if (ret < 0)
-        return because(s, ret, channel_error(s->control));
-    ret = frame_recv(s->control, &f, error);
-    if (ret)
-        because(s, ret, error);
-    else if (f.type != FRAME_COMPLETE)
-        ret = because(s, -EPROTO, "the target answers something else than was asked");
-    frame_free(&f);
-    return ret;
-}
-
-/* A new set of connections for what the target still misses. 1: it misses nothing. -EACCES: it knows nothing of the machine. */
-static int recover(struct migrate_source *s)
-{
-    char error[CHANNEL_ERROR_MAX];
-    struct frame f = { 0 };
-    struct channel *c;
-    int err;
-
-    source_streams_close(s);
-    control_close(s);
-    s->reason[0] = 0;
-    err = source_connect(s, HELLO_RECOVER, 0, &c, s->reason);
-    if (err)
-        return err;
-    pthread_mutex_lock(&s->lock);
-    s->control = c;
-    pthread_mutex_unlock(&s->lock);
-    for (unsigned i = 0; i < s->memory->regions; i++)
-        memset(s->todo[i], 0, memory_bitmap_words(&s->memory->region[i]) * 8);
-    while (!(err = frame_recv(c, &f, error)) && f.type == FRAME_MISSING && !(err = missing_take(&f, s->memory, s->todo, error)))
-        ;
-    if (err)
-        because(s, err, error);
-    else if (f.type == FRAME_COMPLETE)
-        err = 1;
-    else if (f.type != FRAME_READY)
-        err = because(s, -EPROTO, "the target answers something else than was asked");
-    frame_free(&f);
-    if (!err) {
-        err = source_streams_open(s);
-        if (!err)
-            err = source_urgent_open(s);
-        /* Whoever refuses these has not forgotten the machine. */
-        if (err == -EACCES)
-            err = -EAGAIN;
-    }
-    return err;
-}
-
-static enum migrate_stage post_copy_rest(struct migrate_source *s)
-{
-    int err;
-
-    set_stage(s, MIGRATE_POST_COPYING);
-    err = push_rest(s);
-    while (err) {
-        log_warn("migration of %s: the connection failed (%s); the target waits for memory that is here: connecting again",
-                 s->opt->name, s->reason);
-        do {
-            if (atomic_load(&s->cancelled))
-                return MIGRATE_LOST;
-            nap(500);
-            err = recover(s);
-            /* The target is there and does not know of it any more: it has given the machine up. */
-            if (err == -EACCES)
-                return MIGRATE_LOST;
-            if (err == 1)
-                return MIGRATE_DONE;
-        } while (err);
-        log_warn("migration of %s: connected again", s->opt->name);
-        err = push_rest(s);
-    }
-    return MIGRATE_DONE;
-}
-
 /* ---- all of it ---- */
 
 static int hand_over(struct migrate_source *s)
@@ -685,8 +370,8 @@ static int hand_over(struct migrate_source *s)
     struct frame f = { 0 };
     int err;
 
-    set_stage(s, MIGRATE_ACTIVATION);
-    err = control_send(s, FRAME_COMMIT, NULL, 0);
+    source_set_stage(s, MIGRATE_ACTIVATION);
+    err = source_control_send(s, FRAME_COMMIT, NULL, 0);
     if (!err)
         err = expect(s, FRAME_RUNNING, &f, s->channel_options.idle_ms);
     if (!err)
@@ -701,7 +386,7 @@ static int run(struct migrate_source *s, bool *paused, bool *told, bool *given, 
     struct channel *c;
     int err;
 
-    set_stage(s, MIGRATE_CHECKS);
+    source_set_stage(s, MIGRATE_CHECKS);
     err = source_connect(s, HELLO_CONTROL, 0, &c, s->reason);
     if (err)
         return err;
@@ -713,19 +398,19 @@ static int run(struct migrate_source *s, bool *paused, bool *told, bool *given, 
         err = source_streams_open(s);
     if (err)
         return err;
-    set_stage(s, MIGRATE_PRE_COPY);
-    err = copy_disks(s);
+    source_set_stage(s, MIGRATE_PRE_COPY);
+    err = source_copy_disks(s);
     if (err)
         return err;
     err = memory_dirty_start(s->memory);
     s->logging = !err;
     if (err)
-        return because(s, err, err == -EBUSY ? "a snapshot or another migration of this machine is under way" : "the guest's writes cannot be logged");
-    err = pre_copy(s, can_post_copy, post_copy);
+        return source_because(s, err, err == -EBUSY ? "a snapshot or another migration of this machine is under way" : "the guest's writes cannot be logged");
+    err = source_pre_copy(s, can_post_copy, post_copy);
     if (err)
         return err;
     if (atomic_load(&s->cancelled))
-        return because(s, -ECANCELED, "cancelled");
+        return source_because(s, -ECANCELED, "cancelled");
     s->stopped_ms = migrate_now_ms();
     *paused = true;
     *told = true;
@@ -782,14 +467,14 @@ enum migrate_stage migrate_source_run(struct migrate_source *s, struct migrate_r
     s->progress = (struct migrate_progress){ .total_pages = memory_total(s->memory) >> GUEST_PAGE_SHIFT };
     s->channel_options = (struct channel_options){ .connect_ms = timeout, .idle_ms = timeout };
     s->hello = (struct hello){ .oldest = MIGRATE_VERSION, .newest = MIGRATE_VERSION };
-    err = getrandom(s->hello.session, SESSION_SIZE, 0) == SESSION_SIZE ? 0 : because(s, -EIO, "no random numbers");
+    err = getrandom(s->hello.session, SESSION_SIZE, 0) == SESSION_SIZE ? 0 : source_because(s, -EIO, "no random numbers");
     if (!err && s->opt->tls_dir) {
         s->channel_options.tls = channel_tls_load(s->opt->tls_dir, s->reason);
         err = s->channel_options.tls ? 0 : -EINVAL;
     }
     if (!err && (memory_bitmaps_alloc(s->memory, s->todo) || page_hashes_init(&s->hashes, s->memory) ||
                  disk_bitmaps_alloc(s->opt->disks, s->disk_todo)))
-        err = because(s, -ENOMEM, "out of memory");
+        err = source_because(s, -ENOMEM, "out of memory");
     if (!err)
         err = run(s, &paused, &told, &given, &post_copy);
     end = conclude(s, err, paused, told, given);
@@ -800,7 +485,7 @@ enum migrate_stage migrate_source_run(struct migrate_source *s, struct migrate_r
     if (end == MIGRATE_DONE && !result->downtime_ms)
         result->downtime_ms = migrate_now_ms() - s->stopped_ms;
     if (end == MIGRATE_DONE && post_copy)
-        end = post_copy_rest(s);
+        end = source_post_copy_rest(s);
     if (end == MIGRATE_DONE && s->control)
         frame_send(s->control, FRAME_COMPLETE, 0, NULL, 0);     /* the target need not expect questions any more */
     tell(s, end);
@@ -813,12 +498,12 @@ enum migrate_stage migrate_source_run(struct migrate_source *s, struct migrate_r
     result->disk_bytes = atomic_load(&s->disk_bytes);
     result->pages_requested = atomic_load(&s->requested);
     source_streams_close(s);
-    control_close(s);
+    source_control_close(s);
     result->bytes = source_bytes(s);
     pthread_mutex_lock(&s->lock);
     s->progress.stage = end;
     pthread_mutex_unlock(&s->lock);
-    report(s);
+    source_report(s);
     memory_bitmaps_free(s->todo);
     disk_bitmaps_free(s->disk_todo);
     page_hashes_destroy(&s->hashes);

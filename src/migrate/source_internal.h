@@ -1,5 +1,6 @@
 /*
- * The source's parts among each other: source.c (the stages), source_streams.c (the connections that carry pages).
+ * The source's parts among each other: source.c (the stages, and who owns the machine), source_copy.c (copying while the guest runs),
+ * source_postcopy.c (copying while it runs there), source_streams.c (the connections that carry pages).
  */
 #ifndef RINGFORT_MIGRATE_SOURCE_INTERNAL_H
 #define RINGFORT_MIGRATE_SOURCE_INTERNAL_H
@@ -72,6 +73,41 @@ struct migrate_source {
     uint64_t said_ms;                           /* when progress was sent last */
     bool logging;                               /* dirty logging is ours to stop */
 };
+
+/* ---- source.c: the migration's thread ---- */
+
+void source_report(struct migrate_source *s);
+void source_set_stage(struct migrate_source *s, enum migrate_stage stage);
+/* Notes why the migration fails, if nothing is noted yet. Gives err. */
+int source_because(struct migrate_source *s, int err, const char *reason);
+void source_nap(unsigned ms);
+/* 0 or a negative errno with s->reason. */
+int source_control_send(struct migrate_source *s, unsigned type, const void *data, uint32_t length);
+/* Against the silence that the target bears only so long; nothing when it was said lately. As source_control_send(). */
+int source_send_progress(struct migrate_source *s);
+/* Something that the target says unasked is a reason to stop; asks for it where a connection broke. */
+void source_hear_reason(struct migrate_source *s);
+void source_control_close(struct migrate_source *s);
+
+/* ---- source_copy.c ---- */
+
+/* Disks that come along, in rounds as long as these become shorter. 0 or a negative errno with s->reason. */
+int source_copy_disks(struct migrate_source *s);
+/* Rounds of memory. Ends with todo holding what the last fetch found, the guest running. As above; *post_copy: how to go on. */
+int source_pre_copy(struct migrate_source *s, bool can_post_copy, bool *post_copy);
+/* Sends what is in todo: so many pages. As above. */
+int source_send_round(struct migrate_source *s, uint64_t pages);
+/* Adds what was written since to todo; *pages: what is in there. As above. */
+int source_fetch(struct migrate_source *s, uint64_t *pages);
+/* What is in todo of disks, in pages. */
+uint64_t source_disk_pages(const struct migrate_source *s);
+
+/* ---- source_postcopy.c ---- */
+
+/* Until the target has all of the memory: MIGRATE_DONE, or MIGRATE_LOST. */
+enum migrate_stage source_post_copy_rest(struct migrate_source *s);
+
+/* ---- source_streams.c ---- */
 
 /* Connects with a hello of this kind. 0 or a negative errno with reason. */
 int source_connect(struct migrate_source *s, unsigned kind, unsigned index, struct channel **out, char reason[CHANNEL_ERROR_MAX]);

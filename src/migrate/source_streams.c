@@ -172,7 +172,7 @@ int source_connect(struct migrate_source *s, unsigned kind, unsigned index, stru
     if (err == -ECONNRESET && !s->opt->tls_dir)
         snprintf(reason, CHANNEL_ERROR_MAX, "the target closed the connection at once: does it want TLS?");
     if (!err && f.type == FRAME_REFUSE) {
-        snprintf(reason, CHANNEL_ERROR_MAX, "the target refuses: %.220s", (const char *)f.data);
+        snprintf(reason, CHANNEL_ERROR_MAX, "the target refuses: %.480s", (const char *)f.data);
         err = -EACCES;
     } else if (!err) {
         err = hello_get(&f, &answer, reason);

@@ -10,8 +10,6 @@
 #include <assert.h>
 #include <errno.h>
 #include <jansson.h>
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,78 +17,12 @@
 
 #include "base/log.h"
 #include "base/util.h"
-#include "migrate/disks.h"
-#include "migrate/pages.h"
-#include "migrate/postcopy.h"
-#include "migrate/protocol.h"
+#include "migrate/target_internal.h"
 
 #define DEFAULT_TIMEOUT_MS 10000u
 #define DEFAULT_SETTLE_MS 60000u
 /* How many times the bound on a transfer the source may be silent: it drains and syncs disks meanwhile. */
 #define SILENCES 3
-/* Of disks, on one stream, until they are handed to the host's disk. */
-#define SYNC_BYTES MIB(32)
-#define URGENT MIGRATE_MAX_STREAMS      /* index of the urgent connection */
-#define STREAMS (MIGRATE_MAX_STREAMS + 1)
-
-/* Whose the machine is, as far as this side knows. */
-enum ownership {
-    NOTHING,            /* no source yet */
-    RECEIVING,          /* the source's */
-    PREPARED,           /* the source's; complete here */
-    ORPHAN,             /* complete here, and the source is gone */
-    TAKEN,              /* the target's */
-    GIVEN_UP,           /* the source's for ever */
-};
-
-struct target_stream {
-    struct migrate_target *target;
-    pthread_t thread;
-    bool started;
-    struct channel *channel;
-    uint64_t unsynced;          /* bytes of disks since the last sync */
-};
-
-struct migrate_target {
-    const struct migrate_target_options *opt;
-    const struct migrate_target_ops *ops;
-    void *opaque;
-    struct channel_listener *listener;
-    struct channel_options channel_options;
-    pthread_t acceptor;
-    bool acceptor_started;
-    _Atomic bool cancelled;
-    _Atomic bool activated;     /* it runs, or may at any moment */
-
-    struct memory *memory;
-    struct postcopy *_Atomic postcopy;
-    uint64_t *missing[MEMORY_MAX_REGIONS];
-
-    /* Guarded by lock. */
-    pthread_mutex_t lock;
-    pthread_cond_t changed;
-    enum ownership owner;
-    struct hello hello;         /* the source's */
-    struct channel *control;
-    struct channel *next;       /* one that the acceptor has for run() */
-    struct target_stream stream[STREAMS];
-    unsigned streams;           /* that the source announced */
-    bool streams_wanted;        /* of this control connection; those of an earlier one may still come */
-    bool broken;
-    bool known;                 /* the source said that it knows that the machine is here */
-    char reason[CHANNEL_ERROR_MAX];
-
-    uint64_t closed_bytes;
-    struct migrate_progress progress;
-    uint64_t began_ms;
-};
-
-/* ---- small things ---- */
-
-static void refuse(struct channel *c, const char *reason)
-{
-    frame_send(c, FRAME_REFUSE, 0, reason, (uint32_t)strlen(reason));
-}
 
 static void report(struct migrate_target *t)
 {
@@ -106,311 +38,33 @@ static void set_stage(struct migrate_target *t, enum migrate_stage stage)
     report(t);
 }
 
-/* Lock held: a stream or run() cannot go on. A machine that does not run yet never will, so its loading need not wait for memory. */
-static void set_broken(struct migrate_target *t, const char *reason)
+void target_set_broken(struct migrate_target *t, const char *reason)
 {
     if (!t->broken)
         snprintf(t->reason, sizeof(t->reason), "%s", reason);
     t->broken = true;
-    if (t->owner != TAKEN && t->postcopy) {
-        t->owner = GIVEN_UP;
+    if (t->owner != TARGET_TAKEN && t->postcopy) {
+        t->owner = TARGET_GIVEN_UP;
         postcopy_give_up(t->postcopy);
     }
     pthread_cond_broadcast(&t->changed);
 }
 
-/* ---- pages ---- */
+/* ---- running the machine ---- */
 
-static int store_page(void *opaque, unsigned region, uint64_t page, const uint8_t *contents)
+static void *runner_main(void *opaque)
 {
     struct migrate_target *t = opaque;
-    uint8_t *to = t->memory->region[region].host + (page << GUEST_PAGE_SHIFT);
 
-    if (t->postcopy)
-        return postcopy_place(t->postcopy, region, page, contents);
-    if (contents)
-        memcpy(to, contents, GUEST_PAGE_SIZE);
-    else
-        memset(to, 0, GUEST_PAGE_SIZE);
-    return 0;
-}
-
-static bool receives(struct migrate_target *t)
-{
-    bool yes;
-
-    pthread_mutex_lock(&t->lock);
-    yes = t->owner == RECEIVING;
-    pthread_mutex_unlock(&t->lock);
-    return yes;
-}
-
-/* Now and then, so that little is left when the guest stands still and when somebody waits for the fence. */
-static int sync_disks(struct migrate_target *t, struct target_stream *s, char error[CHANNEL_ERROR_MAX])
-{
-    int err = s->unsynced ? t->ops->disk_sync(t->opaque) : 0;
-
-    s->unsynced = 0;
-    if (err)
-        snprintf(error, CHANNEL_ERROR_MAX, "a disk cannot be written: %s", strerror(-err));
-    return err;
-}
-
-static int take_disk(struct migrate_target *t, struct target_stream *s, struct disk_decoder *d, const struct frame *f,
-                     char error[CHANNEL_ERROR_MAX])
-{
-    int err = disk_decoder_take(d, f, t->ops->disk_write, t->opaque, error);
-
-    s->unsynced += f->length;
-    return err || s->unsynced < SYNC_BYTES ? err : sync_disks(t, s, error);
-}
-
-static int stream_frame(struct migrate_target *t, struct target_stream *s, struct page_decoder *d, struct disk_decoder *disks,
-                        const struct frame *f, char error[CHANNEL_ERROR_MAX])
-{
-    int err;
-
-    if (f->type == FRAME_PAGES)
-        return page_decoder_take(d, f, store_page, t, error);
-    if (f->type == FRAME_DISK && t->ops->disk_write && receives(t))
-        return take_disk(t, s, disks, f, error);
-    if (f->type == FRAME_FENCE && f->length == 8) {
-        err = sync_disks(t, s, error);
-        if (err)
-            return err;
-        err = frame_send(s->channel, FRAME_FENCE, 0, f->data, 8);
-        if (err)
-            snprintf(error, CHANNEL_ERROR_MAX, "%s", channel_error(s->channel));
-        return err;
-    }
-    snprintf(error, CHANNEL_ERROR_MAX, "the stream is damaged: '%s' where pages should be", frame_name(f->type));
-    return -EPROTO;
-}
-
-/* A failure of this side, or damage that it saw; not of the link. */
-static bool is_ours(int err)
-{
-    return err == -EPROTO || err == -ENOMEM || err == -ENOSPC || err == -EIO || err == -EFBIG || err == -EDQUOT;
-}
-
-static void *stream_main(void *opaque)
-{
-    struct target_stream *s = opaque;
-    struct migrate_target *t = s->target;
-    struct page_decoder *d = page_decoder_create(t->memory);
-    struct disk_decoder *disks = disk_decoder_create();
-    char error[CHANNEL_ERROR_MAX] = "out of memory";
-    struct frame f = { 0 };
-    int err = d && disks ? 0 : -ENOMEM;
-
-    while (!err) {
-        /* Between rounds there is silence; whether the source lives the control connection tells. */
-        err = channel_wait(s->channel, -1);
-        if (err < 0)
-            snprintf(error, sizeof(error), "%s", channel_error(s->channel));
-        else
-            err = frame_recv(s->channel, &f, error);
-        if (!err)
-            err = stream_frame(t, s, d, disks, &f, error);
-    }
-    frame_free(&f);
-    page_decoder_free(d);
-    disk_decoder_free(disks);
-    pthread_mutex_lock(&t->lock);
-    /* Once all is here the connections may go. */
-    if (t->owner != TAKEN || (t->postcopy && postcopy_missing(t->postcopy))) {
-        set_broken(t, error);
-        if (t->control && err != -ECANCELED) {
-            /*
-             * Whoever reads the control connection is to look. What it was goes to the source first, which goes on with the machine
-             * when it hears it: so it is given up before, and once it is the target's the source only sees the connection break.
-             */
-            if (is_ours(err) && t->owner != TAKEN) {
-                t->owner = GIVEN_UP;
-                refuse(t->control, error);
-            }
-            channel_abort(t->control);
-        }
-    }
-    pthread_mutex_unlock(&t->lock);
+    t->ops->run(t->opaque);
     return NULL;
 }
 
-/* ---- the acceptor ---- */
-
-static int answer_hello(struct channel *c, const struct hello *h)
+static void join_runner(struct migrate_target *t)
 {
-    struct hello answer = *h;
-    uint8_t payload[HELLO_SIZE];
-
-    answer.oldest = answer.newest = MIGRATE_VERSION;
-    hello_put(&answer, payload);
-    return frame_send(c, FRAME_HELLO, 0, payload, sizeof(payload));
-}
-
-/* Lock held. The connection is taken over on 0. */
-static int take_stream(struct migrate_target *t, struct channel *c, const struct hello *h)
-{
-    unsigned index = h->kind == HELLO_URGENT ? URGENT : h->index;
-    struct target_stream *s;
-
-    if (!t->memory || !t->streams_wanted || index >= STREAMS || (h->kind == HELLO_STREAM && index >= t->streams) || t->stream[index].channel)
-        return -EINVAL;
-    s = &t->stream[index];
-    if (answer_hello(c, h))
-        return -EIO;
-    s->target = t;
-    s->channel = c;
-    if (pthread_create(&s->thread, NULL, stream_main, s)) {
-        s->channel = NULL;
-        return -EAGAIN;
-    }
-    s->started = true;
-    if (h->kind == HELLO_URGENT && t->postcopy)
-        postcopy_connect(t->postcopy, c);
-    pthread_cond_broadcast(&t->changed);
-    return 0;
-}
-
-/* The source asks whose the machine is. What is not the target's yet never will be. True: it was told that it is the target's. */
-static bool answer_query(struct migrate_target *t, struct channel *c, const struct hello *h)
-{
-    uint8_t payload[4];
-
-    if (t->owner == TAKEN && !atomic_load(&t->activated)) {
-        /* Should that fail, the machine is the source's after all: it asks again. */
-        refuse(c, "it is about to be activated");
-        return false;
-    }
-    if (t->owner != TAKEN) {
-        t->owner = GIVEN_UP;
-        set_broken(t, "the source goes on with the machine");
-        if (t->control)
-            channel_abort(t->control);
-    }
-    store_le32(payload, t->owner == TAKEN ? OWNER_TARGET : OWNER_SOURCE);
-    return answer_hello(c, h) == 0 && frame_send(c, FRAME_STATUS, 0, payload, 4) == 0 && t->owner == TAKEN;
-}
-
-/* After the answer to a question: an answer that was sent may have been too late, or got lost, and then the source asks again. */
-static void hear_thanks(struct migrate_target *t, struct channel *c)
-{
-    char error[CHANNEL_ERROR_MAX];
-    struct frame f = { 0 };
-
-    channel_set_deadline(c, t->channel_options.connect_ms);
-    if (frame_recv(c, &f, error) == 0 && f.type == FRAME_COMPLETE) {
-        pthread_mutex_lock(&t->lock);
-        /* With memory missing the source comes back, to send it. */
-        t->known = !t->postcopy;
-        if (t->known && t->control)
-            channel_abort(t->control);
-        pthread_cond_broadcast(&t->changed);
-        pthread_mutex_unlock(&t->lock);
-    }
-    frame_free(&f);
-}
-
-/* Lock held. True: the connection is somebody's now. *asked: it is not, and its answer may be confirmed. */
-static bool dispatch(struct migrate_target *t, struct channel *c, const struct hello *h, bool *asked)
-{
-    bool ours = t->owner != NOTHING && memcmp(h->session, t->hello.session, SESSION_SIZE) == 0;
-
-    switch (h->kind) {
-    case HELLO_CONTROL:
-        if (t->owner != NOTHING) {
-            refuse(c, "another migration is under way here");
-            return false;
-        }
-        if (answer_hello(c, h))
-            return false;
-        t->hello = *h;
-        t->owner = RECEIVING;
-        t->next = c;
-        pthread_cond_broadcast(&t->changed);
-        return true;
-    case HELLO_STREAM:
-    case HELLO_URGENT:
-        if (ours && take_stream(t, c, h) == 0)
-            return true;
-        refuse(c, "this connection belongs to no migration that is under way here");
-        return false;
-    case HELLO_QUERY:
-        if (ours)
-            *asked = answer_query(t, c, h);
-        else
-            refuse(c, "the machine is not known here");
-        return false;
-    default: /* HELLO_RECOVER */
-        if (!ours || t->owner != TAKEN || !t->postcopy) {
-            refuse(c, "the machine does not wait for memory here");
-            return false;
-        }
-        if (answer_hello(c, h))
-            return false;
-        /* One that nobody has looked at yet is of a link that broke again. */
-        channel_close(t->next);
-        t->next = c;
-        set_broken(t, "the source connected anew");
-        if (t->control)
-            channel_abort(t->control);
-        return true;
-    }
-}
-
-static void greet(struct migrate_target *t, struct channel *c)
-{
-    char error[CHANNEL_ERROR_MAX];
-    struct frame f = { 0 };
-    struct hello h;
-    bool kept = false, asked = false;
-    int err;
-
-    /* One after the other: a slow stranger must not keep the source waiting for long. */
-    channel_set_deadline(c, t->channel_options.connect_ms);
-    err = channel_handshake(c);
-    if (err)
-        snprintf(error, sizeof(error), "%s", channel_error(c));
-    else
-        err = frame_recv(c, &f, error);
-    if (!err) {
-        err = hello_get(&f, &h, error);
-        if (err)
-            refuse(c, error);
-    }
-    channel_set_deadline(c, 0);
-    frame_free(&f);
-    if (err) {
-        log_warn("a connection for a migration was turned away: %s", error);
-    } else {
-        pthread_mutex_lock(&t->lock);
-        kept = dispatch(t, c, &h, &asked);
-        pthread_mutex_unlock(&t->lock);
-    }
-    if (asked)
-        hear_thanks(t, c);
-    if (!kept)
-        channel_close(c);
-}
-
-static void *acceptor_main(void *opaque)
-{
-    struct migrate_target *t = opaque;
-    char error[CHANNEL_ERROR_MAX];
-    struct channel *c;
-    int err;
-
-    for (;;) {
-        err = channel_accept(t->listener, &t->channel_options, -1, &c, error);
-        if (err == -ECANCELED)
-            return NULL;
-        if (err) {
-            log_warn("migration: %s", error);
-            nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
-            continue;
-        }
-        greet(t, c);
-    }
+    if (t->runner_started)
+        pthread_join(t->runner, NULL);
+    t->runner_started = false;
 }
 
 /* ---- making and ending ---- */
@@ -429,6 +83,7 @@ struct migrate_target *migrate_target_create(const struct migrate_target_options
     t->opaque = opaque;
     pthread_mutex_init(&t->lock, NULL);
     pthread_cond_init(&t->changed, NULL);
+    pthread_rwlock_init(&t->placing, NULL);
     t->channel_options = (struct channel_options){ .connect_ms = MIN(timeout, 3000u), .idle_ms = timeout };
     if (opt->tls_dir) {
         t->channel_options.tls = channel_tls_load(opt->tls_dir, error);
@@ -438,7 +93,7 @@ struct migrate_target *migrate_target_create(const struct migrate_target_options
     t->listener = channel_listen(opt->listen, error);
     if (!t->listener)
         goto out;
-    if (pthread_create(&t->acceptor, NULL, acceptor_main, t)) {
+    if (pthread_create(&t->acceptor, NULL, target_acceptor_main, t)) {
         snprintf(error, sizeof(error), "cannot start a thread");
         goto out;
     }
@@ -451,41 +106,6 @@ out:
 }
 
 unsigned migrate_target_port(const struct migrate_target *t) { return channel_listener_port(t->listener); }
-
-/* The streams and the control connection; whatever they are doing. Lock not held. */
-static void close_connections(struct migrate_target *t)
-{
-    struct channel *control;
-
-    pthread_mutex_lock(&t->lock);
-    t->streams_wanted = false;
-    pthread_mutex_unlock(&t->lock);
-    if (t->postcopy)
-        postcopy_connect(t->postcopy, NULL);
-    for (unsigned i = 0; i < STREAMS; i++) {
-        struct target_stream *s = &t->stream[i];
-
-        pthread_mutex_lock(&t->lock);
-        if (s->channel)
-            channel_abort(s->channel);
-        pthread_mutex_unlock(&t->lock);
-        if (!s->started)
-            continue;
-        pthread_join(s->thread, NULL);
-        pthread_mutex_lock(&t->lock);
-        t->closed_bytes += channel_bytes(s->channel);
-        channel_close(s->channel);
-        *s = (struct target_stream){ 0 };
-        pthread_mutex_unlock(&t->lock);
-    }
-    pthread_mutex_lock(&t->lock);
-    control = t->control;
-    t->control = NULL;
-    if (control)
-        t->closed_bytes += channel_bytes(control);
-    pthread_mutex_unlock(&t->lock);
-    channel_close(control);
-}
 
 static void stop_accepting(struct migrate_target *t)
 {
@@ -503,13 +123,15 @@ void migrate_target_free(struct migrate_target *t)
     if (!t)
         return;
     stop_accepting(t);
-    close_connections(t);
+    target_close_connections(t);
     channel_close(t->next);
     postcopy_destroy(t->postcopy);
+    join_runner(t);
     memory_bitmaps_free(t->missing);
     channel_tls_free(t->channel_options.tls);
     pthread_mutex_destroy(&t->lock);
     pthread_cond_destroy(&t->changed);
+    pthread_rwlock_destroy(&t->placing);
     free(t);
 }
 
@@ -517,7 +139,7 @@ void migrate_target_cancel(struct migrate_target *t)
 {
     atomic_store(&t->cancelled, true);
     pthread_mutex_lock(&t->lock);
-    set_broken(t, "cancelled");
+    target_set_broken(t, "cancelled");
     if (t->control)
         channel_abort(t->control);
     pthread_cond_broadcast(&t->changed);
@@ -529,9 +151,9 @@ bool migrate_target_take(struct migrate_target *t)
     bool taken;
 
     pthread_mutex_lock(&t->lock);
-    taken = t->owner == ORPHAN;
+    taken = t->owner == TARGET_ORPHAN;
     if (taken)
-        t->owner = TAKEN;
+        t->owner = TARGET_TAKEN;
     pthread_cond_broadcast(&t->changed);
     pthread_mutex_unlock(&t->lock);
     return taken;
@@ -564,8 +186,11 @@ static bool next_control(struct migrate_target *t, uint64_t until)
         at.tv_nsec %= 1000000000;
         pthread_cond_timedwait(&t->changed, &t->lock, &at);
     }
-    t->control = t->next;
-    t->next = NULL;
+    /* Whoever cancels aborts the control connection that there is, so there must not be another one afterwards. */
+    if (!atomic_load(&t->cancelled)) {
+        t->control = t->next;
+        t->next = NULL;
+    }
     t->broken = false;
     pthread_mutex_unlock(&t->lock);
     return t->control != NULL;
@@ -583,7 +208,7 @@ static int hear(struct migrate_target *t, struct frame *f, char error[CHANNEL_ER
         snprintf(error, CHANNEL_ERROR_MAX, "%s", ready == 0 ? "the source has fallen silent" : channel_error(t->control));
     }
     if (!err && f->type == FRAME_REFUSE) {
-        snprintf(error, CHANNEL_ERROR_MAX, "the source says: %.220s", (const char *)f->data);
+        snprintf(error, CHANNEL_ERROR_MAX, "the source says: %.480s", (const char *)f->data);
         err = -EACCES;
     }
     if (err) {
@@ -681,17 +306,20 @@ static int take_state(struct migrate_target *t, const struct frame *f, char reas
 
     set_stage(t, MIGRATE_STOP_AND_COPY);
     if (memory_bitmaps_count(t->memory, t->missing)) {
-        struct postcopy *p = postcopy_create(t->memory, t->missing, reason);
+        struct postcopy *p;
 
+        pthread_rwlock_wrlock(&t->placing);
+        p = postcopy_create(t->memory, t->missing, reason);
+        t->postcopy = p;
+        pthread_rwlock_unlock(&t->placing);
         if (!p)
             return -ENOSYS;
         pthread_mutex_lock(&t->lock);
-        t->postcopy = p;
         /* The source opened it before it sent the state. */
-        if (t->stream[URGENT].channel)
-            postcopy_connect(p, t->stream[URGENT].channel);
+        if (t->stream[TARGET_URGENT].channel)
+            postcopy_connect(p, t->stream[TARGET_URGENT].channel);
         if (t->broken)
-            set_broken(t, t->reason);
+            target_set_broken(t, t->reason);
         pthread_mutex_unlock(&t->lock);
     }
     err = t->ops->load(t->opaque, f->data, f->length, reason);
@@ -699,19 +327,24 @@ static int take_state(struct migrate_target *t, const struct frame *f, char reas
         return err;
     set_stage(t, MIGRATE_COMMITMENT);
     pthread_mutex_lock(&t->lock);
-    if (t->owner == RECEIVING)
-        t->owner = PREPARED;
+    if (t->owner == TARGET_RECEIVING)
+        t->owner = TARGET_PREPARED;
     else
         err = -ECANCELED;
     pthread_mutex_unlock(&t->lock);
-    if (!err)
-        err = frame_send(t->control, FRAME_PREPARED, 0, NULL, 0);
-    if (err)
-        snprintf(reason, MIGRATE_TEXT, "%s", err == -ECANCELED ? t->reason : channel_error(t->control));
-    return err;
+    if (err) {
+        snprintf(reason, MIGRATE_TEXT, "%s", t->reason);
+        return err;
+    }
+    /* If that does not arrive the machine is complete all the same, and what comes next is the connection's end. */
+    frame_send(t->control, FRAME_PREPARED, 0, NULL, 0);
+    return 0;
 }
 
-/* COMMIT has come, or a person took the machine. 0: it runs. */
+/*
+ * COMMIT has come, or a person took the machine. 0: it runs. In post-copy its devices may need memory to begin with; when the link
+ * breaks just now the source has to be told whose the machine is, and has to be heard when it connects again to send that memory.
+ */
 static int activate(struct migrate_target *t, char reason[MIGRATE_TEXT])
 {
     int err;
@@ -720,11 +353,14 @@ static int activate(struct migrate_target *t, char reason[MIGRATE_TEXT])
     err = t->ops->activate(t->opaque, reason);
     if (!err) {
         atomic_store(&t->activated, true);
+        t->runner_started = t->postcopy && pthread_create(&t->runner, NULL, runner_main, t) == 0;
+        if (!t->runner_started)
+            t->ops->run(t->opaque);
         return 0;
     }
     pthread_mutex_lock(&t->lock);
     /* It does not run, and nobody else was told that it does. */
-    t->owner = GIVEN_UP;
+    t->owner = TARGET_GIVEN_UP;
     pthread_mutex_unlock(&t->lock);
     return err;
 }
@@ -735,8 +371,8 @@ static int take_commit(struct migrate_target *t, char reason[MIGRATE_TEXT])
     int err = 0;
 
     pthread_mutex_lock(&t->lock);
-    if (t->owner == PREPARED)
-        t->owner = TAKEN;
+    if (t->owner == TARGET_PREPARED)
+        t->owner = TARGET_TAKEN;
     else
         err = -EPROTO;
     pthread_mutex_unlock(&t->lock);
@@ -775,12 +411,12 @@ static int receive(struct migrate_target *t, struct frame *f, char reason[MIGRAT
             take_progress(t, f);
             break;
         case FRAME_MISSING:
-            if (!t->memory || t->owner != RECEIVING)
+            if (!t->memory || t->owner != TARGET_RECEIVING)
                 goto unexpected;
             err = missing_take(f, t->memory, t->missing, reason);
             break;
         case FRAME_STATE:
-            if (!t->memory || t->owner != RECEIVING)
+            if (!t->memory || t->owner != TARGET_RECEIVING)
                 goto unexpected;
             err = take_state(t, f, reason);
             break;
@@ -798,12 +434,12 @@ static int receive(struct migrate_target *t, struct frame *f, char reason[MIGRAT
             told = false;
     }
     if (told && t->control) {
-        /* The source goes on with the machine when it hears this. (TAKEN is left by activate() when that fails.) */
+        /* The source goes on with the machine when it hears this. (TARGET_TAKEN is left by activate() when that fails.) */
         pthread_mutex_lock(&t->lock);
-        assert(t->owner != TAKEN);
-        t->owner = GIVEN_UP;
+        assert(t->owner != TARGET_TAKEN);
+        t->owner = TARGET_GIVEN_UP;
         pthread_mutex_unlock(&t->lock);
-        refuse(t->control, reason);
+        target_refuse(t->control, reason);
     }
     return err;
 }
@@ -815,7 +451,7 @@ static bool wait_as_orphan(struct migrate_target *t, char reason[MIGRATE_TEXT])
 
     pthread_mutex_lock(&t->lock);
     /* In post-copy it is not complete, and was given up with the streams. */
-    complete = t->owner == PREPARED;
+    complete = t->owner == TARGET_PREPARED;
     pthread_mutex_unlock(&t->lock);
     if (!complete)
         return false;
@@ -824,15 +460,15 @@ static bool wait_as_orphan(struct migrate_target *t, char reason[MIGRATE_TEXT])
     t->ops->orphan(t->opaque);
     set_stage(t, MIGRATE_UNKNOWN);
     pthread_mutex_lock(&t->lock);
-    if (t->owner == PREPARED)
-        t->owner = ORPHAN;
-    while (t->owner == ORPHAN && !atomic_load(&t->cancelled))
+    if (t->owner == TARGET_PREPARED)
+        t->owner = TARGET_ORPHAN;
+    while (t->owner == TARGET_ORPHAN && !atomic_load(&t->cancelled))
         pthread_cond_wait(&t->changed, &t->lock);
-    taken = t->owner == TAKEN;
-    if (t->owner == GIVEN_UP)
+    taken = t->owner == TARGET_TAKEN;
+    if (t->owner == TARGET_GIVEN_UP)
         snprintf(reason, MIGRATE_TEXT, "the source goes on with the machine");
     if (!taken)
-        t->owner = GIVEN_UP;
+        t->owner = TARGET_GIVEN_UP;
     pthread_mutex_unlock(&t->lock);
     return taken;
 }
@@ -842,7 +478,7 @@ static int reconnect(struct migrate_target *t, const char *reason)
 {
     for (;;) {
         /* The threads of the streams still take what had arrived, and that can be the last of it. */
-        close_connections(t);
+        target_close_connections(t);
         t->progress.left_pages = postcopy_missing(t->postcopy);
         if (!t->progress.left_pages)
             return 0;
@@ -907,7 +543,7 @@ static void wait_until_known(struct migrate_target *t, struct frame *f)
         while (t->control && !atomic_load(&t->cancelled) && hear(t, f, error) == 0)
             if (f->type == FRAME_COMPLETE)
                 return;
-        close_connections(t);
+        target_close_connections(t);
         if (next_control(t, until))
             frame_send(t->control, FRAME_COMPLETE, 0, NULL, 0);
     } while (t->control);
@@ -928,10 +564,10 @@ enum migrate_stage migrate_target_run(struct migrate_target *t, struct migrate_r
         err = receive(t, &f, reason);
     }
     pthread_mutex_lock(&t->lock);
-    prepared = t->owner == PREPARED;
+    prepared = t->owner == TARGET_PREPARED;
     pthread_mutex_unlock(&t->lock);
     if (err && prepared && err != -EACCES && !atomic_load(&t->cancelled)) {
-        close_connections(t);
+        target_close_connections(t);
         err = wait_as_orphan(t, reason) ? activate(t, reason) : err;
     }
     if (!err) {
@@ -940,8 +576,8 @@ enum migrate_stage migrate_target_run(struct migrate_target *t, struct migrate_r
             end = MIGRATE_LOST;
     } else {
         pthread_mutex_lock(&t->lock);
-        if (t->owner != NOTHING)
-            t->owner = GIVEN_UP;
+        if (t->owner != TARGET_NOTHING)
+            t->owner = TARGET_GIVEN_UP;
         pthread_mutex_unlock(&t->lock);
         t->ops->abandon(t->opaque);
     }
@@ -951,7 +587,7 @@ enum migrate_stage migrate_target_run(struct migrate_target *t, struct migrate_r
         if (t->control || t->postcopy)
             wait_until_known(t, &f);
     }
-    close_connections(t);
+    target_close_connections(t);
     stop_accepting(t);
     if (end == MIGRATE_FAILED)
         log_error("migration: the machine was not received: %s; it is still the source's", reason);
@@ -968,6 +604,7 @@ enum migrate_stage migrate_target_run(struct migrate_target *t, struct migrate_r
     t->progress.stage = end;
     report(t);
     if (end == MIGRATE_DONE) {
+        join_runner(t);
         postcopy_destroy(t->postcopy);
         t->postcopy = NULL;
     }

@@ -133,14 +133,21 @@ bool source_disks_has(const struct source_disks *s, unsigned i)
 
 /* ---- target ---- */
 
+struct target_file {
+    /* In the folder. Partial until the machine is this side's, so that what a killed target leaves is not taken for a disk. */
+    char name[160], partial[176];
+    char *path;                     /* of the partial one */
+    int fd;
+    uint64_t size;
+    bool named;
+};
+
 struct target_disks {
     unsigned count;
     int dir;
     bool own_folder;
     char path[PATH_MAX];
-    char name[MIGRATE_MAX_DISKS][160];
-    int fd[MIGRATE_MAX_DISKS];
-    uint64_t size[MIGRATE_MAX_DISKS];
+    struct target_file file[MIGRATE_MAX_DISKS];
 };
 
 static int open_folder(struct target_disks *t, const char *folder, const char *machine)
@@ -159,35 +166,66 @@ static int open_folder(struct target_disks *t, const char *folder, const char *m
     return -errno;
 }
 
+static int lock_partial(int fd, short type)
+{
+    struct flock fl = { .l_type = type, .l_whence = SEEK_SET };
+
+    return fcntl(fd, F_OFD_SETLK, &fl) < 0 && (errno == EAGAIN || errno == EACCES) ? -EBUSY : 0;
+}
+
+/* What a target left that was killed; -EBUSY: it lives. */
+static int clear_partial(int dir, const char *name)
+{
+    int fd = openat(dir, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW), err;
+
+    if (fd < 0)
+        return errno == ENOENT ? 0 : -errno;
+    err = lock_partial(fd, F_WRLCK);
+    if (!err && unlinkat(dir, name, 0) < 0)
+        err = -errno;
+    close(fd);
+    return err;
+}
+
+/* The file is counted, and so removed, from the moment that it is there. */
 static int make_file(struct target_disks *t, struct vm_disk_config *d, const char *machine, unsigned index, uint64_t size)
 {
-    unsigned n = t->count;
-    char *path = NULL;
-    int err = 0;
+    struct target_file *f = &t->file[t->count];
+    char name[sizeof(f->name)], *path = NULL;
+    int err;
 
     if (t->own_folder)
-        snprintf(t->name[n], sizeof(t->name[n]), "disk%u", index);
+        snprintf(name, sizeof(name), "disk%u", index);
     else
-        snprintf(t->name[n], sizeof(t->name[n]), "%.128s.disk%u", machine, index);
-    t->fd[n] = openat(t->dir, t->name[n], O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (t->fd[n] < 0) {
+        snprintf(name, sizeof(name), "%.128s.disk%u", machine, index);
+    snprintf(f->name, sizeof(f->name), "%s", name);
+    snprintf(f->partial, sizeof(f->partial), "%s" SNAPSHOT_PARTIAL, name);
+    f->size = size;
+    err = faccessat(t->dir, f->name, F_OK, AT_SYMLINK_NOFOLLOW) == 0 ? -EEXIST : clear_partial(t->dir, f->partial);
+    if (err)
+        goto out;
+    f->fd = openat(t->dir, f->partial, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (f->fd < 0) {
         err = -errno;
-        log_error("%s/%s: cannot make this file for the machine's disk: %s", t->path, t->name[n], strerror(-err));
-        return err;
+        goto out;
     }
-    t->size[n] = size;
     t->count++;
-    if (ftruncate(t->fd[n], (off_t)size) < 0)
+    err = lock_partial(f->fd, F_WRLCK);
+    if (!err && ftruncate(f->fd, (off_t)size) < 0)
         err = -errno;
-    else if (asprintf(&path, "%s/%s", t->path, t->name[n]) < 0)
+    if (!err && (asprintf(&path, "%s/%s", t->path, f->name) < 0 || asprintf(&f->path, "%s/%s", t->path, f->partial) < 0))
         err = -ENOMEM;
-    if (err) {
-        log_error("%s/%s: cannot make this file for the machine's disk: %s", t->path, t->name[n], strerror(-err));
-        return err;
-    }
+    if (err)
+        goto out;
     free((char *)d->block.path);
     d->block.path = path;
+    d->block.until_named = f->path;
     return 0;
+out:
+    free(path);
+    log_error("%s/%s: cannot make this file for the machine's disk: %s", t->path, f->name,
+              err == -EBUSY ? "another machine is being received into it" : strerror(-err));
+    return err;
 }
 
 int target_disks_create(const json_t *list, struct vm_config *c, const char *folder, struct target_disks **out)
@@ -235,12 +273,12 @@ int target_disks_write(struct target_disks *t, unsigned disk, uint64_t offset, c
     static const uint8_t zeroes[MIGRATE_DISK_GRANULE];
     const uint8_t *p = buf ? buf : zeroes;
 
-    if (!t || disk >= t->count || offset > t->size[disk] || len > t->size[disk] - offset || len > sizeof(zeroes))
+    if (!t || disk >= t->count || offset > t->file[disk].size || len > t->file[disk].size - offset || len > sizeof(zeroes))
         return -EPROTO;
-    if (!buf && fallocate(t->fd[disk], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)len) == 0)
+    if (!buf && fallocate(t->file[disk].fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)len) == 0)
         return 0;
     while (len) {
-        ssize_t n = pwrite(t->fd[disk], p, len, (off_t)offset);
+        ssize_t n = pwrite(t->file[disk].fd, p, len, (off_t)offset);
 
         if (n < 0 && errno == EINTR)
             continue;
@@ -256,15 +294,52 @@ int target_disks_write(struct target_disks *t, unsigned disk, uint64_t offset, c
 int target_disks_sync(struct target_disks *t)
 {
     for (unsigned i = 0; t && i < t->count; i++)
-        if (fdatasync(t->fd[i]) < 0)
+        if (fdatasync(t->file[i].fd) < 0)
             return -errno;
-    return t && fsync(t->dir) < 0 ? -errno : 0;
+    return target_disks_sync_names(t);
 }
+
+void target_disks_unlock(struct target_disks *t)
+{
+    for (unsigned i = 0; t && i < t->count; i++)
+        lock_partial(t->file[i].fd, F_UNLCK);
+}
+
+/* Some file systems cannot rename without replacing; there it is looked before. */
+static int rename_new(int dir, const char *from, const char *to)
+{
+    if (renameat2(dir, from, dir, to, RENAME_NOREPLACE) == 0)
+        return 0;
+    if (errno != EINVAL && errno != ENOSYS)
+        return -errno;
+    if (faccessat(dir, to, F_OK, AT_SYMLINK_NOFOLLOW) == 0)
+        return -EEXIST;
+    return renameat(dir, from, dir, to) < 0 ? -errno : 0;
+}
+
+int target_disks_name(struct target_disks *t)
+{
+    int err = 0;
+
+    for (unsigned i = 0; t && i < t->count && !err; i++) {
+        struct target_file *f = &t->file[i];
+
+        if (f->named)
+            continue;
+        err = rename_new(t->dir, f->partial, f->name);
+        f->named = !err;
+        if (err)
+            log_error("%s/%s: the machine's disk cannot get this name: %s", t->path, f->name, strerror(-err));
+    }
+    return err;
+}
+
+int target_disks_sync_names(struct target_disks *t) { return t && fsync(t->dir) < 0 ? -errno : 0; }
 
 void target_disks_remove(struct target_disks *t)
 {
     for (unsigned i = 0; t && i < t->count; i++)
-        unlinkat(t->dir, t->name[i], 0);
+        unlinkat(t->dir, t->file[i].named ? t->file[i].name : t->file[i].partial, 0);
     if (t && t->own_folder)
         rmdir(t->path);
 }
@@ -273,8 +348,10 @@ void target_disks_free(struct target_disks *t)
 {
     if (!t)
         return;
-    for (unsigned i = 0; i < t->count; i++)
-        close(t->fd[i]);
+    for (unsigned i = 0; i < t->count; i++) {
+        close(t->file[i].fd);
+        free(t->file[i].path);
+    }
     if (t->dir >= 0)
         close(t->dir);
     free(t);

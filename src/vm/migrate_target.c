@@ -55,12 +55,12 @@ struct vm_reception {
     bool announcing;
 };
 
-/* Errors that were logged while this was on, for the source, too. */
+/* The error that was held back since log_hold_error(): whoever gets the reason tells both sides. */
 static int failed(int err, const char *why, char reason[MIGRATE_TEXT])
 {
     log_keep_error(NULL, 0);
     if (err)
-        snprintf(reason, MIGRATE_TEXT, "%.200s", why[0] ? why : strerror(-err));
+        snprintf(reason, MIGRATE_TEXT, "%.500s", why[0] ? why : strerror(-err));
     return err;
 }
 
@@ -116,11 +116,9 @@ static int configure(struct vm_reception *r, const json_t *description)
         c->disks[i].block.size = size > 0 ? (uint64_t)size : 0;
         c->disks[i].block.can_discard = json_is_true(json_object_get(disk, "discard"));
     }
-    if (!err)
-        err = target_disks_create(json_object_get(description, "disks"), c, r->opt->disks, &r->disks);
     vm_config_destroy(&source);
     free(text);
-    return err ? err : vm_config_check_host(c);
+    return err;
 }
 
 /* A guest that resets itself loads them again. */
@@ -213,7 +211,14 @@ static int make(struct vm_reception *r, const json_t *description)
         return err;
     r->configured = true;
     log_set_machine(r->config.name);
-    if (r->on_config && (err = r->on_config(r->on_config_opaque, &r->config)))
+    /* Takes the name; whatever has that name on the host's disk is no living machine's from here on. */
+    if (r->on_config)
+        err = r->on_config(r->on_config_opaque, &r->config);
+    if (!err)
+        err = target_disks_create(json_object_get(description, "disks"), &r->config, r->opt->disks, &r->disks);
+    if (!err)
+        err = vm_config_check_host(&r->config);
+    if (err)
         return err;
     vm = vm_create_empty(&r->config, tsc_hz > 0 ? (uint64_t)tsc_hz : 0, VM_HOLD_MIGRATE, &status);
     if (!vm)
@@ -236,7 +241,7 @@ static int prepare(void *opaque, const char *text, size_t len, struct memory **m
     char why[512] = "";
     int err;
 
-    log_keep_error(why, sizeof(why));
+    log_hold_error(why, sizeof(why));
     err = description ? make(r, description) : -EINVAL;
     json_decref(description);
     if (!err)
@@ -260,13 +265,14 @@ static int load(void *opaque, const void *data, size_t len, char reason[MIGRATE_
     char why[512] = "";
     int err = 0;
 
-    log_keep_error(why, sizeof(why));
+    log_hold_error(why, sizeof(why));
     if (len < MIGRATE_STATE_HEADER || load_le32(data) != MIGRATE_STATE_VERSION) {
         log_error("the machine's state is damaged, or of a newer ringfort");
         err = -EINVAL;
     }
     if (!err) {
         r->stay_paused = load_le32((const uint8_t *)data + 4) & MIGRATE_STATE_PAUSED;
+        target_disks_unlock(r->disks);
         err = vm_migrate_lock_disks(r->vm);
     }
     if (!err) {
@@ -304,17 +310,28 @@ static int activate(void *opaque, char reason[MIGRATE_TEXT])
     char why[512] = "";
     int err;
 
-    log_keep_error(why, sizeof(why));
+    log_hold_error(why, sizeof(why));
     /* After load() they are held; an orphan gave them up. */
     err = vm_migrate_lock_disks(r->vm);
+    if (!err)
+        err = target_disks_name(r->disks);
     if (!err && r->stay_paused)
         err = vm_pause(r->vm, VM_HOLD_USER);
-    if (!err) {
-        vm_resume(r->vm, VM_HOLD_MIGRATE);
-        announce(r->vm);
-        r->announcing = pthread_create(&r->announcer, NULL, announce_more, r) == 0;
-    }
     return failed(err, why, reason);
+}
+
+static void run(void *opaque)
+{
+    struct vm_reception *r = opaque;
+    int err;
+
+    vm_resume(r->vm, VM_HOLD_MIGRATE);
+    announce(r->vm);
+    r->announcing = pthread_create(&r->announcer, NULL, announce_more, r) == 0;
+    /* The guest goes on meanwhile. Should the host lose power right now, the files are there, as partial ones. */
+    err = target_disks_sync_names(r->disks);
+    if (err)
+        log_warn("the names of the machine's disks may not have reached the host's disk: %s", strerror(-err));
 }
 
 static void abandon(void *opaque)
@@ -340,8 +357,8 @@ static void orphan(void *opaque)
     vm_migrate_unlock_disks(r->vm);
 }
 
-static const struct migrate_target_ops ops = { prepare, in_kernel, load,       activate,  abandon,
-                                              orphan,  NULL,      disk_write, disk_sync };
+static const struct migrate_target_ops ops = { prepare, in_kernel, load, activate,   run,
+                                              abandon, orphan,    NULL, disk_write, disk_sync };
 
 /* ---- life ---- */
 

@@ -106,6 +106,28 @@ static int keep_former(int root, const char *root_path, const char *name)
     return -errno;
 }
 
+/* Removes what was never finished, and the folder if there was nothing else. */
+static void remove_partial(int root, const char *name)
+{
+    int fd = openat(root, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+    const size_t suffix = strlen(SNAPSHOT_PARTIAL);
+
+    if (!dir) {
+        if (fd >= 0)
+            close(fd);
+        return;
+    }
+    for (struct dirent *e; (e = readdir(dir));) {
+        size_t len = strlen(e->d_name);
+
+        if (len > suffix && strcmp(e->d_name + len - suffix, SNAPSHOT_PARTIAL) == 0)
+            unlinkat(fd, e->d_name, 0);
+    }
+    closedir(dir);
+    unlinkat(root, name, AT_REMOVEDIR);
+}
+
 int snapshot_make_machine_folder(const char *name, char path[PATH_MAX])
 {
     char root_path[PATH_MAX];
@@ -114,6 +136,7 @@ int snapshot_make_machine_folder(const char *name, char path[PATH_MAX])
     if (root < 0)
         return root;
     snprintf(path, PATH_MAX, "%.2000s/%.128s", root_path, name);
+    remove_partial(root, name);
     err = keep_former(root, root_path, name);
     if (!err && mkdirat(root, name, 0700) < 0)
         err = -errno;

@@ -31,8 +31,9 @@ int snapshot_check_name(const char *name);
 int snapshot_open_root(const char *kind, char path[PATH_MAX]);
 /*
  * Makes DATA/machines/NAME, for the disks of a machine; what is there of an earlier machine of that name is kept in a folder beside
- * it. path gets its name. A descriptor or a negative errno (logged).
+ * it, but for files that were never finished (their names end with SNAPSHOT_PARTIAL). path gets its name. A descriptor or a negative errno (logged).
  */
+#define SNAPSHOT_PARTIAL ".partial"
 int snapshot_make_machine_folder(const char *name, char path[PATH_MAX]);
 /* Removes the folder name in dirfd with all that is in it. 0 or a negative errno (silent). */
 int snapshot_remove_tree(int dirfd, const char *name);

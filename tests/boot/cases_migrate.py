@@ -1,21 +1,48 @@
 """Linux is moved about between processes and engines while it checks its memory, and either side or the link is killed.
 
-migrate and migrate-disks are the short tests; migrate-storm and migrate-disks-storm, only when asked for, do MIGRATE_ROUNDS (default
-200) with MIGRATE_SEED (default 1).
+bench/migrate-storm does the same for a thousand rounds.
 """
 
 import os
+import select
 import shutil
 import subprocess
+import sys
 import time
 
 from cases import case
 from machine import ENGINE, Skipped, check, log, patience
 from migration import ENGINES, Journey
+from relay import Place
+from storm import DISK_MIB, WRITTEN_MIB, Storm, make_disk, of_memory_and_disk
 
 
 def other(engine):
     return ENGINES[(ENGINES.index(engine) + 1) % len(ENGINES)]
+
+
+# One of each kind; those at random come on top.
+FAULTS = (
+    ("pre-copy", "kill-target", Place(">", "pages", 20, "inside")),
+    ("stop-and-copy", "cut", Place(">", "state", 1, "before")),
+    ("commitment", "kill-source", Place("<", "prepared", 1, "before")),
+    ("activation", "kill-source", Place(">", "commit", 1, "after")),
+    ("activation", "cut-for-a-while", Place("<", "running", 1, "inside")),
+    ("post-copy", "cut-for-a-while", Place(">", "pages", 5, "inside")),
+    ("pre-copy", "kill-source", Place(">", "pages", 20, "after")),
+)
+
+
+def break_some(name, journey, faults, at_random):
+    """These faults, and so many more that the time of day chooses."""
+    for stage, fault, place in faults:
+        log(f"{name}: {fault} at {place}: {journey.one(stage, fault, place)}")
+    seed = int(time.time())
+    log(f"{name}: {at_random} more by seed {seed}")
+    journey.random.seed(seed)
+    for _ in range(at_random):
+        stage, fault, place = journey.choose(quick=True)
+        log(f"{name}: {fault} at {place}: {journey.one(stage, fault, place)}")
 
 
 @case(seconds=420, parts=True)
@@ -27,9 +54,9 @@ def migrate(report, folder):
         # Both engines take part in each journey.
         report.line("SKIP", "migrate", "runs with the tests of the translator")
         return
-    with Journey(folder) as journey:
+    with of_memory_and_disk(folder, False, seed=1) as journey:
         def there_and_back():
-            journey.start(ENGINE)
+            journey.begin(ENGINE)
             figures = journey.hop(other(ENGINE))
             # bench/migrate measures; this bound is for busy hosts.
             check(figures["rounds"] >= 1 and figures["bytes"] > 0 and not figures["post_copy"], f"bad figures: {figures}")
@@ -48,32 +75,12 @@ def migrate(report, folder):
             journey.progress()
 
         def faults():
-            for fault in ("kill-target", "cut", "cut-for-a-while", "kill-source"):
-                outcome = journey.hop_with_fault(ENGINE, fault)
-                log(f"migrate: {fault}: {outcome}")
-                if outcome == "lost":
-                    # Who is killed after it took the machine takes it along, and settle() saw that this is what was said.
-                    check(fault.startswith("kill"), f"{fault} lost the machine")
-                    journey.start(ENGINE)
-                else:
-                    journey.progress()
+            break_some("migrate", journey, FAULTS, 8)
 
         if report.part("migrate/there-and-back", there_and_back):
             report.part("migrate/post-copy", post_copy)
             report.part("migrate/refused", refused)
             report.part("migrate/faults", faults)
-
-
-# What the guest writes, and what it leaves alone.
-DISK_MIB, WRITTEN_MIB = 48, 16
-
-
-def make_disk(path):
-    """Zero where the guest writes; contents and a hole behind that."""
-    with open(path, "wb") as f:
-        f.seek((WRITTEN_MIB + 4) << 20)
-        f.write(os.urandom(3 << 20))
-        f.truncate(DISK_MIB << 20)
 
 
 def tail(path):
@@ -89,13 +96,12 @@ def migrate_disks(report, folder):
         report.line("SKIP", "migrate-disks", "runs with the tests of the translator")
         return
     disk = folder / "disk.img"
-    make_disk(disk)
-    with Journey(folder, workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda", extra=("--disk", f"path={disk}")) as journey:
+    with of_memory_and_disk(folder, True, seed=1) as journey:
         def place(name):
             return folder / "data/ringfort/machines" / name / "disk0"
 
         def along():
-            journey.start(ENGINE)
+            journey.begin(ENGINE)
             name = journey.current
             figures = journey.hop(ENGINE, "--with-disks")
             log(f"migrate-disks: {figures['disk_bytes']} bytes of disks, stood still for {figures['downtime_ms']} ms")
@@ -113,18 +119,72 @@ def migrate_disks(report, folder):
             check(list(folder.glob("elsewhere/*.disk0")), "the disk is not where it was to be put")
 
         def faults():
-            for fault in ("kill-target", "cut", "cut-for-a-while", "kill-source"):
-                outcome = journey.hop_with_fault(ENGINE, fault, "--with-disks")
-                log(f"migrate-disks: {fault}: {outcome}")
-                if outcome == "lost":
-                    check(fault.startswith("kill"), f"{fault} lost the machine")
-                    make_disk(disk)
-                    journey.start(ENGINE)
-                else:
-                    journey.progress()
+            break_some("migrate-disks", journey, (("pre-copy", "kill-target", Place(">", "disk", 20, "inside")), *FAULTS[2:5]), 4)
+
+        def left_behind():
+            """A target that is killed leaves nothing that looks like a disk, and the next one of the name clears it away."""
+            place = folder / "killed"
+            os.makedirs(place)
+            def there():
+                return sorted(f.name for f in place.iterdir())
+
+            journey.one("pre-copy", "kill-target", Place(">", "disk", 20, "inside"), target_flags=("--disks", place))
+            target = f"m{journey.count}"
+            check(there() == [f"{target}.disk0.partial"], f"the killed target left {there()}")
+            journey.hop(ENGINE, "--with-disks", target_flags=("--disks", place), name=target)
+            check(there() == [f"{target}.disk0"], f"the next target left {there()}")
+            # With a source that is gone as well, all of it is there; the name comes with the machine.
+            journey.one("commitment", "kill-source", Place("<", "prepared", 1, "before"), target_flags=("--disks", place))
+            check(f"m{journey.count}.disk0" in there() and not [n for n in there() if n.endswith("partial")], f"left: {there()}")
+            # In a machine's own folder.
+            journey.receive(ENGINE)
+            target = f"m{journey.count}"
+            mine = folder / "data/ringfort/machines" / target
+            mine.mkdir(parents=True)
+            (mine / "disk0.partial").write_bytes(b"half")
+            journey.migrate(target, "--with-disks")
+            journey.current = target
+            journey.progress()
+            check([f.name for f in mine.iterdir()] == ["disk0"], f"left: {list(mine.iterdir())}")
+            check(not list(mine.parent.glob(f"{target}.until-*")), "half a disk is kept as a former machine's")
 
         if report.part("migrate-disks/along", along):
+            report.part("migrate-disks/left-behind", left_behind)
             report.part("migrate-disks/faults", faults)
+
+    def not_there():
+        """What the target will need is looked for before anything is copied: both sides say what is wrong, and the source goes on."""
+        here = folder / "shared"
+        here.mkdir()
+        shared, away = here / "shared.img", here / "away.img"
+        make_disk(shared)
+        with Storm(here, ("check",), workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda 0", extra=("--disk", f"path={shared}")) as journey:
+            journey.begin(ENGINE)
+
+            def refused(why, *prefix):
+                name, _ = journey.receive(ENGINE, prefix=prefix)
+                done = journey.migrate(name, status=1)
+                for side, said in (("source", done.stderr), ("target", journey.messages(name))):
+                    lines = [s for s in said.splitlines() if "ended with status" not in s]
+                    check(len(lines) == 1 and why in lines[0], f"the {side} does not say {why!r} in a line, but {said!r}")
+                check("in stage reservation" in done.stderr, f"not before pre-copy: {done.stderr}")
+                journey.goes_on()
+
+            shared.rename(away)
+            refused("No such file")
+            shared.mkdir()
+            refused("a directory is no disk")
+            shared.rmdir()
+            shared.write_bytes(b"\0" * (DISK_MIB << 19))
+            refused("it is another one")
+            shared.unlink()
+            away.rename(shared)
+            if os.geteuid() == 0:
+                refused("Read-only file system", "unshare", "--mount", "sh", "-c",
+                        f'mount --bind "{shared}" "{shared}" && mount -o remount,bind,ro "{shared}" && exec "$@"', "sh")
+            else:
+                log("migrate-disks: only root can have a disk that only the target cannot write")
+            journey.hop(ENGINE)
 
     def on_a_server():
         """The disk stays; each side has a connection while the machine is its. The server is killed once, too."""
@@ -135,29 +195,35 @@ def migrate_disks(report, folder):
         here.mkdir()
         server = Nbdkit(folder, disk)
         uri = f"nbd+unix:///?socket={server.path}"
-        with server, Journey(here, workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda", extra=("--disk", uri)) as journey:
-            journey.start(ENGINE)
+        with server, Storm(here, ("check",), workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda 0", extra=("--disk", uri)) as journey:
+            journey.begin(ENGINE)
             journey.hop("interp")
             server.stop()
             time.sleep(0.5)
             server.start()
-            journey.progress()
-            check("connected again" in journey.messages(journey.current), "nothing is said of the broken connection")
+            deadline = time.monotonic() + 20 * patience()
+            while "connected again" not in journey.messages(journey.current):
+                check(time.monotonic() < deadline, "nothing is said of the broken connection")
+                time.sleep(0.05)
+            journey.goes_on()
+            server.stop()
+            name, _ = journey.receive(ENGINE)
+            done = journey.migrate(name, status=1)
+            check("in stage reservation" in done.stderr and "No such file" in done.stderr and
+                  "No such file" in journey.messages(name), f"the source says {done.stderr}, the target {journey.messages(name)}")
+            server.start()
+            journey.goes_on()
             # Nothing to be copied: it is where it is.
             figures = journey.hop(ENGINE, "--with-disks", "--post-copy", "now")
             check(figures["disk_bytes"] == 0, f"bad figures: {figures}")
-            for fault in ("kill-target", "cut-for-a-while"):
-                outcome = journey.hop_with_fault(ENGINE, fault)
-                log(f"migrate-disks: on a server, {fault}: {outcome}")
-                if outcome == "lost":
-                    break
-                journey.progress()
-            if outcome != "lost":
-                # What goes on from a snapshot has the disk as it was then, without the server.
-                journey.go_on_from_snapshot()
-                server.stop()
-                journey.progress()
+            for stage, fault, place in FAULTS[:5]:
+                log(f"migrate-disks: on a server, {fault}: {journey.one(stage, fault, place)}")
+            # What goes on from a snapshot has the disk as it was then, without the server.
+            journey.go_on_from_snapshot()
+            server.stop()
+            journey.goes_on()
 
+    report.part("migrate-disks/not-there", not_there)
     report.part("migrate-disks/on-a-server", on_a_server)
 
 
@@ -188,48 +254,62 @@ class Nbdkit:
         self.path.unlink(missing_ok=True)
 
 
-def storm(name, journey, start, *flags):
-    """Migrations, most of them broken at random; the guest finds nothing amiss, and never two machines run."""
-    rounds, outcomes = int(os.environ.get("MIGRATE_ROUNDS", "200")), {}
-    choose = journey.random
-    for i in range(rounds):
-        if not journey.current:
-            start()
-        fault = choose.choice(("none", "none", "kill-target", "kill-source", "cut", "cut-for-a-while"))
-        post_copy = choose.choice(("auto", "never", "now"))
-        if fault in ("kill-target", "cut") and post_copy == "now":
-            post_copy = "never"     # the machine would wait for its memory for ever
-        if fault == "none":
-            journey.hop(choose.choice(ENGINES), "--post-copy", post_copy, *flags)
-            outcome = "moved"
-        else:
-            outcome = journey.hop_with_fault(choose.choice(ENGINES), fault, "--post-copy", post_copy, *flags)
-            if journey.current:
-                journey.progress()
-        outcomes[fault, outcome] = outcomes.get((fault, outcome), 0) + 1
-        if i % 10 == 9:
-            log(f"{name}: {i + 1} rounds: " + ", ".join(f"{f} {o} {n}" for (f, o), n in sorted(outcomes.items())))
-            for old in (journey.folder / "data/ringfort/machines").glob("*"):
-                if old.name != journey.current:
-                    shutil.rmtree(old)
+# In a network namespace: two hosts' interfaces, and what is seen on the second one.
+NAMESPACE = """
+ip netns add {n} &&
+for i in 0 1; do ip -n {n} tuntap add tap$i mode tap && ip -n {n} link set tap$i up || exit 1; done
+"""
+LISTEN = """
+import socket, sys
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+s.bind(("tap1", 3))
+print("listening", flush=True)
+while True:
+    print(s.recv(2048).hex(), flush=True)
+"""
+GUEST_MAC, GUEST_ADDRESS = "52:54:00:0a:0b:0c", "10.213.8.2"
 
 
-def seed():
-    return int(os.environ.get("MIGRATE_SEED", "1"))
+@case(seconds=180)
+def migrate_announce(folder):
+    """After activation the network where the machine is now hears of it: RARP from its host, and ARP from the guest."""
+    namespace = f"rfa{os.getpid() % 100000}"
+    inside = ("ip", "netns", "exec", namespace)
+    if ENGINE != "translate":
+        raise Skipped("runs with the tests of the translator")
+    if os.geteuid() != 0 or not shutil.which("ip") or not os.path.exists("/dev/net/tun"):
+        raise Skipped("needs root, ip(8) and /dev/net/tun")
+    made = subprocess.run(["sh", "-c", NAMESPACE.format(n=namespace)], stderr=subprocess.PIPE, text=True)
+    try:
+        if made.returncode:
+            raise Skipped(f"this host gives no tap in a network namespace: {made.stderr.strip()}")
+        with subprocess.Popen([*inside, sys.executable, "-c", LISTEN], stdout=subprocess.PIPE, bufsize=0) as listener, \
+                Journey(folder, net=f"tap,ifname=tap0,mac={GUEST_MAC}", prefix=inside,
+                        workload=f"ip addr add {GUEST_ADDRESS}/24 dev eth0; ip link set eth0 up; memcheck 4 1000 100") as journey:
+            try:
+                check(listener.stdout.readline() == b"listening\n", "nothing can be heard on the interface")
+                journey.start(ENGINE)
+                journey.hop(ENGINE, target_flags=("--net", "tap,ifname=tap1"))
+                hear_announcements(listener.stdout)
+            finally:
+                listener.kill()
+    finally:
+        subprocess.run(["ip", "netns", "del", namespace], stderr=subprocess.DEVNULL)
 
 
-@case(seconds=48 * 3600, wanted=True)
-def migrate_storm(folder):
-    with Journey(folder, seed=seed(), extra=("--cpus", str(1 + seed() % 2)), workload="memcheck 16 1500 & memcheck 16 1500") as journey:
-        storm("migrate-storm", journey, lambda: journey.start(journey.random.choice(ENGINES)))
-
-
-@case(seconds=48 * 3600, wanted=True)
-def migrate_disks_storm(folder):
-    disk = folder / "disk.img"
-    with Journey(folder, seed=seed(), workload=f"diskcheck {WRITTEN_MIB} 600 /dev/vda", extra=("--disk", f"path={disk}")) as journey:
-        def start():
-            make_disk(disk)
-            journey.start(journey.random.choice(ENGINES))
-
-        storm("migrate-disks-storm", journey, start, "--with-disks")
+def hear_announcements(lines):
+    """Ethernet's and ARP's layouts: RFC 826 and 903."""
+    mac, address = bytes.fromhex(GUEST_MAC.replace(":", "")), bytes(map(int, GUEST_ADDRESS.split(".")))
+    to_all = b"\xff" * 6 + mac
+    rarp = to_all + b"\x80\x35" + b"\0\1\x08\0\6\4\0\3" + mac + bytes(4) + mac + bytes(4)
+    arp = to_all + b"\x08\x06" + b"\0\1\x08\0\6\4"
+    heard, deadline = [], time.monotonic() + 20 * patience()
+    missing = {"RARP": 2, "ARP": 1}
+    while any(n > 0 for n in missing.values()):
+        left = deadline - time.monotonic()
+        check(left > 0 and select.select([lines], [], [], left)[0],
+              f"missing on the wire: {missing}; heard: {heard}")
+        frame = bytes.fromhex(lines.readline().decode())
+        heard.append(frame[:42].hex())
+        missing["RARP"] -= frame.startswith(rarp)
+        missing["ARP"] -= frame.startswith(arp) and frame[22:28] == mac and frame[28:32] == address

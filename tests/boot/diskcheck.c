@@ -1,9 +1,9 @@
 /*
  * Runs in a guest that is moved about: writes a disk at random and checks what it finds there.
  *
- * diskcheck MIB RATE DEVICE: the first MIB of it, which are zero at first; RATE blocks of 4 KiB a second (0: as fast as it goes), past the
+ * diskcheck MIB RATE DEVICE [MS [WORD]]: the first MIB of it, which are zero at first; RATE blocks of 4 KiB a second (0: as fast as it goes), past the
  * guest's page cache. Each block holds its number and how often it was written, which is kept in memory too; so a disk and a memory
- * that are not of one moment are found. Prints "@check N" each second of guest time, and "@lost …" for the first block that is wrong.
+ * that are not of one moment are found. Prints as memcheck does.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -21,7 +21,7 @@ int main(int argc, char **argv)
     uint64_t x = 88172645463325252ull, checked = 0, batch = rate ? rate / 20 + 1 : 100, *seq = calloc(blocks, 8);
     int fd = open(argc > 3 ? argv[3] : "/dev/vda", O_RDWR | O_DIRECT);
     uint64_t *buf = aligned_alloc(BLOCK, BLOCK);
-    double said = now();
+    struct reports reports = reports_init(argc > 3 ? argv + 4 : argv + argc);
 
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (fd < 0 || !seq || !buf) {
@@ -57,10 +57,7 @@ int main(int argc, char **argv)
             }
             checked++;
         }
-        if (now() - said >= 1) {
-            said = now();
-            printf("@check %llu\n", (unsigned long long)checked);
-        }
+        report(&reports, checked);
         if (rate) {
             double rest = (double)batch / (double)rate - (now() - start);
 

@@ -1,4 +1,4 @@
-"""Machines that are moved about, and links that break under them.
+"""Machines that are moved about.
 
 All machines of a Journey run detached under names of their own (m1, m2, ...), with control sockets and logs in the
 journey's folder. The guest runs memcheck (memcheck.c), which finds writes that were lost on the way.
@@ -10,13 +10,11 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
-import threading
 import time
 
 import machine
-from machine import Failure, check, ringfort, script
+from machine import check, ringfort, script
 
 ENGINES = ("interp", "translate")
 
@@ -34,73 +32,15 @@ def guest_image(folder):
     return archive
 
 
-class Link:
-    """A relay between two Unix sockets that breaks after some bytes, and perhaps heals."""
-
-    def __init__(self, path, to, after, heals):
-        self.to, self.left, self.heals = str(to), after, heals
-        self.cut_at = None
-        self.pairs = []
-        self.lock = threading.Lock()
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(str(path))
-        self.listener.listen(64)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self):
-        self.listener.close()
-        self.cut()
-
-    def cut(self):
-        with self.lock:
-            self.cut_at = time.monotonic()
-            for s in self.pairs:
-                with contextlib.suppress(OSError):
-                    s.shutdown(socket.SHUT_RDWR)
-            self.pairs = []
-
-    def _accept(self):
-        while True:
-            try:
-                a, _ = self.listener.accept()
-            except OSError:
-                return
-            if self.cut_at is not None and not (self.heals and time.monotonic() - self.cut_at > 0.3):
-                a.close()
-                continue
-            b = socket.socket(socket.AF_UNIX)
-            try:
-                b.connect(self.to)
-            except OSError:
-                a.close()
-                continue
-            with self.lock:
-                self.pairs += [a, b]
-            for x, y in ((a, b), (b, a)):
-                threading.Thread(target=self._pass, args=(x, y), daemon=True).start()
-
-    def _pass(self, source, target):
-        try:
-            while data := source.recv(65536):
-                if self.cut_at is None:
-                    self.left -= len(data)
-                    if self.left <= 0:
-                        self.cut()
-                        break
-                target.sendall(data)
-        except OSError:
-            pass
-        for s in (source, target):
-            with contextlib.suppress(OSError):
-                s.shutdown(socket.SHUT_RDWR)
-            s.close()
-
-
 class Journey:
-    """One guest on its way through many processes."""
+    """
+    One guest on its way through many processes.
 
-    def __init__(self, folder, memory="128M", workload="memcheck 32 3000", seed=1, extra=()):
-        self.folder, self.memory, self.workload, self.extra = folder, memory, workload, extra
+    prefix: a command that runs ringfort in its turn, where machines are made. net: the first one's card.
+    """
+
+    def __init__(self, folder, memory="128M", workload="memcheck 32 3000", seed=1, extra=(), net="none", prefix=()):
+        self.folder, self.memory, self.workload, self.extra, self.net, self.prefix = folder, memory, workload, extra, net, prefix
         self.random = random.Random(seed)
         self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "XDG_STATE_HOME": str(folder),
                             "XDG_DATA_HOME": str(folder / "data")}
@@ -118,8 +58,9 @@ class Journey:
 
     # ---- commands ----
 
-    def run(self, *args, seconds=60, status=0):
-        done = subprocess.run([ringfort(), *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    def run(self, *args, seconds=60, status=0, prefix=()):
+        """prefix: a command that runs ringfort in its turn."""
+        done = subprocess.run([*prefix, ringfort(), *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, env=self.environment, text=True, timeout=seconds * machine.patience())
         if status is not None:
             check(done.returncode == status, f"'ringfort {' '.join(map(str, args))}' ended with {done.returncode}: {done.stderr}")
@@ -154,9 +95,9 @@ class Journey:
         name = self.next_name()
         kernel = script("kernel", "cloud")
         initrd = script("initramfs", "--kernel", "cloud")
-        self.run("run", "--detach", "--name", name, "--engine", engine, "--memory", self.memory, "--net", "none", "--kernel",
+        self.run("run", "--detach", "--name", name, "--engine", engine, "--memory", self.memory, "--net", self.net, "--kernel",
                  kernel / "vmlinuz", "--initrd", initrd, "--initrd", self.image, "--cmdline",
-                 f'console=ttyS0 rf.cmd="{self.workload}"', *self.extra)
+                 f'console=ttyS0 rf.cmd="{self.workload}"', *self.extra, prefix=self.prefix)
         self.current, self.checked = name, 0
         self.pids.add(self.machines()[name]["pid"])
         self.progress(120)
@@ -188,10 +129,11 @@ class Journey:
 
     # ---- one migration ----
 
-    def receive(self, engine, *flags):
-        name = self.next_name()
-        self.run("receive", name, "--listen", f"unix:{self.folder}/{name}.to", "--detach", "--engine", engine, *flags)
-        done = subprocess.run(["pgrep", "-f", f"receive {name} --listen unix:{self.folder}/"], stdout=subprocess.PIPE, text=True)
+    def receive(self, engine, *flags, name=None, prefix=()):
+        name = name or self.next_name()
+        self.run("receive", name, "--listen", f"unix:{self.folder}/{name}.to", "--detach", "--engine", engine, *flags,
+                 prefix=prefix or self.prefix)
+        done = subprocess.run(["pgrep", "-f", f"receive {name} .*--listen unix:{self.folder}/"], stdout=subprocess.PIPE, text=True)
         self.pids |= {int(p) for p in done.stdout.split()}
         return name, [int(p) for p in done.stdout.split()]
 
@@ -200,80 +142,52 @@ class Journey:
                         seconds=seconds, status=status)
         return json.loads(done.stdout) if done.returncode == 0 else done
 
-    def hop(self, engine, *flags, target_flags=()):
-        name, _ = self.receive(engine, *target_flags)
+    def hop(self, engine, *flags, target_flags=(), name=None):
+        name, _ = self.receive(engine, *target_flags, name=name)
         figures = self.migrate(name, *flags)
         self.current = name
         self.progress()
         return figures
 
-    def hop_with_fault(self, engine, fault, *flags):
-        """A migration during which something breaks. Gives what came of it, in a word."""
-        source = self.current
-        name, pids = self.receive(engine)
-        link = None
-        to = f"{self.folder}/{name}.to"
-        if fault in ("cut", "cut-for-a-while"):
-            link = Link(f"{self.folder}/{name}.link", to, self.random.choice((20000, 2000000, 40000000)) * self.random.random(),
-                        fault == "cut-for-a-while")
-            to = f"{self.folder}/{name}.link"
-        client = subprocess.Popen([ringfort(), "migrate", source, f"unix:{to}", "-o", "json", *flags], stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.environment, text=True)
-        if fault.startswith("kill"):
-            time.sleep(self.random.random() * 0.8)
-            there = self.machines()
-            victims = pids if fault == "kill-target" else [there[source]["pid"]] if source in there else []
-            for pid in victims:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        try:
-            client.wait(60 * machine.patience())
-        except subprocess.TimeoutExpired:
-            raise Failure(f"'ringfort migrate' does not end after {fault}; the source said:\n{self.messages(source)[-800:]}\n"
-                          f"the target said:\n{self.messages(name)[-800:]}") from None
-        finally:
-            if client.poll() is None:
-                client.kill()
-            client.wait()
-        outcome = self.settle(source, name, client.returncode)
-        if link:
-            link.close()
-        return outcome
-
-    def settle(self, source, target, status):
+    def settle(self, source, target):
         """What a person would do by what both sides say; afterwards one machine runs, or it is said that there is none."""
         deadline = time.monotonic() + 60 * machine.patience()
+        outcome = {source: "stayed", target: "moved"}
         while True:
             there = self.machines()
             states = {n: there[n]["state"] for n in (source, target) if n in there}
             run = [n for n, s in states.items() if s == "running"]
+            # Each says what it knows, and a command that cannot be right yet is refused.
+            unknown = any(t in self.messages(source) for t in ("not known who has the machine", "stays paused here"))
+            orphan = "source is gone" in self.messages(target)
             check(len(run) < 2, f"both {source} and {target} run")
-            if run == [target] and source not in states and not self.waits_for_memory(target):
-                self.current = target
-                return "moved"
-            if run == [source] and target not in states:
-                self.current = source
-                return "stayed"
-            if run == [source] and "source is gone" in self.messages(target):
+            if run and run == list(states) and not (run == [target] and self.waits_for_memory(target)):
+                self.current = run[0]
+                return outcome[run[0]]
+            if run == [source] and orphan:
                 # The link broke when all was there: the source knows that it goes on, the target cannot.
                 self.run("stop", "--force", target, status=None)
             elif run == [target] and source not in states:
                 # Killed in post-copy: part of the memory is gone.
                 self.run("stop", "--force", target, status=None)
-            elif run == [target] and "not known who has the machine" in self.messages(source):
+            elif run == [target] and unknown:
                 self.run("stop", "--force", source, status=None)
-            elif not run and source in states and target not in states and (
-                    "not known who has the machine" in self.messages(source) or "stays paused here" in self.messages(source)):
+            elif not run and len(states) == 2 and unknown and orphan:
+                # Neither can know, and both wait: whichever is chosen, the other ends first.
+                chosen, other = self.random.sample((source, target), 2)
+                self.run("stop", "--force", other, status=None)
+            elif not run and list(states) == [source] and unknown:
                 self.run("resume", source)
-            elif not run and target in states and source not in states and "source is gone" in self.messages(target):
+                outcome[source] = "resumed here"
+            elif not run and list(states) == [target] and orphan:
                 self.run("resume", target)
-            elif not states:
-                # The source died as its owner, or in the middle of post-copy; or the target did after it had taken the machine.
-                check(any(t in self.messages(target) for t in ("not received", "will not come")) or
-                      "has moved" in self.messages(source), f"no machine is left, and nobody says why; the source said:\n"
-                      f"{self.messages(source)[-800:]}\nthe target said:\n{self.messages(target)[-800:]}")
+                outcome[target] = "resumed there"
+            elif not states and (any(t in self.messages(target) for t in ("not received", "will not come", "turned away")) or
+                                 any(t in self.messages(source) for t in ("has moved", "does not take the rest"))):
+                # The source died as its owner, perhaps before it said that it is one, or in the middle of post-copy; or the target
+                # did after it had taken the machine.
                 self.current = None
                 return "lost"
-            check(time.monotonic() < deadline, f"after 60 s: {states}; the source said:\n{self.messages(source)[-800:]}\n"
+            check(time.monotonic() < deadline, f"after 60 s {source} and {target} are {states or 'gone'}; the source said:\n{self.messages(source)[-800:]}\n"
                   f"the target said:\n{self.messages(target)[-800:]}")
-            time.sleep(0.1)
+            time.sleep(0.05)

@@ -1,8 +1,10 @@
-/* What memcheck and diskcheck have in common: what a block of 4 KiB holds that was written so often, and the time. */
+/* What memcheck and diskcheck have in common: what a block of 4 KiB holds that was written so often, the time, and what they print. */
 #ifndef RINGFORT_TESTS_BOOT_PATTERN_H
 #define RINGFORT_TESTS_BOOT_PATTERN_H
 
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <time.h>
 
 #define BLOCK 4096u
@@ -21,6 +23,33 @@ static inline double now(void)
 
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+/* How far it is: "WORD N", at most once in so many seconds. From the program's last arguments: milliseconds, WORD. */
+struct reports {
+    double every, said;
+    const char *word;
+};
+
+static inline struct reports reports_init(char **arguments)
+{
+    struct reports r = { .every = 1, .said = now(), .word = "@check" };
+
+    if (arguments[0]) {
+        r.every = atof(arguments[0]) / 1000;
+        r.word = arguments[1] ? arguments[1] : r.word;
+    }
+    return r;
+}
+
+static inline void report(struct reports *r, uint64_t checked)
+{
+    double t = now();
+
+    if (t - r->said < r->every)
+        return;
+    r->said = t;
+    printf("%s %llu\n", r->word, (unsigned long long)checked);
 }
 
 #endif

@@ -444,9 +444,15 @@ static void smaller_server(void **state)
     log_capture_begin();
     block_close(b);
     log_capture_end();
-    /* And one that is known from elsewhere. */
+    /* And one that is known from elsewhere, and was right when it was looked for. */
     log_capture_begin();
+    kill_server(f);
+    assert_int_equal(truncate(f->image, DISK_SIZE), 0);
+    start_server(f, NULL);
     assert_int_equal(try_open(f, &(struct block_options){ .size = DISK_SIZE, .unlocked = true }, &b), 0);
+    kill_server(f);
+    assert_int_equal(truncate(f->image, DISK_SIZE / 2), 0);
+    start_server(f, NULL);
     assert_int_equal(block_lock(b), -EINVAL);
     assert_int_equal(log_capture_lines(log_capture_end()), 1);
     block_close(b);
@@ -515,6 +521,7 @@ static void changes_hands(void **state)
 
     start_server(f, (const char *const[]){ "--filter=limit", "limit=1", NULL });
     source = open_disk(f, 5);
+    /* It closes the connections of those who look whether it is there. */
     assert_int_equal(try_open(f, &(struct block_options){ .size = DISK_SIZE, .unlocked = true, .can_discard = true }, &target), 0);
     assert_true(block_can_discard(target));
     for (unsigned i = 0; i < 3; i++) {
@@ -531,6 +538,65 @@ static void changes_hands(void **state)
     }
     block_close(target);
     block_close(source);
+}
+
+/* What the target of a migration will need is looked for before it is needed. */
+static void is_looked_for(void **state)
+{
+    struct fixture *f = *state;
+    struct sockaddr_un address = { .sun_family = AF_UNIX };
+    char other[256];
+    const struct {
+        const char *path, *text;
+        uint64_t size;
+        const char *more;
+    } cases[] = {
+        { f->uri, "No such file", DISK_SIZE, NULL },
+        { "nbd://127.0.0.1:1/x", "Connection refused", DISK_SIZE, NULL },
+        { other, "other", DISK_SIZE, "" },
+        { f->uri, "it is another one", DISK_SIZE + 512, "" },
+        { f->uri, "readonly=on", DISK_SIZE, "-r" },
+        { f->uri, NULL, DISK_SIZE, "" },
+    };
+    struct block *target;
+    uint64_t began;
+    int fd;
+
+    snprintf(other, sizeof(other), "nbd+unix:///other?socket=%s", f->socket);
+    for (unsigned i = 0; i < ARRAY_SIZE(cases); i++) {
+        const char *text;
+        int err;
+
+        if (cases[i].more)
+            start_server(f, *cases[i].more ? (const char *const[]){ cases[i].more, NULL } : NULL);
+        log_capture_begin();
+        err = try_open(f, &(struct block_options){ .path = cases[i].path, .size = cases[i].size, .unlocked = true }, &target);
+        text = log_capture_end();
+        if (cases[i].text) {
+            assert_true(err < 0);
+            assert_int_equal(log_capture_lines(text), 1);
+            assert_non_null(strstr(text, cases[i].text));
+        } else {
+            assert_int_equal(err, 0);
+            block_close(target);
+        }
+        kill_server(f);
+    }
+    /* One that has a client already may leave others waiting. */
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s", f->socket);
+    fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(bind(fd, (struct sockaddr *)&address, sizeof(address)) | listen(fd, 4), 0);
+    began = test_now_ns();
+    assert_int_equal(try_open(f, &(struct block_options){ .size = DISK_SIZE, .unlocked = true }, &target), 0);
+    assert_true(test_now_ns() - began < 4500000000u);
+    block_close(target);
+    close(fd);
+    unlink(f->socket);
+    /* Looking leaves no connection that would be in the way for long. */
+    start_server(f, (const char *const[]){ "--filter=limit", "limit=1", NULL });
+    assert_int_equal(try_open(f, &(struct block_options){ .size = DISK_SIZE, .unlocked = true }, &target), 0);
+    assert_int_equal(block_lock(target), 0);
+    block_close(target);
 }
 
 static void tls(void **state)
@@ -581,6 +647,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(refused, setup, teardown),
         cmocka_unit_test_setup_teardown(silent_server, setup, teardown),
         cmocka_unit_test_setup_teardown(changes_hands, setup, teardown),
+        cmocka_unit_test_setup_teardown(is_looked_for, setup, teardown),
         cmocka_unit_test_setup_teardown(tls, setup, teardown),
     };
 

@@ -435,14 +435,15 @@ bool block_writeback(const struct block *b)
 static int open_file(struct block *b, const struct block_options *opt)
 {
     int flags = (opt->readonly ? O_RDONLY : O_RDWR) | O_CLOEXEC;
+    const char *at = opt->until_named ? opt->until_named : opt->path;
     /* Look before opening: opening a pipe or a terminal can have effects. */
     struct stat st;
-    if (stat(opt->path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) {
+    if (stat(at, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode)) {
         log_error("disk %s: %s is no disk: give a raw image file or a block device", opt->path,
                   S_ISDIR(st.st_mode) ? "a directory" : "this kind of file");
         return -EINVAL;
     }
-    b->fd = open(opt->path, flags | (opt->cache == BLOCK_CACHE_NONE ? O_DIRECT : 0));
+    b->fd = open(at, flags | (opt->cache == BLOCK_CACHE_NONE ? O_DIRECT : 0));
     if (b->fd < 0 && errno == EINVAL && opt->cache == BLOCK_CACHE_NONE) {
         log_error("disk %s: its file system cannot do cache=none (O_DIRECT); use cache=writeback",
                   opt->path);

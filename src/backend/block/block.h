@@ -22,9 +22,11 @@ enum block_cache { BLOCK_CACHE_WRITEBACK, BLOCK_CACHE_NONE, BLOCK_CACHE_UNSAFE }
 
 struct block_options {
     const char *path;           /* raw image file, block device, overlay, or URI of a disk on an NBD server */
+    const char *until_named;    /* a file that does not have that name yet is here; it is renamed while it is open. NULL: it has. Not kept */
     bool readonly;
     enum block_cache cache;
-    bool unlocked;              /* open without locking: another machine has it until block_lock() */
+    /* Open without locking: another machine has it until block_lock(). Of a disk on a server it is only seen that it is there. */
+    bool unlocked;
     /* What that machine knows of it: bytes (0: not known), whether it discards. A file of another size is refused. */
     uint64_t size;
     bool can_discard;

@@ -30,6 +30,7 @@
 #define CONNECT_MS 5000u
 #define HANDOVER_MS 1000u
 #define RETRY_MS 500u
+#define GREETING_MS 1500u
 #define ERROR_MAX 256
 /* Pieces of the guest's memory shorter than this are gathered. */
 #define DIRECT_BYTES KIB(64)
@@ -134,12 +135,10 @@ static int check_export(const struct nbd_disk *d, struct nbd_handle *h, uint64_t
     return 0;
 }
 
-/* A connection that is ready. Bounded, and ends early when d->stop is set. Any thread. NULL: error and *err say why. */
-static struct nbd_handle *connect_once(struct nbd_disk *d, uint64_t *size, char error[ERROR_MAX], int *err)
+/* A connection that is being made. NULL: error and *err say why. */
+static struct nbd_handle *connect_begin(const struct nbd_disk *d, char error[ERROR_MAX], int *err)
 {
-    uint64_t until = now_ms() + CONNECT_MS;
     struct nbd_handle *h = d->nbd->create();
-    bool ready = false, stop = false;
     int r = h ? 0 : -1;
 
     if (!r && d->tls)
@@ -151,6 +150,25 @@ static struct nbd_handle *connect_once(struct nbd_disk *d, uint64_t *size, char 
         r = d->nbd->set_pread_initialize(h, false);
     if (!r)
         r = d->nbd->aio_connect_uri(h, d->block->path);
+    if (!r)
+        return h;
+    last_error(d, error);
+    *err = d->nbd->get_errno() ? -d->nbd->get_errno() : -EIO;
+    if (h)
+        d->nbd->close(h);
+    return NULL;
+}
+
+/* A connection that is ready. Bounded, and ends early when d->stop is set. Any thread. NULL: error and *err say why. */
+static struct nbd_handle *connect_once(struct nbd_disk *d, uint64_t *size, char error[ERROR_MAX], int *err)
+{
+    uint64_t until = now_ms() + CONNECT_MS;
+    struct nbd_handle *h = connect_begin(d, error, err);
+    bool ready = false, stop = false;
+    int r = 0;
+
+    if (!h)
+        return NULL;
     while (!r && !(ready = d->nbd->aio_is_ready(h) == 1) && !stop && now_ms() < until) {
         r = d->nbd->poll(h, 100) < 0 ? -1 : 0;
         pthread_mutex_lock(&d->lock);
@@ -167,11 +185,93 @@ static struct nbd_handle *connect_once(struct nbd_disk *d, uint64_t *size, char 
     } else {
         *err = check_export(d, h, size, error);
     }
-    if (*err && h) {
+    if (*err) {
         d->nbd->close(h);
         h = NULL;
     }
     return h;
+}
+
+static void say_goodbye(const struct nbd_disk *d, struct nbd_handle *h)
+{
+    if (d->nbd->aio_disconnect(h, 0) == 0)
+        for (unsigned i = 0; i < 10 && d->nbd->aio_is_closed(h) != 1 && d->nbd->aio_is_dead(h) != 1; i++)
+            if (d->nbd->poll(h, 20) < 0)
+                break;
+    d->nbd->close(h);
+}
+
+/* ---- looking whether it is there ---- */
+
+/* How far a connection is on which the server speaks first. */
+enum word { CONNECTING, WAITING, GREETED, CLOSED };
+
+static enum word first_word(int fd)
+{
+    struct sockaddr_storage peer;
+    socklen_t len = sizeof(peer);
+    char byte;
+    ssize_t n;
+
+    if (fd < 0 || getpeername(fd, (struct sockaddr *)&peer, &len) < 0)
+        return CONNECTING;
+    n = recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    return n > 0 ? GREETED : n == 0 ? CLOSED : WAITING;
+}
+
+/*
+ * Another machine uses the disk now, and this one will: whether there is such a server with such a disk. One that takes no more
+ * clients while it has the other machine closes the connection without a word, or leaves it waiting; it is there. 0 or a negative errno
+ * with error; -EAGAIN: it closed the connection, and perhaps without a word.
+ */
+static int probe_once(struct nbd_disk *d, char error[ERROR_MAX])
+{
+    uint64_t until = now_ms() + CONNECT_MS, size;
+    enum word word = CONNECTING;
+    bool ready = false;
+    int err = 0, r = 0;
+    struct nbd_handle *h = connect_begin(d, error, &err);
+
+    if (!h)
+        return err;
+    while (!r && !(ready = d->nbd->aio_is_ready(h) == 1) && now_ms() < until) {
+        struct pollfd p = { .fd = d->nbd->aio_get_fd(h), .events = POLLIN };
+        enum word now = word == GREETED ? word : first_word(p.fd);
+
+        if (now != word)
+            until = now_ms() + (now == WAITING ? GREETING_MS : CONNECT_MS);
+        word = now;
+        if (word == CLOSED)
+            break;
+        /* libnbd would take the greeting, or what stands for it, away. */
+        if (word == WAITING)
+            poll(&p, 1, 100);
+        else
+            r = d->nbd->poll(h, 100) < 0 ? -1 : 0;
+    }
+    if (ready) {
+        err = check_export(d, h, &size, error);
+    } else if (r) {
+        last_error(d, error);
+        err = d->nbd->get_errno() ? -d->nbd->get_errno() : word == CONNECTING ? -EAGAIN : -EIO;
+    } else if (word == CONNECTING || word == GREETED) {
+        snprintf(error, ERROR_MAX, "the server does not answer");
+        err = -ETIMEDOUT;
+    }
+    say_goodbye(d, h);
+    return err;
+}
+
+static int probe(struct nbd_disk *d)
+{
+    char error[ERROR_MAX];
+    int err = -EAGAIN;
+
+    for (unsigned i = 0; i < 3 && err == -EAGAIN; i++)
+        err = probe_once(d, error);
+    if (err)
+        log_error("disk %s: cannot open: %s", d->block->path, error);
+    return err == -EAGAIN ? -EIO : err;
 }
 
 static void update_events(struct nbd_disk *d)
@@ -615,13 +715,8 @@ static void nbd_detach(struct block *b)
     stop_connector(d);
     if (!d->h)
         return;
-    /* Politely; who does not take it is left without. */
-    if (d->nbd->aio_disconnect(d->h, 0) == 0)
-        for (unsigned i = 0; i < 10 && d->nbd->aio_is_closed(d->h) != 1 && d->nbd->aio_is_dead(d->h) != 1; i++)
-            if (d->nbd->poll(d->h, 20) < 0)
-                break;
     epoll_ctl(d->epoll, EPOLL_CTL_DEL, d->nbd->aio_get_fd(d->h), NULL);
-    d->nbd->close(d->h);
+    say_goodbye(d, d->h);
     d->h = NULL;
 }
 
@@ -671,11 +766,11 @@ int block_nbd_open(struct block *b, const struct block_options *opt)
     if (d->epoll >= 0 && d->nbd && (d->tls || !opt->tls))
         d->watch = loop_fd_add(b->loop, d->epoll, POLLIN, ready, d);
     if (d->watch && opt->unlocked) {
-        /* Another machine uses it, and the server may take one client only. */
+        /* Another machine uses it, and the server may take one client only: no connection is kept. */
         b->size = opt->size;
         b->can_discard = !b->readonly && opt->can_discard;
-        err = b->size ? 0 : -EINVAL;
-        if (err)
+        err = b->size ? probe(d) : -EINVAL;
+        if (!b->size)
             log_error("disk %s: its size is not known before it is this machine's", b->path);
     } else if (d->watch) {
         err = nbd_attach(b);

@@ -95,7 +95,7 @@ static int do_migrate(struct control_request *r, json_t **answer)
     struct sending s = { .job = r->job, .vm = r->vm };
     struct migrate_result result;
     enum migrate_stage end;
-    char why[512] = "";
+    char why[1024] = "";
     bool with_disks = false;
     int status = read_arguments(r, &options, &with_disks, answer);
 

@@ -113,7 +113,7 @@ int control_route_check(const struct control_route *route, const json_t *args, j
 
 int control_refuse(json_t **answer, int status, const char *fmt, ...)
 {
-    char text[512];
+    char text[1024];
     va_list ap;
 
     va_start(ap, fmt);
