@@ -33,7 +33,7 @@ struct engine_counters {
     uint64_t tlb_misses, tlb_flushes, page_walks;
     uint64_t blocks_decoded, block_flushes, code_writes;
     /* The translator's; 0 elsewhere. */
-    uint64_t units, units_apart;        /* translated; again without shared checks */
+    uint64_t units, units_apart, units_looping; /* translated; again without shared checks; again as loops with hoisted checks */
     uint64_t unit_bytes, guest_bytes;   /* of host code made, and of guest code that it was made from */
     uint64_t chains;                    /* jumps patched from translation to translation */
     uint64_t entries;                   /* into translated code from the run loop */

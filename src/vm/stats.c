@@ -169,6 +169,7 @@ void vm_stats_add_vcpu(struct vm_stats *s, const struct engine_counters *c, uint
         {"engine_counters/code_writes", c->code_writes},
         {"engine_counters/units", c->units},
         {"engine_counters/units_apart", c->units_apart},
+        {"engine_counters/units_looping", c->units_looping},
         {"engine_counters/unit_bytes", c->unit_bytes},
         {"engine_counters/guest_bytes", c->guest_bytes},
         {"engine_counters/chains", c->chains},

@@ -341,6 +341,7 @@ static void translate_counters(const struct vcpu *vcpu, struct engine_counters *
     interp_counters(vcpu, c);
     c->units = t->blocks;
     c->units_apart = t->apart;
+    c->units_looping = t->loops;
     c->unit_bytes = t->bytes;
     c->guest_bytes = t->guest_bytes;
     c->chains = t->chained;

@@ -279,6 +279,7 @@ bool translate_block(struct translator *t, struct block *b)
     }
     b->insns = (uint16_t)x->insns;
     t->blocks++;
+    t->loops += x->back >= 0;
     t->guest_bytes += x->end - start;
     b->indirect = code_exec(&t->code, indirect);
     b->code = code_exec(&t->code, entry);
