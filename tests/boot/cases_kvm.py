@@ -22,6 +22,7 @@ COMMAND = ("seq 1 100000 | dd of=/dev/vda bs=64k conv=notrunc,fsync 2>/dev/null;
 # What the first one does; in a file, as there are quotes.
 SCRIPT = f"""
 if [ -x /bin/test_switch ]; then test_switch kvm interp; echo "switch: status $?"; fi
+if [ -x /bin/test_dirty ]; then test_dirty kvm 4 1; echo "dirty: status $?"; fi
 ringfort host | grep -E '  kvm|auto'
 dd if=/dev/zero of=/disk bs=1M count=1 2>/dev/null
 ringfort run --engine auto --cpus 2 --memory 128M --kernel /kernel --initrd /initrd --stats /stats \\
@@ -57,9 +58,9 @@ def first_guest(folder, commands):
     kernel = script("kernel", "cloud")
     (folder / "script").write_text(commands)
     program = ringfort()
-    test = Path(program).parent / "tests/cpu/test_switch"
+    tests = [t for t in (Path(program).parent / "tests/cpu" / name for name in ("test_switch", "test_dirty")) if t.exists()]
     image = folder / "image.cpio"
-    script("initramfs", "--kernel", "cloud-kvm", "--program", program, *(["--program", str(test)] if test.exists() else []),
+    script("initramfs", "--kernel", "cloud-kvm", "--program", program, *(word for t in tests for word in ("--program", str(t))),
            "--add", f"kernel={kernel}/vmlinuz", "--add", f"initrd={script('initramfs', '--kernel', 'cloud')}",
            "--add", f"script={folder}/script", "--output", str(image))
     return Machine(folder, command=[qemu, "-accel", "tcg,thread=single", "-cpu", "max", "-machine", "q35", "-smp", "1", "-m", "512M",
@@ -79,6 +80,8 @@ def nested(folder):
         begun = time.monotonic()
         if test.exists():
             m.expect(r"^switch: status 0\s", 240)
+            # Written pages, by the rings that this kernel has.
+            m.expect(r"pages in \d+ rounds, by rings\s+dirty: status 0\s", 240)
         m.expect(r"auto takes kvm\b", 100)
         m.expect(r"^  kvm +yes .*natively", 30)
         switched = time.monotonic()

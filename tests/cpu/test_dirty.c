@@ -13,6 +13,7 @@
 #include <time.h>
 
 #include "engine_guest.h"
+#include "engine/kvm/kvm.h"
 #include "engine/translate/options.h"
 
 #define VCPUS 3
@@ -206,11 +207,12 @@ int main(int argc, char **argv)
     if (argc != 4)
         return 2;
     translate_options.threshold = 1;
+    kvm_use_dirty_ring = strcmp(argv[1], "kvm-bitmap") != 0;
     epochs = (unsigned)strtoul(argv[2], NULL, 0);
     seed = x = strtoull(argv[3], NULL, 0) | 1;
     guest = aligned_alloc(64, align_up(sizeof(*guest), 64));
     memset(guest, 0, sizeof(*guest));
-    engine_guest_init(guest, argv[1], "host");
+    engine_guest_init(guest, kvm_use_dirty_ring ? argv[1] : "kvm", "host");
     m = &guest->machine.memory;
     make_vcpus(seed);
     copy = malloc(GUEST_RAM_SIZE);
@@ -260,7 +262,8 @@ int main(int argc, char **argv)
         fprintf(stderr, "nothing was written: %llu pages in %llu rounds\n", (unsigned long long)fetched, (unsigned long long)rounds);
         bad = 1;
     }
-    printf("%llu pages in %llu rounds\n", (unsigned long long)fetched, (unsigned long long)rounds);
+    printf("%llu pages in %llu rounds%s\n", (unsigned long long)fetched, (unsigned long long)rounds,
+           strcmp(guest->engine->name, "kvm") == 0 && ((struct kvm_vcpu *)vcpu[0].data)->ring ? ", by rings" : "");
     for (unsigned i = 1; i < VCPUS; i++)
         guest->engine->vcpu_destroy(&vcpu[i]);
     guest->vcpu = vcpu[0];

@@ -81,6 +81,7 @@ static void look(void)
     h->xsave_size = MAX(size > 0 ? (size_t)size : 0, sizeof(struct kvm_xsave));
     h->xcrs = extension(h->fd, KVM_CAP_XCRS) > 0;
     h->tsc_control = extension(h->fd, KVM_CAP_TSC_CONTROL) > 0;
+    h->dirty_ring = (uint32_t)MAX(extension(h->fd, KVM_CAP_DIRTY_LOG_RING), 0);
     h->manual_protect = extension(h->fd, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
     return;
 out:

@@ -3,7 +3,8 @@
  *
  *   host.c     /dev/kvm and what it can do; the probe
  *   model.c    CPUID
- *   machine.c  what the vCPUs of one machine share: the VM, its memory, the dirty log, the clock
+ *   machine.c  what the vCPUs of one machine share: the VM, its memory, the clock
+ *   dirty.c    which pages they write
  *   doorbell.c writes that are only notices, without leaving the guest
  *   irqchip.c  the kernel's LAPICs and the machine's irqchip
  *   state.c    registers, to and from the canonical state
@@ -28,6 +29,7 @@ struct kvm_host {
     size_t run_size;            /* bytes of a vCPU's struct kvm_run and what follows */
     size_t xsave_size;          /* of KVM_GET_XSAVE2 */
     bool xcrs, tsc_control, manual_protect;
+    uint32_t dirty_ring;        /* the most bytes that a vCPU's may have; 0: there are none */
 };
 /* Opened and looked at once. NULL: unusable; why (if not NULL) then says the reason and what to do, without a full stop. Any thread. */
 const struct kvm_host *kvm_host(const char **why);
@@ -55,8 +57,10 @@ struct kvm_machine {
     struct kvm_irq_routing_entry route[IOAPIC_INPUTS];
     bool routed[IOAPIC_INPUTS];
     unsigned inside;            /* vCPUs in kvm_run() */
-    bool dirty_log;             /* this and the bitmap: guarded by memory.dirty_lock */
-    uint64_t *dirty_bitmap;     /* of the largest region */
+    bool dirty_log;             /* guarded by memory.dirty_lock */
+    uint32_t ring_entries;      /* of each vCPU's dirty ring, a power of two; 0: a bitmap is asked for instead */
+    /* By region, made by dirty.c; with rings: written by vCPUs and not yet told, guarded by lock. Else room for the kernel's answer. */
+    uint64_t *dirty_bitmap[MEMORY_MAX_REGIONS];
     uint64_t tsc_hz;            /* of the guest's counter */
     bool tsc_scaled;            /* which is not the host's */
     uint64_t tsc_skew;          /* scaled: the machine's counter (x86_tsc_base()) minus KVM's */
@@ -74,6 +78,26 @@ void kvm_machine_put(struct kvm_machine *k);
  */
 void kvm_enter(struct kvm_machine *k);
 void kvm_leave(struct kvm_machine *k);
+
+/* The regions of guest memory to the kernel, logged or not as dirty_log says. 0 or a negative errno (logged). */
+int kvm_set_slots(struct kvm_machine *k);
+
+/* ---- dirty.c ---- */
+
+/* False: vCPUs get no dirty rings even where the host has them; for tests, before the machine is made. */
+extern bool kvm_use_dirty_ring;
+
+/* For a fresh VM, before it has vCPUs. */
+void kvm_dirty_init(struct kvm_machine *k);
+/* From here on the memory's dirty log knows what vCPUs write. */
+void kvm_dirty_attach(struct kvm_machine *k);
+void kvm_dirty_destroy(struct kvm_machine *k);
+/* The vCPU's ring, before it runs and before it is in k->vcpu. 0 or a negative errno (silent). */
+int kvm_ring_map(struct kvm_vcpu *v);
+/* It is not in k->vcpu any more. */
+void kvm_ring_unmap(struct kvm_vcpu *v);
+/* Empties the rings of all vCPUs. Any thread. 0 or a negative errno (logged). */
+int kvm_ring_drain(struct kvm_machine *k);
 
 /* ---- doorbell.c ---- */
 
@@ -118,6 +142,8 @@ struct kvm_vcpu {
     int fd;
     struct kvm_run *run;
     void *xsave;                /* host->xsave_size bytes */
+    struct kvm_dirty_gfn *ring; /* NULL: none */
+    uint32_t ring_next;         /* entries taken; guarded by k->lock */
     _Atomic uint32_t request;
     _Atomic uint8_t sipi_vector;
     bool told_about_tsc;

@@ -1,5 +1,5 @@
 /*
- * What the vCPUs of one machine share under KVM: the VM, guest memory, the log of written pages, guest time.
+ * What the vCPUs of one machine share under KVM: the VM, guest memory, guest time.
  *
  * Made by the first vCPU, gone with the last. Regions of guest memory are fixed by then.
  */
@@ -42,7 +42,7 @@ static int set_slot(struct kvm_machine *k, unsigned i)
     return err;
 }
 
-static int set_slots(struct kvm_machine *k)
+int kvm_set_slots(struct kvm_machine *k)
 {
     int err = 0;
 
@@ -50,74 +50,6 @@ static int set_slots(struct kvm_machine *k)
         err = set_slot(k, i);
     return err < 0 ? err : 0;
 }
-
-/* ---- pages that vCPUs write ---- */
-
-/* With the manual mode the log is write-protected anew only where this has taken note of the writes. */
-static void use_manual_protect(struct kvm_machine *k)
-{
-    struct kvm_enable_cap cap = { .cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, .args = { KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE } };
-
-    if (k->host->manual_protect)
-        kvm_ioctl(k->fd, KVM_ENABLE_CAP, &cap);
-}
-
-static void stop_log(void *opaque)
-{
-    struct kvm_machine *k = opaque;
-
-    k->dirty_log = false;
-    set_slots(k);
-    free(k->dirty_bitmap);
-    k->dirty_bitmap = NULL;
-}
-
-static int start_log(void *opaque)
-{
-    struct kvm_machine *k = opaque;
-    uint64_t largest = 0;
-    int err;
-
-    for (unsigned i = 0; i < k->machine->memory.regions; i++)
-        largest = MAX(largest, memory_bitmap_words(&k->machine->memory.region[i]));
-    k->dirty_bitmap = calloc(largest, sizeof(uint64_t));
-    if (!k->dirty_bitmap) {
-        log_error("out of memory for the log of written pages");
-        return -ENOMEM;
-    }
-    k->dirty_log = true;
-    err = set_slots(k);
-    if (err)
-        stop_log(k);
-    return err;
-}
-
-static int collect_log(void *opaque, unsigned region, uint64_t *bitmap)
-{
-    struct kvm_machine *k = opaque;
-    const struct memory_region *r = &k->machine->memory.region[region];
-    struct kvm_dirty_log get = { .slot = region, .dirty_bitmap = k->dirty_bitmap };
-    struct kvm_clear_dirty_log clear = { .slot = region, .num_pages = (uint32_t)(r->size >> GUEST_PAGE_SHIFT),
-                                         .dirty_bitmap = k->dirty_bitmap };
-    size_t words = memory_bitmap_words(r);
-    uint64_t any = 0;
-    int err;
-
-    memset(k->dirty_bitmap, 0, words * sizeof(uint64_t));
-    err = kvm_ioctl(k->fd, KVM_GET_DIRTY_LOG, &get);
-    for (size_t i = 0; i < words && err >= 0; i++) {
-        any |= k->dirty_bitmap[i];
-        bitmap[i] |= k->dirty_bitmap[i];
-    }
-    /* Whoever reads the pages does so after this: writes up to here are in what is read, and later ones are logged. */
-    if (err >= 0 && any && k->host->manual_protect)
-        err = kvm_ioctl(k->fd, KVM_CLEAR_DIRTY_LOG, &clear);
-    if (err < 0)
-        log_error("KVM does not tell which pages were written: %s", strerror(-err));
-    return err < 0 ? err : 0;
-}
-
-static const struct memory_dirty_hooks dirty_hooks = { .start = start_log, .stop = stop_log, .collect = collect_log };
 
 /* ---- entering and leaving ---- */
 
@@ -169,10 +101,9 @@ void kvm_leave(struct kvm_machine *k)
 static void destroy(struct kvm_machine *k)
 {
     kvm_doorbells_stop(k);
-    memory_dirty_detach(&k->machine->memory, k);
+    kvm_dirty_destroy(k);
     if (k->chip)
         irqchip_set_host(k->chip, NULL);
-    free(k->dirty_bitmap);
     if (k->fd >= 0)
         close(k->fd);
     pthread_mutex_destroy(&k->lock);
@@ -213,7 +144,7 @@ static int create(const struct vcpu *vcpu, struct kvm_machine **out)
         log_error("engine kvm: KVM_SET_TSS_ADDR: %s", strerror(-err));
         goto out;
     }
-    use_manual_protect(k);
+    kvm_dirty_init(k);
     k->chip = irqchip_find(m);
     if (!k->chip) {
         log_error("engine kvm: the machine has no interrupt controllers");
@@ -222,9 +153,9 @@ static int create(const struct vcpu *vcpu, struct kvm_machine **out)
     }
     err = kvm_irqchip_init(k);
     if (err == 0)
-        err = set_slots(k);
+        err = kvm_set_slots(k);
     if (err == 0) {
-        memory_dirty_attach(&m->memory, &dirty_hooks, k);
+        kvm_dirty_attach(k);
         kvm_doorbells_start(k);
     }
 out:

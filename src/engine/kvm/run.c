@@ -201,6 +201,10 @@ static bool handle_exit(struct kvm_vcpu *v, enum vm_exit *exit)
     case KVM_EXIT_IRQ_WINDOW_OPEN:
     case KVM_EXIT_SET_TPR:
         return false;
+    case KVM_EXIT_DIRTY_RING_FULL:
+        if (kvm_ring_drain(v->k) == 0)
+            return false;
+        break;
     case KVM_EXIT_HLT:          /* the kernel waits by itself */
         v->counters.halts++;
         return false;
@@ -284,6 +288,7 @@ static void destroy(struct vcpu *vcpu)
         v->k->vcpu[vcpu->index] = NULL;
         pthread_mutex_unlock(&v->k->lock);
     }
+    kvm_ring_unmap(v);
     if (v->run)
         munmap(v->run, v->k->host->run_size);
     if (v->fd >= 0)
@@ -360,6 +365,10 @@ static int create(struct vcpu *vcpu)
         err = -ENOMEM;
         goto out;
     }
+    what = "its ring of written pages";
+    err = kvm_ring_map(v);
+    if (err < 0)
+        goto out;
     what = "KVM_SET_CPUID2";
     err = set_cpuid(v);
     if (err < 0)
