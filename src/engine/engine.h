@@ -41,6 +41,10 @@ struct engine_counters {
     uint64_t interpreted_ops;           /* instructions that translated code had interpreted */
     uint64_t jumps_missed;      /* targets of indirect and far jumps that the jump table did not have yet, or any more */
     uint64_t returns_missed, return_overflows;  /* returns that the return stack did not predict; its overflows */
+    /* Of direct execution: times that user code was entered natively, for how long in all, page faults there, pages that were mapped… */
+    uint64_t native_runs, native_ns, native_faults, native_pages;
+    uint64_t native_steps, native_demotions, native_sandboxes;  /* instructions interpreted in between; times it did not pay; processes made */
+    uint64_t native_cpu_ns;     /* processor time of those processes, which is none of ours */
 };
 
 struct vcpu {

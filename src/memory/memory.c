@@ -161,6 +161,16 @@ static bool remove_pages(struct memory *m, struct memory_region *r, gpa_t first,
     return removed;
 }
 
+bool memory_complete(struct memory *m)
+{
+    bool complete;
+
+    pthread_rwlock_rdlock(&m->missing_lock);
+    complete = !m->missing;
+    pthread_rwlock_unlock(&m->missing_lock);
+    return complete;
+}
+
 void memory_clear(struct memory *m, gpa_t gpa, uint64_t len)
 {
     struct memory_region *r = memory_find(m, gpa);

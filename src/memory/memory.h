@@ -117,6 +117,9 @@ int memory_map_file(struct memory *m, unsigned region, int fd, uint64_t offset);
 /* Makes [gpa, gpa+len), which lies in one region, zero, and gives the host's memory back where that can be done. No vCPU runs. */
 void memory_clear(struct memory *m, gpa_t gpa, uint64_t len);
 
+/* No page of it is missing (missing.h): other processes may map its files. */
+bool memory_complete(struct memory *m);
+
 /* Copy from or to RAM. 0, or -EFAULT when any byte is outside RAM (then nothing was written). */
 int memory_read(struct memory *m, gpa_t gpa, void *buf, size_t len);
 int memory_write(struct memory *m, gpa_t gpa, const void *buf, size_t len);

@@ -180,6 +180,13 @@ void vm_stats_add_vcpu(struct vm_stats *s, const struct engine_counters *c, uint
         {"engine_counters/jumps_missed", c->jumps_missed},
         {"engine_counters/returns_missed", c->returns_missed},
         {"engine_counters/return_overflows", c->return_overflows},
+        {"engine_counters/native_runs", c->native_runs},
+        {"engine_counters/native_ns", c->native_ns},
+        {"engine_counters/native_faults", c->native_faults},
+        {"engine_counters/native_pages", c->native_pages},
+        {"engine_counters/native_steps", c->native_steps},
+        {"engine_counters/native_demotions", c->native_demotions},
+        {"engine_counters/native_sandboxes", c->native_sandboxes},
     };
     for (unsigned i = 0; i < ARRAY_SIZE(counter); i++)
         vm_stats_add(s, counter[i].path, counter[i].value);

@@ -83,6 +83,13 @@ struct jump_entry {
     uint64_t mode;
 };
 
+/* What becomes of user code. */
+enum interp_user {
+    INTERP_USER_BLOCK,          /* go on with the block at s.rip */
+    INTERP_USER_STEP,           /* one instruction */
+    INTERP_USER_AGAIN,          /* it ran: look for requests */
+};
+
 struct code_page;
 struct chain;
 struct return_site;
@@ -113,6 +120,7 @@ struct interp {
     struct jump_entry jump[1 << JUMP_CACHE_BITS];
     struct soft_vcpu soft;
     const struct block_hooks *block_hooks;      /* NULL: none */
+    enum interp_user (*run_user)(struct interp *it);    /* who may run user code otherwise, or NULL */
     struct interp_returns returns;
     /* Block cache. */
     struct block **hash;

@@ -194,6 +194,14 @@ enum vm_exit interp_run(struct vcpu *vcpu)
         }
         if (unlikely(cpu->cpl == 3 && !cpu->first_user_ns))
             cpu->first_user_ns = clock_now(cpu->machine->clock);
+        if (it->run_user && cpu->cpl == 3) {
+            enum interp_user what = it->run_user(it);
+
+            if (what == INTERP_USER_STEP)
+                step(cpu);
+            if (what != INTERP_USER_BLOCK)
+                continue;
+        }
         if (unlikely(must_step(cpu)))
             step(cpu);
         else

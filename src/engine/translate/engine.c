@@ -14,6 +14,7 @@
 #include "base/log.h"
 #include "device/machine.h"
 #include "engine/interp/trace.h"
+#include "engine/translate/direct.h"
 #include "engine/translate/lockstep.h"
 #include "engine/translate/perf.h"
 #include "engine/translate/translate.h"
@@ -108,12 +109,38 @@ static void select_space(struct translator *t)
     }
 }
 
+/*
+ * At a block's beginning: whether it is to be left for direct execution. In the page of a detour it is interpreted, since nobody
+ * would look when translated code leaves that page.
+ */
+static bool goes_native(struct translator *t, const struct op *op)
+{
+    struct x86_cpu *cpu = &t->it.cpu;
+    bool user = cpu->cpl == 3;
+
+    if (unlikely(user != t->user_mode)) {
+        t->user_mode = user;
+        direct_entered(t, user);
+    }
+    if (likely(!user || t->native_space != cpu->space) || t->interpret_once)
+        return false;
+    cpu->s.rip = op_rip(cpu, op);
+    if ((cpu->s.rip & GUEST_PAGE_MASK) == t->detour) {
+        t->interpret_once = 1;
+        return false;
+    }
+    t->detour = NO_DETOUR;
+    return true;
+}
+
 static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)
 {
     struct translator *t = translator_of(cpu);
     struct block *b = op->aux;
     const struct op *next;
 
+    if (t->direct && goes_native(t, op))
+        return NULL;
     if (unlikely(t->tracing && !t->interpret_once))     /* what is interpreted now was written down when it was entered */
         trace_block(cpu, b);
     if (unlikely(t->interpret_once || !translate_masks_all(cpu) || cpu->simd_trap != t->simd_trap)) {
@@ -140,6 +167,8 @@ static const struct op *op_warm_up(struct x86_cpu *cpu, const struct op *op)
     struct translator *t = translator_of(cpu);
     struct block *b = op->aux;
 
+    if (t->direct && goes_native(t, op))
+        return NULL;
     /* Vector instructions are translated on the ground of what the control registers allow. */
     if (unlikely(cpu->simd_trap != t->simd_trap)) {
         t->simd_trap = cpu->simd_trap;
@@ -152,11 +181,9 @@ static const struct op *op_warm_up(struct x86_cpu *cpu, const struct op *op)
         b->op[0].fn = op_enter;
         GO(op);
     }
-    if (unlikely(t->tracing)) {
-        if (!t->interpret_once)
-            trace_block(cpu, b);
-        t->interpret_once = 0;
-    }
+    if (unlikely(t->tracing && !t->interpret_once))
+        trace_block(cpu, b);
+    t->interpret_once = 0;
     NEXT;
 }
 
@@ -221,9 +248,18 @@ static void mapping_changed(struct x86_cpu *cpu, const struct x86_tlb_space *spa
         translate_forget_returns(t, 1);
 }
 
+static void flushed(struct x86_cpu *cpu, const struct x86_tlb_space *space, gva_t va, bool all)
+{
+    direct_flushed(translator_of(cpu), space, va, all);
+}
+
+static void writes_dropped(struct x86_cpu *cpu, const void *host_page) { direct_writes_dropped(translator_of(cpu), host_page); }
+
 static const struct x86_engine_hooks cpu_hooks = {
     .code_written = interp_code_stored,
     .mapping_changed = mapping_changed,
+    .flushed = flushed,
+    .writes_dropped = writes_dropped,
 };
 
 /* ---- the engine ---- */
@@ -234,6 +270,7 @@ static void translate_destroy(struct vcpu *vcpu)
 
     if (!t)
         return;
+    direct_destroy(t);
     lockstep_destroy(t);
     interp_teardown(&t->it);
     code_destroy(&t->code);
@@ -294,6 +331,9 @@ static int translate_create(struct vcpu *vcpu)
     t->it.block_hooks = &block_hooks;
     err = interp_setup(&t->it, vcpu, &cpu_hooks);
     t->it.cpu.native_mxcsr_host = 0x1f80;
+    t->detour = NO_DETOUR;
+    if (!err)
+        err = direct_create(t);
 out:
     if (err) {
         if (err == -ENOMEM)
@@ -316,7 +356,9 @@ static enum vm_exit translate_run(struct vcpu *vcpu)
     t->host_tsc = x86_tsc_is_host(t->it.cpu.machine, t->it.cpu.tsc_hz);
     if (translate_returns_attach(t))
         return VM_EXIT_ERROR;
+    direct_attach(t);
     exit = interp_run(vcpu);
+    direct_detach(t);
     translate_returns_detach(t);
     return t->diverged ? VM_EXIT_ERROR : exit;
 }
@@ -352,6 +394,7 @@ static void translate_counters(const struct vcpu *vcpu, struct engine_counters *
     c->interpreted_ops = t->slow_ops;
     c->returns_missed = t->return_misses;
     c->return_overflows = t->stack_overflows;
+    direct_counters(t, c);
     if (!t->options.count)
         c->instructions = 0;
 }

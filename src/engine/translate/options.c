@@ -8,11 +8,13 @@
         /* Translating a block costs as much as interpreting it some hundred times. */ \
         .tier = 2, .threshold = 120, .cache = MIB(48), .chain = true, .share = true, .loops = true, .liveness = true, .redo = true, .returns = true, \
         .indirect = true, .vectors = true, .extend = true, .count = false, .lockstep = false, .perf = TRANSLATE_PERF_OFF, \
+        .direct = TRANSLATE_DIRECT_ON, \
     }
 struct translate_options translate_options = DEFAULTS;
 const struct translate_options translate_defaults = DEFAULTS;
 
 static const char *const perf_words[] = { "off", "map", "jitdump", NULL };
+static const char *const direct_words[] = { "off", "on", "always", NULL };
 
 #define SWITCH(name, help) { #name, help, TRANSLATE_SWITCH, offsetof(struct translate_options, name), 0, 1, NULL }
 #define NUMBER(name, help, min, max) { #name, help, TRANSLATE_NUMBER, offsetof(struct translate_options, name), min, max, NULL }
@@ -34,6 +36,7 @@ const struct translate_option translate_option_table[] = {
     SWITCH(extend, "go on behind untaken branches, calls"),
     SWITCH(count, "count guest instructions"),
     SWITCH(lockstep, "compare with the interpreter"),
+    WORD(direct, "run user code natively in a sandbox", direct_words),
     WORD(perf, "/tmp/perf-PID.map or jit-PID.dump", perf_words),
 };
 const unsigned translate_option_count = ARRAY_SIZE(translate_option_table);

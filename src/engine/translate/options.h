@@ -11,6 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+enum translate_direct { TRANSLATE_DIRECT_OFF, TRANSLATE_DIRECT_ON, TRANSLATE_DIRECT_ALWAYS };
 enum translate_perf { TRANSLATE_PERF_OFF, TRANSLATE_PERF_MAP, TRANSLATE_PERF_JITDUMP };
 
 struct translate_options {
@@ -29,6 +30,7 @@ struct translate_options {
     bool count;                 /* guest instructions are counted */
     bool lockstep;              /* each translation is compared with the interpreter */
     unsigned perf;              /* enum translate_perf */
+    unsigned direct;            /* enum translate_direct: user code runs natively in a sandbox where that pays; wherever it can */
 };
 
 /* Read when a vCPU is made. */

@@ -91,6 +91,12 @@ struct x86_engine_hooks {
      * another address space, CPL or code size comes into force.
      */
     void (*mapping_changed)(struct x86_cpu *cpu, const struct x86_tlb_space *space);
+    /*
+     * For engines that keep translations of user addresses besides the soft TLB's (NULL for others): the guest invalidated va, or all
+     * of the space; writes to a page of the host's, or to any (NULL), are to be seen again, from where x86_tlb_drop_writes() may be called.
+     */
+    void (*flushed)(struct x86_cpu *cpu, const struct x86_tlb_space *space, gva_t va, bool all);
+    void (*writes_dropped)(struct x86_cpu *cpu, const void *host_page);
 };
 
 struct x86_cpu {
@@ -99,6 +105,7 @@ struct x86_cpu {
     /* Arithmetic flags as LAHF and SETO leave them: bits 15:8 SF ZF 0 AF 0 PF 1 CF, bit 0 OF. */
     uint32_t arith;
     _Atomic uint32_t request;
+    _Atomic int native;         /* process that runs its user code natively just now, and is to be interrupted with a request; 0: none */
     uint64_t next_rip;
     uint64_t zero;              /* always 0: stands for an absent register in an address */
 

@@ -290,6 +290,44 @@ int x86_walk_quiet(const struct x86_cpu *cpu, gva_t va, gpa_t *gpa)
     return 0;
 }
 
+bool x86_walk_ready(struct x86_cpu *cpu, gva_t va, struct x86_ready *r)
+{
+    const uint64_t address_bits = (1ull << cpu->phys_bits) - 1, wanted = PTE_P | PTE_U | PTE_A;
+    /* What is reserved, and what none of the levels may have. */
+    const uint64_t reserved = (((1ull << 52) - 1) & ~address_bits) | (cpu->s.efer & EFER_NXE ? 0 : PTE_NX);
+    gpa_t table = cpu->s.cr3 & address_bits & GUEST_PAGE_MASK;
+    bool writable = true, nx = false;
+
+    if ((cpu->s.cr4 & CR4_LA57) || !(cpu->s.efer & EFER_LMA) || !x86_canonical(cpu, va))
+        return false;
+    for (unsigned level = 4;; level--) {
+        unsigned shift = 12 + 9 * (level - 1);
+        struct slot slot;
+        bool leaf = level == 1;
+        uint64_t e, low;
+
+        read_slot(cpu, &slot, table + ((va >> shift) & 511) * 8, 8);
+        e = slot.value;
+        if ((e & wanted) != wanted || (e & reserved))
+            return false;
+        writable = writable && (e & PTE_W);
+        nx = nx || (e & PTE_NX);
+        if ((e & PTE_PS) && level > 1) {
+            leaf = level == 2 || (level == 3 && cpu->has_gib_pages);
+            if (!leaf || (e & ((1ull << shift) - (1ull << 13))))
+                return false;
+        }
+        if (!leaf) {
+            table = e & address_bits & GUEST_PAGE_MASK;
+            continue;
+        }
+        low = (1ull << shift) - 1;
+        *r = (struct x86_ready){ .gpa = (e & address_bits & ~low) | (va & low), .writable = writable && (e & PTE_D), .executable = !nx,
+                                 .large = level > 1 };
+        return true;
+    }
+}
+
 int x86_load_pdptes(struct x86_cpu *cpu, uint64_t cr0, uint64_t cr3, uint64_t cr4)
 {
     const uint64_t reserved = 0x1e6 | ~((1ull << cpu->phys_bits) - 1);

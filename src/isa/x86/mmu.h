@@ -89,6 +89,17 @@ struct x86_walk_result {
 int x86_walk_for_fill(struct x86_cpu *cpu, gva_t va, enum x86_access access, unsigned view,
                       struct x86_walk_result *w, uint32_t *error);
 
+/*
+ * What a processor may hold of the user's mapping of va without having changed anything: all accessed bits are set, writable with
+ * the dirty bit too. 4-level paging. False: nothing of it.
+ */
+struct x86_ready {
+    gpa_t gpa;
+    bool writable, executable;
+    bool large;                 /* part of a page of 2 MiB or 1 GiB */
+};
+bool x86_walk_ready(struct x86_cpu *cpu, gva_t va, struct x86_ready *r);
+
 /* What a store to guest memory by the processor itself (page tables) must tell. len bytes at gpa
  * were written. */
 void x86_phys_written(struct x86_cpu *cpu, gpa_t gpa, unsigned len, _Atomic uint8_t *flags);

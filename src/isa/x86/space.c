@@ -157,8 +157,15 @@ static void mapping_changed(struct x86_cpu *cpu, const struct x86_tlb_space *spa
         cpu->hooks->mapping_changed(cpu, space);
 }
 
+static void flushed(struct x86_cpu *cpu, const struct x86_tlb_space *space, gva_t va, bool all)
+{
+    if (cpu->hooks && cpu->hooks->flushed)
+        cpu->hooks->flushed(cpu, space, va, all);
+}
+
 static void flush_space(struct x86_cpu *cpu, struct x86_tlb_space *space)
 {
+    flushed(cpu, space, 0, true);
     if (space->fetch.dirty)
         mapping_changed(cpu, space);
     flush_set(&space->data);
@@ -183,6 +190,7 @@ static void flush_kernel_page(struct x86_cpu *cpu, gva_t va)
 
 static void flush_space_page(struct x86_cpu *cpu, struct x86_tlb_space *space, gva_t va)
 {
+    flushed(cpu, space, va, false);
     flush_page(&space->data, va);
     if (flush_page(&space->fetch, va))
         mapping_changed(cpu, space);
@@ -282,8 +290,15 @@ void x86_tlb_invpcid(struct x86_cpu *cpu, unsigned type, unsigned pcid, gva_t va
     }
 }
 
+static void writes_dropped(struct x86_cpu *cpu, const void *host_page)
+{
+    if (cpu->hooks && cpu->hooks->writes_dropped)
+        cpu->hooks->writes_dropped(cpu, host_page);
+}
+
 void x86_tlb_drop_writes_to(struct x86_cpu *cpu, const void *host_page)
 {
+    writes_dropped(cpu, host_page);
     if (cpu->tlbs->kernel.dirty)
         tlb_drop_writes_to(&cpu->tlbs->kernel.set, host_page);
     if (cpu->tlbs->kernel_ac.dirty)
@@ -295,6 +310,7 @@ void x86_tlb_drop_writes_to(struct x86_cpu *cpu, const void *host_page)
 
 void x86_tlb_drop_writes(struct x86_cpu *cpu)
 {
+    writes_dropped(cpu, NULL);
     if (cpu->tlbs->kernel.dirty)
         tlb_drop_writes(&cpu->tlbs->kernel.set);
     if (cpu->tlbs->kernel_ac.dirty)

@@ -1,0 +1,504 @@
+/*
+ * Sandboxed host processes for guest user code: see sandbox.h for what they are and why they are safe.
+ *
+ * A sandbox begins as a program of one page, written here as an ELF image into a memfd and executed from there: so it starts with an
+ * address space of its own and not with a copy of ours. The page has two routines. "once" makes the system call
+ * whose registers it is given; "batch" makes those of a list, which lies in pages that it sees for reading only. Both
+ * end in INT3.
+ */
+#include "engine/translate/sandbox.h"
+
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/audit.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/random.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/util.h"
+
+#define PAGE 4096ull
+#define LIST_SIZE (16 * PAGE)
+#define VECTORS_MAX 16384u      /* with AMX's 8 KiB of tiles */
+#define FIRST_FILE 3            /* descriptors of the sandbox: the list's, then the files */
+
+/* What "batch" takes a system call from. */
+struct call {
+    uint64_t number, argument[6];
+};
+#define CALLS (LIST_SIZE / sizeof(struct call))
+
+struct sandbox {
+    pid_t pid;
+    uint64_t base;              /* of the page of ours; the list lies behind it */
+    struct call *list;          /* our view */
+    unsigned calls;
+    int error;                  /* of a batch that had to be made before the commit */
+    struct user_regs_struct regs;
+    size_t vectors_size;
+    uint8_t vectors[VECTORS_MAX] __attribute__((aligned(64)));
+};
+
+/* ---- the program ---- */
+
+/*
+ * once:  syscall; int3
+ * batch: (RBX: list, EBP: how many) loads the registers, makes the call, ends at an error or when all are made
+ */
+static const uint8_t program[] = {
+    0x0f, 0x05, 0xcc, 0x90,                     /* once: syscall; int3; nop */
+    0x48, 0x8b, 0x03,                           /* batch: mov (%rbx),%rax */
+    0x48, 0x8b, 0x7b, 0x08,                     /* mov 8(%rbx),%rdi */
+    0x48, 0x8b, 0x73, 0x10,                     /* mov 16(%rbx),%rsi */
+    0x48, 0x8b, 0x53, 0x18,                     /* mov 24(%rbx),%rdx */
+    0x4c, 0x8b, 0x53, 0x20,                     /* mov 32(%rbx),%r10 */
+    0x4c, 0x8b, 0x43, 0x28,                     /* mov 40(%rbx),%r8 */
+    0x4c, 0x8b, 0x4b, 0x30,                     /* mov 48(%rbx),%r9 */
+    0x0f, 0x05,                                 /* syscall */
+    0x48, 0x3d, 0x00, 0xf0, 0xff, 0xff,         /* cmp $-4096,%rax */
+    0x77, 0x08,                                 /* ja out */
+    0x48, 0x83, 0xc3, 0x38,                     /* add $56,%rbx */
+    0xff, 0xcd,                                 /* dec %ebp */
+    0x75, 0xd3,                                 /* jnz batch */
+    0xcc,                                       /* out: int3 */
+};
+#define ONCE 0
+#define BATCH 4
+#define PROGRAM_AT (sizeof(Elf64_Ehdr) + sizeof(Elf64_Phdr))
+_Static_assert(sizeof(struct call) == 0x38, "batch steps by it");
+
+/* A memfd with the program as an executable that is loaded at base. */
+static int make_program(uint64_t base)
+{
+    struct {
+        Elf64_Ehdr e;
+        Elf64_Phdr p;
+        uint8_t text[sizeof(program)];
+    } image = {
+        .e = { .e_ident = { ELFMAG0, ELFMAG1, ELFMAG2, ELFMAG3, ELFCLASS64, ELFDATA2LSB, EV_CURRENT }, .e_type = ET_EXEC,
+               .e_machine = EM_X86_64, .e_version = EV_CURRENT, .e_entry = base + PROGRAM_AT, .e_phoff = sizeof(Elf64_Ehdr),
+               .e_ehsize = sizeof(Elf64_Ehdr), .e_phentsize = sizeof(Elf64_Phdr), .e_phnum = 1 },
+        .p = { .p_type = PT_LOAD, .p_flags = PF_R | PF_X, .p_vaddr = base, .p_paddr = base, .p_filesz = sizeof(image),
+               .p_memsz = sizeof(image), .p_align = PAGE },
+    };
+    int fd = memfd_create("ringfort-sandbox", MFD_CLOEXEC);
+
+    memcpy(image.text, program, sizeof(program));
+    if (fd >= 0 && write(fd, &image, sizeof(image)) != sizeof(image)) {
+        close(fd);
+        errno = EIO;
+        return -1;
+    }
+    return fd;
+}
+
+/* ---- control ---- */
+
+/* Waits until it stops. False: it is gone. */
+static bool wait_stop(struct sandbox *s, int *status)
+{
+    pid_t pid;
+
+    do
+        pid = waitpid(s->pid, status, __WALL);
+    while (pid < 0 && errno == EINTR);
+    if (pid == s->pid && WIFSTOPPED(*status))
+        return true;
+    s->pid = -1;                /* reaped, or never ours to reap */
+    return false;
+}
+
+/* Continues it, as our own code, and waits for the INT3. The registers are what it stopped with. */
+static int run_program(struct sandbox *s, struct user_regs_struct *regs)
+{
+    int status;
+
+    regs->orig_rax = (unsigned long long)-1;
+    regs->cs = 0x33;
+    regs->ss = 0x2b;
+    if (s->pid < 0 || ptrace(PTRACE_SETREGS, s->pid, NULL, regs))
+        return -ESRCH;
+    do {
+        if (ptrace(PTRACE_CONT, s->pid, NULL, NULL) || !wait_stop(s, &status))
+            return -ESRCH;
+        if (WSTOPSIG(status) == SIGSEGV || WSTOPSIG(status) == SIGBUS || WSTOPSIG(status) == SIGSYS)
+            return -EFAULT;
+    } while (WSTOPSIG(status) != SIGTRAP);      /* others are interruptions */
+    return ptrace(PTRACE_GETREGS, s->pid, NULL, regs) ? -ESRCH : 0;
+}
+
+/* One system call of the sandbox's; its result. */
+static long call_once(struct sandbox *s, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f)
+{
+    struct user_regs_struct regs = {
+        .rip = s->base + PROGRAM_AT + ONCE, .rax = (uint64_t)number, .rdi = a, .rsi = b, .rdx = c, .r10 = d, .r8 = e, .r9 = f, .eflags = 2,
+    };
+    int err = run_program(s, &regs);
+
+    return err ? err : (long)regs.rax;
+}
+
+static void run_batch(struct sandbox *s)
+{
+    struct user_regs_struct regs = {
+        .rip = s->base + PROGRAM_AT + BATCH, .rbx = s->base + PAGE, .rbp = s->calls, .eflags = 2,
+    };
+    int err = run_program(s, &regs);
+
+    if (!err && regs.rbp)
+        err = (int)(long)regs.rax;
+    if (!s->error)
+        s->error = err;
+    s->calls = 0;
+}
+
+static void add_call(struct sandbox *s, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f)
+{
+    if (s->calls == CALLS)
+        run_batch(s);
+    s->list[s->calls++] = (struct call){ (uint64_t)number, { a, b, c, d, e, f } };
+}
+
+/* ---- birth ---- */
+
+/*
+ * System calls are for the page of ours alone, and of them those that map memory. The kernel looks at the address behind the
+ * instruction. Under PTRACE_SYSEMU it never comes to that; the page for vsyscalls is decided here too.
+ */
+static int confine(struct sandbox *s)
+{
+    uint64_t once = s->base + PROGRAM_AT + ONCE + 2, batch = s->base + PROGRAM_AT + BATCH + 29;
+    struct sock_filter *filter = (struct sock_filter *)((uint8_t *)s->list + sizeof(struct sock_fprog));
+    struct sock_fprog *prog = (struct sock_fprog *)s->list;
+    const struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 0, 8),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, instruction_pointer) + 4),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)(batch >> 32), 0, 6),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, instruction_pointer)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)batch, 1, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)once, 0, 3),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_mmap, 2, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_munmap, 1, 0),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+
+    memcpy(filter, code, sizeof(code));
+    *prog = (struct sock_fprog){ .len = ARRAY_SIZE(code), .filter = (void *)(s->base + PAGE + sizeof(*prog)) };
+    if (call_once(s, SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0) < 0)
+        return -EPERM;
+    return (int)call_once(s, SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, s->base + PAGE, 0, 0, 0);
+}
+
+/* In the child, which shares our memory until it executes the program: system calls and nothing else. */
+static void become_program(int program_fd, int list_fd, const int *files, unsigned count)
+{
+    static char *const none[] = { NULL };
+    sigset_t all;
+
+    /* Above all that will be used, so that none is overwritten before it is copied. */
+    int high = 100 + SANDBOX_FILES, executed = dup3(program_fd, high, O_CLOEXEC), list = dup3(list_fd, high + 1, 0);
+
+    for (unsigned i = 0; i < count; i++)
+        if (dup3(files[i], high + 2 + (int)i, 0) < 0)
+            _exit(1);
+    if (executed < 0 || list < 0)
+        _exit(1);
+    for (unsigned i = 0; i <= count; i++)
+        if (dup3(list + (int)i, FIRST_FILE + (int)i, 0) < 0)
+            _exit(1);
+    for (int i = 0; i < FIRST_FILE; i++)
+        close(i);
+    /* Not the program's, which goes by itself. */
+    syscall(SYS_close_range, FIRST_FILE + 1 + count, executed - 1, 0);
+    syscall(SYS_close_range, executed + 1, ~0u, 0);
+    sigfillset(&all);
+    sigprocmask(SIG_UNBLOCK, &all, NULL);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (ptrace(PTRACE_TRACEME, 0, NULL, NULL) == 0)
+        syscall(SYS_execveat, executed, "", none, none, AT_EMPTY_PATH);
+    _exit(1);
+}
+
+static pid_t give_birth(int program_fd, int list_fd, const int *files, unsigned count)
+{
+    sigset_t all, before;
+    pid_t pid;
+
+    /* A handler of ours must not run in the child. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before);
+    pid = vfork();
+    if (pid == 0)
+        become_program(program_fd, list_fd, files, count);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return pid;
+}
+
+static int furnish(struct sandbox *s)
+{
+    struct iovec io = { s->vectors, sizeof(s->vectors) };
+    long at;
+    int err;
+
+    if (ptrace(PTRACE_SETOPTIONS, s->pid, NULL, PTRACE_O_EXITKILL | PTRACE_O_TRACESYSGOOD))
+        return -errno;
+    at = call_once(s, SYS_mmap, s->base + PAGE, LIST_SIZE, PROT_READ, MAP_SHARED | MAP_FIXED, FIRST_FILE, 0);
+    if (at != (long)(s->base + PAGE))
+        return at < 0 ? (int)at : -ENOMEM;
+    /* The stack, and what the kernel put there. */
+    if (call_once(s, SYS_munmap, 0, s->base, 0, 0, 0, 0) < 0 ||
+        call_once(s, SYS_munmap, s->base + PAGE + LIST_SIZE, SANDBOX_END - s->base - PAGE - LIST_SIZE, 0, 0, 0, 0) < 0)
+        return -EPERM;
+    if (call_once(s, SYS_prctl, PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0, 0) < 0)
+        return -EPERM;
+    err = confine(s);
+    if (err < 0)
+        return err;
+    if (ptrace(PTRACE_GETREGSET, s->pid, (void *)NT_X86_XSTATE, &io))
+        return -errno;
+    s->vectors_size = io.iov_len;
+    return 0;
+}
+
+int sandbox_create(struct sandbox **out, const int *files, unsigned count)
+{
+    struct sandbox *s = aligned_alloc(64, align_up(sizeof(*s), 64));
+    int program_fd = -1, list_fd = -1, err = -ENOMEM, status;
+    uint64_t lot = 0;
+
+    if (!s)
+        return -ENOMEM;
+    if (count > SANDBOX_FILES) {
+        free(s);
+        return -EINVAL;
+    }
+    memset(s, 0, sizeof(*s));
+    s->pid = -1;
+    s->list = MAP_FAILED;
+    /* Between what programs usually map low and high. */
+    if (getrandom(&lot, sizeof(lot), 0) != sizeof(lot))
+        goto out;
+    s->base = 0x200000000000 + (lot % 0x300000000) * PAGE;
+    program_fd = make_program(s->base);
+    list_fd = memfd_create("ringfort-sandbox-list", MFD_CLOEXEC);
+    if (program_fd < 0 || list_fd < 0 || ftruncate(list_fd, LIST_SIZE))
+        goto errno_out;
+    s->list = mmap(NULL, LIST_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, list_fd, 0);
+    if (s->list == MAP_FAILED)
+        goto errno_out;
+    s->pid = give_birth(program_fd, list_fd, files, count);
+    if (s->pid < 0)
+        goto errno_out;
+    if (!wait_stop(s, &status)) {
+        err = -EPERM;
+        goto out;
+    }
+    err = furnish(s);
+    goto out;
+errno_out:
+    err = -errno;
+out:
+    if (program_fd >= 0)
+        close(program_fd);
+    if (list_fd >= 0)
+        close(list_fd);
+    if (err < 0) {
+        sandbox_destroy(s);
+        return err;
+    }
+    *out = s;
+    return 0;
+}
+
+void sandbox_destroy(struct sandbox *s)
+{
+    int status;
+
+    if (!s)
+        return;
+    if (s->pid > 0) {
+        kill(s->pid, SIGKILL);
+        while (waitpid(s->pid, &status, __WALL) == s->pid ? WIFSTOPPED(status) : errno == EINTR)
+            ;
+    }
+    if (s->list != MAP_FAILED)
+        munmap(s->list, LIST_SIZE);
+    free(s);
+}
+
+static struct sandbox_abilities abilities;
+
+static void find_abilities(void)
+{
+    struct sandbox *s;
+    int err = sandbox_create(&s, NULL, 0);
+
+    abilities.usable = err >= 0;
+    if (err < 0)
+        snprintf(abilities.text, sizeof(abilities.text), "no sandbox can be made here: %s", strerror(-err));
+    else
+        sandbox_destroy(s);
+}
+
+const struct sandbox_abilities *sandbox_abilities(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+    pthread_once(&once, find_abilities);
+    return &abilities;
+}
+
+/* ---- memory ---- */
+
+static bool ours(const struct sandbox *s, uint64_t va, uint64_t size)
+{
+    return va < s->base + PAGE + LIST_SIZE && s->base < va + size;
+}
+
+bool sandbox_map(struct sandbox *s, uint64_t va, uint64_t size, unsigned file, uint64_t offset, int prot)
+{
+    struct call *last = s->calls ? &s->list[s->calls - 1] : NULL;
+    uint64_t fd = FIRST_FILE + 1 + file;
+
+    if (ours(s, va, size))
+        return false;
+    if (last && last->number == SYS_mmap && last->argument[0] + last->argument[1] == va && last->argument[2] == (uint64_t)prot &&
+        last->argument[4] == fd && last->argument[5] + last->argument[1] == offset)
+        last->argument[1] += size;
+    else
+        add_call(s, SYS_mmap, va, size, (uint64_t)prot, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd, offset);
+    return true;
+}
+
+bool sandbox_unmap(struct sandbox *s, uint64_t va, uint64_t size)
+{
+    struct call *last = s->calls ? &s->list[s->calls - 1] : NULL;
+
+    if (ours(s, va, size))
+        return false;
+    if (last && last->number == SYS_munmap && last->argument[0] + last->argument[1] == va)
+        last->argument[1] += size;
+    else
+        add_call(s, SYS_munmap, va, size, 0, 0, 0, 0);
+    return true;
+}
+
+void sandbox_clear(struct sandbox *s)
+{
+    uint64_t after = s->base + PAGE + LIST_SIZE;
+
+    s->calls = 0;
+    add_call(s, SYS_munmap, SANDBOX_BEGIN, s->base - SANDBOX_BEGIN, 0, 0, 0, 0);
+    add_call(s, SYS_munmap, after, SANDBOX_END - after, 0, 0, 0, 0);
+}
+
+int sandbox_commit(struct sandbox *s)
+{
+    int err;
+
+    if (s->calls)
+        run_batch(s);
+    err = s->error;
+    s->error = 0;
+    return err;
+}
+
+/* ---- running ---- */
+
+struct user_regs_struct *sandbox_regs(struct sandbox *s) { return &s->regs; }
+
+uint8_t *sandbox_vectors(struct sandbox *s, size_t *size)
+{
+    *size = s->vectors_size;
+    return s->vectors;
+}
+
+int sandbox_get_vectors(struct sandbox *s)
+{
+    struct iovec io = { s->vectors, s->vectors_size };
+
+    return s->pid < 0 || ptrace(PTRACE_GETREGSET, s->pid, (void *)NT_X86_XSTATE, &io) ? -ESRCH : 0;
+}
+
+int sandbox_set_vectors(struct sandbox *s)
+{
+    struct iovec io = { s->vectors, s->vectors_size };
+
+    return s->pid < 0 ? -ESRCH : ptrace(PTRACE_SETREGSET, s->pid, (void *)NT_X86_XSTATE, &io) ? -errno : 0;
+}
+
+static enum sandbox_stop stop_of_signal(struct sandbox *s, int signal, uint64_t *address)
+{
+    siginfo_t info;
+
+    if (ptrace(PTRACE_GETSIGINFO, s->pid, NULL, &info))
+        return SANDBOX_GONE;
+    /* From a process: only what a kernel says of an exception counts. */
+    if (info.si_code == SI_USER || info.si_code == SI_TKILL || info.si_code == SI_QUEUE)
+        return SANDBOX_INTERRUPTED;
+    switch (signal) {
+    case SIGSEGV:
+        if (info.si_code != SEGV_MAPERR && info.si_code != SEGV_ACCERR)
+            return SANDBOX_FAULT;
+        *address = (uint64_t)(uintptr_t)info.si_addr;
+        return SANDBOX_PAGE_FAULT;
+    case SIGTRAP:
+        return info.si_code == TRAP_TRACE ? SANDBOX_STEPPED : SANDBOX_BREAKPOINT;
+    case SIGSYS:
+        /* A call of the page for vsyscalls, from which the kernel has returned already: nothing has happened yet. */
+        if ((uint64_t)(uintptr_t)info.si_call_addr >= SANDBOX_END) {
+            s->regs.rip = (uint64_t)(uintptr_t)info.si_call_addr;
+            s->regs.rsp -= 8;
+        }
+        return SANDBOX_FAULT;
+    case SIGBUS: case SIGFPE: case SIGILL:
+        return SANDBOX_FAULT;
+    default:
+        return SANDBOX_INTERRUPTED;
+    }
+}
+
+enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address)
+{
+    int status;
+
+    s->regs.orig_rax = (unsigned long long)-1;
+    if (s->pid < 0 || ptrace(PTRACE_SETREGS, s->pid, NULL, &s->regs) || ptrace(PTRACE_SYSEMU, s->pid, NULL, NULL) ||
+        !wait_stop(s, &status) || ptrace(PTRACE_GETREGS, s->pid, NULL, &s->regs))
+        return SANDBOX_GONE;
+    if (WSTOPSIG(status) == (SIGTRAP | 0x80))
+        return SANDBOX_SYSCALL;
+    return stop_of_signal(s, WSTOPSIG(status), address);
+}
+
+void sandbox_interrupt(pid_t pid) { kill(pid, SIGUSR1); }
+
+pid_t sandbox_pid(const struct sandbox *s) { return s->pid; }
+
+uint64_t sandbox_time(const struct sandbox *s)
+{
+    struct timespec t;
+    clockid_t clock;
+
+    if (s->pid < 0 || clock_getcpuclockid(s->pid, &clock) || clock_gettime(clock, &t))
+        return 0;
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}

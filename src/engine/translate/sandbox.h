@@ -1,0 +1,79 @@
+/*
+ * A process of the host in which a guest's user code runs natively: nothing is mapped in it but pages of guest RAM and
+ * one page of code of ours, it holds no file but guest RAM, and it cannot make a system call. All that it could do is
+ * compute on the memory that it was given, until it stops for one of the reasons below.
+ *
+ * How it is kept so: its vCPU's thread traces it (ptrace), and lets guest code go on by PTRACE_SYSEMU alone, under which the kernel
+ * reports system calls and does none. What has to be mapped, it maps itself, by the page of ours, while it is continued
+ * otherwise, and comes back before guest code runs again. A seccomp filter refuses all else, from anywhere else, too. Signals never
+ * reach it. It dies with the thread that traces it.
+ *
+ * The thread that makes a sandbox is the one that uses it. sandbox_interrupt() and sandbox_destroy(): any thread, the latter when no other uses it.
+ */
+#ifndef RINGFORT_ENGINE_TRANSLATE_SANDBOX_H
+#define RINGFORT_ENGINE_TRANSLATE_SANDBOX_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+#include <sys/user.h>
+
+struct sandbox;
+
+/* Guest addresses that can be mapped; the page of ours is somewhere in the middle, at a place drawn by lot. */
+#define SANDBOX_BEGIN 0x10000ull
+#define SANDBOX_END 0x7ffffffff000ull
+#define SANDBOX_FILES 8
+
+/* What the host lets us do; asked once, costs a process. */
+struct sandbox_abilities {
+    bool usable;
+    char text[128];             /* why not usable */
+};
+const struct sandbox_abilities *sandbox_abilities(void);
+
+enum sandbox_stop {
+    SANDBOX_SYSCALL,            /* SYSCALL or INT 0x80 was executed: RIP is behind it, ORIG_RAX is RAX */
+    SANDBOX_PAGE_FAULT,         /* at RIP, for an access to address */
+    SANDBOX_FAULT,              /* at RIP: any other exception */
+    SANDBOX_BREAKPOINT,         /* INT3 or INT1 was executed: RIP is behind it */
+    SANDBOX_STEPPED,            /* guest code set RFLAGS.TF: RIP is behind an instruction */
+    SANDBOX_INTERRUPTED,
+    SANDBOX_GONE,               /* somebody killed it */
+};
+
+/* 0 or a negative errno (silent). files: what sandbox_map() has to do with; they stay the caller's. */
+int sandbox_create(struct sandbox **s, const int *files, unsigned count);
+void sandbox_destroy(struct sandbox *s);
+
+/*
+ * Maps [offset, offset+size) of files[file] at va with prot as of mmap(), or takes away what is there. At the latest with the next
+ * sandbox_commit(); in order. Multiples of the page size inside [SANDBOX_BEGIN, SANDBOX_END). False: it lies over the page of ours.
+ */
+bool sandbox_map(struct sandbox *s, uint64_t va, uint64_t size, unsigned file, uint64_t offset, int prot);
+bool sandbox_unmap(struct sandbox *s, uint64_t va, uint64_t size);
+/* Takes everything away. */
+void sandbox_clear(struct sandbox *s);
+/* 0; or a negative errno: of the mapping that failed, after which those behind it have not been done; -ESRCH: it is gone. */
+int sandbox_commit(struct sandbox *s);
+
+/* Registers of the guest; orig_rax is none of its. Valid while it stands. */
+struct user_regs_struct *sandbox_regs(struct sandbox *s);
+/* Vector registers as an XSAVE image in the standard format, of *size bytes. 0 or a negative errno. */
+uint8_t *sandbox_vectors(struct sandbox *s, size_t *size);
+int sandbox_get_vectors(struct sandbox *s);
+int sandbox_set_vectors(struct sandbox *s);
+
+/*
+ * Runs it with the registers until it stops; the registers are what it stopped with. After sandbox_commit(). address is for page
+ * faults.
+ */
+enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address);
+/* Makes sandbox_run() return soon; when it does not run, the next one. */
+void sandbox_interrupt(pid_t pid);
+pid_t sandbox_pid(const struct sandbox *s);
+/* Its processor time in ns. */
+uint64_t sandbox_time(const struct sandbox *s);
+
+#endif
