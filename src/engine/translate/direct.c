@@ -50,6 +50,8 @@ struct direct_space {
     unsigned pendings;
     bool stale;
     bool writes_dropped;
+    bool cpuid_stops;           /* CPUID stops the sandbox: its code need not be kept from running there, but switching is dearer */
+    bool lingers;               /* much of its code has to be kept from running there */
     gva_t touched;              /* the page fault that went to the guest, to be mapped when it comes back; 0: none */
     int processor;              /* it is bound to, or -1 */
     /* Whether it is worth it. */
@@ -101,6 +103,9 @@ static struct page *page_entry(struct direct_space *s, gva_t page, bool make)
 
 static void forget_pages(struct direct_space *s)
 {
+    if (s->cpuid_stops)
+        sandbox_stop_at_cpuid(s->box, false);
+    s->cpuid_stops = s->lingers = false;
     memset(s->hash, 0, sizeof(*s->hash) << HASH_BITS);
     s->pages = s->large = 0;
     s->pendings = 0;
@@ -112,13 +117,14 @@ static void forget_pages(struct direct_space *s)
 
 /*
  * Instructions that would do something else in a sandbox than in the guest, without stopping it: they show the host's tables, its
- * processor's number and features, or what it has more than the guest. (The kernel could have CPUID stop a process, but sets a register for
- * that at each switch, which costs 24 µs where the host is itself a virtual machine.)
+ * processor's number and features, or what it has more than the guest.
  */
-static bool runs_wrongly(const struct direct *d, const struct x86_insn *insn)
+static bool runs_wrongly(const struct direct *d, const struct direct_space *s, const struct x86_insn *insn)
 {
     switch (insn->mnemonic) {
-    case ZYDIS_MNEMONIC_CPUID: case ZYDIS_MNEMONIC_RDPID: case ZYDIS_MNEMONIC_LSL: case ZYDIS_MNEMONIC_LAR: case ZYDIS_MNEMONIC_VERR:
+    case ZYDIS_MNEMONIC_CPUID:
+        return !s->cpuid_stops;
+    case ZYDIS_MNEMONIC_RDPID: case ZYDIS_MNEMONIC_LSL: case ZYDIS_MNEMONIC_LAR: case ZYDIS_MNEMONIC_VERR:
     case ZYDIS_MNEMONIC_VERW: case ZYDIS_MNEMONIC_SGDT: case ZYDIS_MNEMONIC_SIDT: case ZYDIS_MNEMONIC_SLDT: case ZYDIS_MNEMONIC_STR: case ZYDIS_MNEMONIC_SMSW:
         return true;
     case ZYDIS_MNEMONIC_XGETBV:
@@ -154,7 +160,7 @@ static bool suspicious(const uint8_t *p)
  * Whether one of those instructions is in the page. Not seen are those that begin it or cross its end, code that is
  * written later, and code that is jumped into askew: what they show then is the host's.
  */
-static bool page_runs_wrongly(const struct direct *d, const uint8_t *bytes)
+static bool page_runs_wrongly(const struct direct *d, const struct direct_space *s, const uint8_t *bytes)
 {
     unsigned at = 0, began = 0; /* an instruction begins at the first, found by decoding from the second on */
 
@@ -171,7 +177,7 @@ static bool page_runs_wrongly(const struct direct *d, const uint8_t *bytes)
                 began = ++at;
                 continue;
             }
-            if (at + insn.length > i && i - began >= SYNC_MIN && runs_wrongly(d, &insn))
+            if (at + insn.length > i && i - began >= SYNC_MIN && runs_wrongly(d, s, &insn))
                 return true;
             at += insn.length;
         }
@@ -197,7 +203,7 @@ static bool may_write(const struct memory *m, _Atomic uint8_t *flags)
  * What may be mapped at va without the guest's noticing: what its page tables allow with accessed and dirty bits as they are.
  * known: what is mapped there now, or NULL.
  */
-static struct page look_up(struct direct *d, gva_t va, const struct page *known)
+static struct page look_up(struct direct *d, const struct direct_space *s, gva_t va, const struct page *known)
 {
     struct x86_cpu *cpu = cpu_of(d);
     struct page p = { .va = va & GUEST_PAGE_MASK };
@@ -216,7 +222,7 @@ static struct page look_up(struct direct *d, gva_t va, const struct page *known)
     if (ready.writable && may_write(cpu->mem, &r->flags[offset >> GUEST_PAGE_SHIFT]))
         p.va |= CAN_WRITE;
     if (ready.executable &&
-        ((known && known->place == p.place && (known->va & CAN_EXECUTE)) || !page_runs_wrongly(d, r->host + offset)))
+        ((known && known->place == p.place && (known->va & CAN_EXECUTE)) || !page_runs_wrongly(d, s, r->host + offset)))
         p.va |= CAN_EXECUTE;
     return p;
 }
@@ -247,7 +253,7 @@ static void check_page(struct direct *d, struct direct_space *s, struct page *e)
 
     if (!(e->va & CANS))
         return;
-    p = look_up(d, e->va & GUEST_PAGE_MASK, e);
+    p = look_up(d, s, e->va & GUEST_PAGE_MASK, e);
     if (p.place != e->place || (e->va & CANS & ~p.va))
         show(d, s, e, &p);
 }
@@ -295,7 +301,7 @@ static bool grant(struct direct *d, struct direct_space *s, gva_t va)
         return false;           /* the next catch_up() makes room */
     for (gva_t at = first; at < first + AROUND * GUEST_PAGE_SIZE; at += GUEST_PAGE_SIZE) {
         struct page *e = page_entry(s, at, false);
-        struct page p = look_up(d, at, e);
+        struct page p = look_up(d, s, at, e);
 
         if (!(p.va & CANS) || (e && e->place == p.place && !(p.va & CANS & ~e->va)))
             continue;
@@ -339,7 +345,11 @@ void direct_writes_dropped(struct translator *t, const void *host_page)
 
 /* ---- processors ---- */
 
-#define SWITCH 6u               /* µs that switching to a sandbox and back costs */
+/* µs that switching to a sandbox and back costs. */
+#define SWITCH 6u
+#define SWITCH_CPUID 30u
+
+static unsigned switch_cost(const struct direct_space *s) { return s->cpuid_stops ? SWITCH_CPUID : SWITCH; }
 
 /*
  * The vCPU's thread and the sandbox take turns, so they belong on one processor: to wake an idle one costs twenty times as much as to
@@ -395,7 +405,7 @@ static void judge_processor(struct direct *d, struct direct_space *s)
         return;
     had = sandbox_time(s->box) - d->watched_time;
     d->watched_time += had;
-    had += d->watched_runs * SWITCH * 1000;
+    had += d->watched_runs * switch_cost(s) * 1000;
     d->watched_ran = d->watched_runs = 0;
     if (!d->bound || had > ran - ran / 4)
         return;
@@ -407,10 +417,10 @@ static void judge_processor(struct direct *d, struct direct_space *s)
 
 /* ---- whether it is worth it ---- */
 
-#define STAY 60u                /* µs that user code by translation is to run between entries of the kernel, on average, */
+#define STAY 20u                /* µs that user code by translation is to run between entries of the kernel, on average, */
 #define TRIAL 4000u             /* …after so many in all */
 #define WINDOW 256u             /* stops that are judged together */
-#define WORTH 12u               /* µs natively for each of them, without the switch */
+#define WORTH 4u                /* µs natively for each of them, without the switch */
 #define DETOUR 4u               /* stops that an excursion of the interpreter's counts as */
 #define BACKOFF_MIN 50000u
 #define BACKOFF_MAX 8000000u
@@ -436,7 +446,7 @@ static void judge(struct direct *d, struct direct_space *s, uint64_t ran, uint64
     d->ticks += ran;
     d->watched_ran += ran;
     d->watched_runs++;
-    s->ran += ran - MIN(ran, SWITCH * d->tick);
+    s->ran += ran - MIN(ran, switch_cost(s) * d->tick);
     if (d->always || ++s->stops < WINDOW)
         return;
     if (s->ran < (uint64_t)s->stops * WORTH * d->tick) {
@@ -501,6 +511,19 @@ void direct_entered(struct translator *t, bool user)
         s->total += stay;
         s->average += (int64_t)(stay - s->average) / 8;
     }
+}
+
+/*
+ * The interpreter has been busy in one page that must not run natively. If that is because of CPUID, switching may become dearer
+ * instead; else the translator is faster.
+ */
+void direct_lingers(struct translator *t)
+{
+    struct direct_space *s = space_now(t->direct);
+
+    if (s->cpuid_stops || s->lingers)
+        demote(t->direct, s, __rdtsc(), MIN(MAX(s->backoff * 2, BACKOFF_MIN), BACKOFF_MAX));
+    s->lingers = true;
 }
 
 /* ---- in and out ---- */
@@ -696,6 +719,8 @@ enum interp_user direct_run(struct interp *it)
         return give_up(d, s);
     bind(d, s);
     catch_up(d, s);
+    if (s->lingers && !s->cpuid_stops)
+        s->cpuid_stops = sandbox_stop_at_cpuid(s->box, true) == 0;
     if (s->touched)
         grant(d, s, s->touched);
     s->touched = 0;
@@ -735,6 +760,7 @@ enum interp_user direct_run(struct interp *it)
             } else if (runs_wrongly_at(d, s, address)) {
                 s->touched = 0;
                 t->detour = address & GUEST_PAGE_MASK;
+                t->detour_blocks = 0;
                 s->stops += DETOUR;
             }
         } else if (stop == SANDBOX_INTERRUPTED && !atomic_load(&cpu->request)) {

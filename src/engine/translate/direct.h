@@ -26,6 +26,8 @@ void direct_detach(struct translator *t);
 
 /* The translator came to code of the other privilege: to the user's, or to the supervisor's. t->direct is there. */
 void direct_entered(struct translator *t, bool user);
+/* The interpreter has run very many blocks of the page of a detour. */
+void direct_lingers(struct translator *t);
 /* interp.run_user. */
 enum interp_user direct_run(struct interp *it);
 

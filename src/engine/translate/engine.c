@@ -125,12 +125,17 @@ static bool goes_native(struct translator *t, const struct op *op)
     if (likely(!user || t->native_space != cpu->space) || t->interpret_once)
         return false;
     cpu->s.rip = op_rip(cpu, op);
-    if ((cpu->s.rip & GUEST_PAGE_MASK) == t->detour) {
+    if (likely((cpu->s.rip & GUEST_PAGE_MASK) != t->detour)) {
+        t->detour = NO_DETOUR;
+        return true;
+    }
+    if (++t->detour_blocks < DETOUR_BLOCKS) {
         t->interpret_once = 1;
         return false;
     }
     t->detour = NO_DETOUR;
-    return true;
+    direct_lingers(t);
+    return t->native_space != NULL;
 }
 
 static const struct op *op_enter(struct x86_cpu *cpu, const struct op *op)

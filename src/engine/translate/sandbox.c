@@ -8,6 +8,7 @@
  */
 #include "engine/translate/sandbox.h"
 
+#include <asm/prctl.h>
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -177,7 +178,7 @@ static void add_call(struct sandbox *s, long number, uint64_t a, uint64_t b, uin
 /* ---- birth ---- */
 
 /*
- * System calls are for the page of ours alone, and of them those that map memory. The kernel looks at the address behind the
+ * System calls are for the page of ours alone, and of them those that map memory, and that one by which CPUID stops it. The kernel looks at the address behind the
  * instruction. Under PTRACE_SYSEMU it never comes to that; the page for vsyscalls is decided here too.
  */
 static int confine(struct sandbox *s)
@@ -187,15 +188,16 @@ static int confine(struct sandbox *s)
     struct sock_fprog *prog = (struct sock_fprog *)s->list;
     const struct sock_filter code[] = {
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch)),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 0, 8),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 0, 9),
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, instruction_pointer) + 4),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)(batch >> 32), 0, 6),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)(batch >> 32), 0, 7),
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, instruction_pointer)),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)batch, 1, 0),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)once, 0, 3),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)once, 0, 4),
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_mmap, 2, 0),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_munmap, 1, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_mmap, 3, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_munmap, 2, 0),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_arch_prctl, 1, 0),
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP),
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
     };
@@ -419,6 +421,11 @@ int sandbox_commit(struct sandbox *s)
     err = s->error;
     s->error = 0;
     return err;
+}
+
+int sandbox_stop_at_cpuid(struct sandbox *s, bool stop)
+{
+    return (int)call_once(s, SYS_arch_prctl, ARCH_SET_CPUID, !stop, 0, 0, 0, 0);
 }
 
 /* ---- running ---- */

@@ -58,6 +58,12 @@ void sandbox_clear(struct sandbox *s);
 /* 0; or a negative errno: of the mapping that failed, after which those behind it have not been done; -ESRCH: it is gone. */
 int sandbox_commit(struct sandbox *s);
 
+/*
+ * CPUID stops it with SANDBOX_FAULT from now on, or shows the host's features again. 0 or a negative errno: the processor or kernel
+ * cannot. The kernel sets a register for it at each switch, which costs 24 µs where the host is itself a virtual machine.
+ */
+int sandbox_stop_at_cpuid(struct sandbox *s, bool stop);
+
 /* Registers of the guest; orig_rax is none of its. Valid while it stands. */
 struct user_regs_struct *sandbox_regs(struct sandbox *s);
 /* Vector registers as an XSAVE image in the standard format, of *size bytes. 0 or a negative errno. */

@@ -29,6 +29,7 @@
 #include "engine/translate/options.h"
 
 #define NO_DETOUR 1u
+#define DETOUR_BLOCKS 2000u
 #define TRANSLATE_JUMPS 16384u
 #define TRANSLATE_JUMP_ROTATE 5         /* of the guest address, for the index; also log2 of an entry's size */
 #define TRANSLATE_JUMPS_NOTED 2048u
@@ -109,6 +110,7 @@ struct translator {
     struct direct *direct;      /* direct.h; NULL: no direct execution */
     const struct x86_tlb_space *native_space;   /* whose user code is to be run natively, or NULL */
     gva_t detour;               /* page of user code that is interpreted all the same, until it is left; NO_DETOUR */
+    unsigned detour_blocks;     /* how many blocks of it */
     bool user_mode;             /* what direct_entered() knows */
     struct code_memory code;
     struct jump_table *jumps;   /* [0] kernel, [1 + i] user's space i */
