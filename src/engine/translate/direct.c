@@ -51,7 +51,7 @@ struct direct_space {
     bool stale;
     bool writes_dropped;
     bool cpuid_stops;           /* CPUID stops the sandbox: its code need not be kept from running there, but switching is dearer */
-    bool lingers;               /* much of its code has to be kept from running there */
+    bool lingers;               /* code that has to be kept from running there is in its way often */
     gva_t touched;              /* the page fault that went to the guest, to be mapped when it comes back; 0: none */
     int processor;              /* it is bound to, or -1 */
     /* Whether it is worth it. */
@@ -60,7 +60,7 @@ struct direct_space {
     uint64_t not_before;        /* tried again from then on, */
     uint64_t backoff;           /* after this long */
     uint64_t ran;               /* ticks natively, and stops, of the window */
-    unsigned stops;
+    unsigned stops, detours;
 };
 
 struct direct {
@@ -436,26 +436,32 @@ static void demote(struct direct *d, struct direct_space *s, uint64_t now, uint6
 {
     s->backoff = backoff;
     s->not_before = now + backoff * d->tick;
-    s->ran = s->stops = 0;
+    s->ran = s->stops = s->detours = 0;
     d->t->native_space = NULL;
     d->demotions++;
 }
 
-static void judge(struct direct *d, struct direct_space *s, uint64_t ran, uint64_t now)
+/* After a stop. first: for the first touch of a page, which says nothing of what follows. */
+static void judge(struct direct *d, struct direct_space *s, uint64_t ran, uint64_t now, bool first)
 {
     d->ticks += ran;
     d->watched_ran += ran;
     d->watched_runs++;
     s->ran += ran - MIN(ran, switch_cost(s) * d->tick);
-    if (d->always || ++s->stops < WINDOW)
+    if (first || d->always || ++s->stops < WINDOW)
         return;
     if (s->ran < (uint64_t)s->stops * WORTH * d->tick) {
+        if (s->detours * DETOUR > s->stops / 2 && !s->lingers) {
+            s->lingers = true;
+            s->ran = s->stops = s->detours = 0;
+            return;
+        }
         demote(d, s, now, MIN(MAX(s->backoff * 2, BACKOFF_MIN), BACKOFF_MAX));
         return;
     }
     if (s->backoff)
         s->backoff /= 2;
-    s->ran = s->stops = 0;
+    s->ran = s->stops = s->detours = 0;
 }
 
 /* Code that can run natively as things stand. */
@@ -498,7 +504,7 @@ void direct_entered(struct translator *t, bool user)
         if (s->judged_root != root) {
             s->judged_root = root;
             s->total = s->average = s->backoff = s->not_before = 0;
-            s->ran = s->stops = 0;
+            s->ran = s->stops = s->detours = 0;
         }
         d->entered = now;
         d->t->native_space = wanted(d, now) ? t->it.cpu.space : NULL;
@@ -747,7 +753,7 @@ enum interp_user direct_run(struct interp *it)
         if (stop == SANDBOX_GONE)
             return lost(d);
         ran = true;
-        judge(d, s, now - before, now);
+        judge(d, s, now - before, now, stop == SANDBOX_PAGE_FAULT && !page_entry(s, address & GUEST_PAGE_MASK, false));
         judge_processor(d, s);
         if (stop == SANDBOX_PAGE_FAULT) {
             d->faults++;
@@ -762,6 +768,7 @@ enum interp_user direct_run(struct interp *it)
                 t->detour = address & GUEST_PAGE_MASK;
                 t->detour_blocks = 0;
                 s->stops += DETOUR;
+                s->detours++;
             }
         } else if (stop == SANDBOX_INTERRUPTED && !atomic_load(&cpu->request)) {
             continue;
