@@ -61,6 +61,7 @@ struct direct_space {
     uint64_t backoff;           /* after this long */
     uint64_t ran;               /* ticks natively, and stops, of the window */
     unsigned stops, detours;
+    unsigned all_detours;       /* of former windows in which there were many */
 };
 
 struct direct {
@@ -421,6 +422,7 @@ static void judge_processor(struct direct *d, struct direct_space *s)
 #define TRIAL 4000u             /* …after so many in all */
 #define WINDOW 256u             /* stops that are judged together */
 #define WORTH 4u                /* µs natively for each of them, without the switch */
+#define DETOURS_MAX 500u        /* a program asks for the processor's features when it starts, and that is that */
 #define DETOUR 4u               /* stops that an excursion of the interpreter's counts as */
 #define BACKOFF_MIN 50000u
 #define BACKOFF_MAX 8000000u
@@ -452,7 +454,8 @@ static void judge(struct direct *d, struct direct_space *s, uint64_t ran, uint64
         return;
     if (s->ran < (uint64_t)s->stops * WORTH * d->tick) {
         if (s->detours * DETOUR > s->stops / 2 && !s->lingers) {
-            s->lingers = true;
+            s->all_detours += s->detours;
+            s->lingers = s->all_detours > DETOURS_MAX;
             s->ran = s->stops = s->detours = 0;
             return;
         }
@@ -504,6 +507,7 @@ void direct_entered(struct translator *t, bool user)
         if (s->judged_root != root) {
             s->judged_root = root;
             s->total = s->average = s->backoff = s->not_before = 0;
+            s->all_detours = 0;
             s->ran = s->stops = s->detours = 0;
         }
         d->entered = now;
