@@ -756,6 +756,10 @@ enum interp_user direct_run(struct interp *it)
         atomic_store(&cpu->native, 0);
         if (stop == SANDBOX_GONE)
             return lost(d);
+        if (stop == SANDBOX_REFUSED) {  /* it loaded what it cannot be continued with from outside, and then stopped */
+            stop = SANDBOX_INTERRUPTED;
+            break;
+        }
         ran = true;
         judge(d, s, now - before, now, stop == SANDBOX_PAGE_FAULT && !page_entry(s, address & GUEST_PAGE_MASK, false));
         judge_processor(d, s);
