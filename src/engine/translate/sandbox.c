@@ -2,9 +2,9 @@
  * Sandboxed host processes for guest user code: see sandbox.h for what they are and why they are safe.
  *
  * A sandbox begins as a program of one page, written here as an ELF image into a memfd and executed from there: so it starts with an
- * address space of its own and not with a copy of ours. The page has two routines. "once" makes the system call
- * whose registers it is given; "batch" makes those of a list, which lies in pages that it sees for reading only. Both
- * end in INT3.
+ * address space of its own and not with a copy of ours. The page has three routines. "once" makes the system call
+ * whose registers it is given; "batch" makes those of a list, which lies in pages that it sees for reading only; "flags" loads
+ * flags from there. All end in INT3.
  */
 #include "engine/translate/sandbox.h"
 
@@ -47,7 +47,8 @@
 struct call {
     uint64_t number, argument[6];
 };
-#define CALLS (LIST_SIZE / sizeof(struct call))
+#define CALLS ((LIST_SIZE - 8) / sizeof(struct call))
+#define FLAGS_AT (LIST_SIZE - 8)        /* in the list: flags to load */
 
 struct sandbox {
     pid_t pid;
@@ -57,6 +58,7 @@ struct sandbox {
     int error;                  /* of a batch that had to be made before the commit */
     bool interrupted;           /* while a batch ran: for the next sandbox_run() */
     struct user_regs_struct regs;
+    uint64_t flags;             /* it has */
     size_t vectors_size;
     uint8_t vectors[VECTORS_MAX] __attribute__((aligned(64)));
 };
@@ -65,10 +67,12 @@ struct sandbox {
 
 /*
  * once:  syscall; int3
+ * flags: (RSP: where they are) popf; int3
  * batch: (RBX: list, EBP: how many) loads the registers, makes the call, ends at an error or when all are made
  */
 static const uint8_t program[] = {
-    0x0f, 0x05, 0xcc, 0x90,                     /* once: syscall; int3; nop */
+    0x0f, 0x05, 0xcc, 0x90,                     /* once: syscall; int3; and a nop: behind an INT3 nothing begins */
+    0x9d, 0xcc, 0x90, 0x90,                     /* flags: popfq; int3 */
     0x48, 0x8b, 0x03,                           /* batch: mov (%rbx),%rax */
     0x48, 0x8b, 0x7b, 0x08,                     /* mov 8(%rbx),%rdi */
     0x48, 0x8b, 0x73, 0x10,                     /* mov 16(%rbx),%rsi */
@@ -86,7 +90,9 @@ static const uint8_t program[] = {
 };
 #define ONCE 0
 #define ONCE_END 3              /* behind its INT3 */
-#define BATCH 4
+#define FLAGS 4
+#define FLAGS_END 6
+#define BATCH 8
 #define PROGRAM_AT (sizeof(Elf64_Ehdr) + sizeof(Elf64_Phdr))
 _Static_assert(sizeof(struct call) == 0x38, "batch steps by it");
 
@@ -164,7 +170,7 @@ static int run_program(struct sandbox *s, struct user_regs_struct *regs)
     for (;;) {
         if (ptrace(PTRACE_CONT, s->pid, NULL, NULL) || !wait_stop(s, &status) || ptrace(PTRACE_GETREGS, s->pid, NULL, regs))
             return -ESRCH;
-        if (WSTOPSIG(status) == SIGTRAP && (regs->rip == text + ONCE_END || regs->rip == text + sizeof(program)))
+        if (WSTOPSIG(status) == SIGTRAP && (regs->rip == text + ONCE_END || regs->rip == text + FLAGS_END || regs->rip == text + sizeof(program)))
             return 0;
         if (ptrace(PTRACE_GETSIGINFO, s->pid, NULL, &info))
             return -ESRCH;
@@ -254,7 +260,7 @@ static void close_files(unsigned first, unsigned last)
 {
     struct rlimit limit;
 
-    if (first > last || syscall(SYS_close_range, first, last, 0) == 0)
+    if (syscall(SYS_close_range, first, last, 0) == 0)
         return;
     if (getrlimit(RLIMIT_NOFILE, &limit) == 0)  /* a kernel before 5.9 */
         for (unsigned fd = first; fd <= last && fd < limit.rlim_cur; fd++)
@@ -279,11 +285,13 @@ static int arrange_files(struct birth *b)
         for (unsigned i = 0; i < n; i++)
             if ((unsigned)*of[i] >= from)
                 next = MIN(next, (unsigned)*of[i]);
-        close_files(from, next == ~0u ? next : next - 1);
         if (next == ~0u)
             break;
+        if (next > from)
+            close_files(from, next - 1);
         from = next + 1;
     }
+    close_files(from, ~0u);
     /* Out of the way, then into place. */
     for (unsigned i = 0; i < n; i++)
         if ((*of[i] = fcntl(*of[i], F_DUPFD, top)) < 0)
@@ -587,6 +595,17 @@ static enum sandbox_stop stop_of_signal(struct sandbox *s, int signal, uint64_t 
     }
 }
 
+/* Flags that code can change and ptrace cannot. */
+#define FLAGS_KEPT 0x204000ull  /* NT, ID */
+
+static void load_flags(struct sandbox *s)
+{
+    struct user_regs_struct regs = { .rip = s->base + PROGRAM_AT + FLAGS, .rsp = s->base + PAGE + FLAGS_AT, .eflags = 2 };
+
+    *(uint64_t *)((uint8_t *)s->list + FLAGS_AT) = s->regs.eflags & FLAGS_KEPT;
+    run_program(s, &regs);      /* if that fails, so does what follows */
+}
+
 enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address)
 {
     int status;
@@ -597,11 +616,14 @@ enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address)
         s->interrupted = false;
         return SANDBOX_INTERRUPTED;
     }
+    if ((s->regs.eflags ^ s->flags) & FLAGS_KEPT)
+        load_flags(s);
     s->regs.orig_rax = (unsigned long long)-1;
     if (ptrace(PTRACE_SETREGS, s->pid, NULL, &s->regs))
         return errno == ESRCH ? SANDBOX_GONE : SANDBOX_REFUSED;
     if (ptrace(PTRACE_SYSEMU, s->pid, NULL, NULL) || !wait_stop(s, &status) || ptrace(PTRACE_GETREGS, s->pid, NULL, &s->regs))
         return SANDBOX_GONE;
+    s->flags = s->regs.eflags;
     if (WSTOPSIG(status) == (SIGTRAP | 0x80))
         return SANDBOX_SYSCALL;
     return stop_of_signal(s, WSTOPSIG(status), address);
