@@ -418,7 +418,8 @@ static void judge_processor(struct direct *d, struct direct_space *s)
     d->watched_time += had;
     had += d->watched_runs * switch_cost(s) * 1000;
     d->watched_ran = d->watched_runs = 0;
-    if (!d->bound || had > ran - ran / 4)
+    /* By lot, or two vCPUs on one processor would move together. */
+    if (!d->bound || had > ran - ran / 4 || (__rdtsc() >> 5 & 1))
         return;
     for (next = (d->processor + 1) % CPU_SETSIZE; !CPU_ISSET(next, &d->allowed); next = (next + 1) % CPU_SETSIZE)
         ;
