@@ -491,7 +491,7 @@ static void test_round_trip(void **state)
         {"cpu-model", "x86-64-v2"},
         {"engine", "interp"},
         {"translate", "tier=1,threshold=3,cache=65540K,chain=off,share=off,loops=off,liveness=off,redo=off,returns=off,"
-                      "indirect=off,vectors=off,extend=off,count=on,lockstep=on,perf=map"},
+                      "indirect=off,vectors=off,extend=off,count=on,lockstep=on,direct=always,perf=map"},
         {"disk", "path=a,,b,readonly=on,cache=unsafe,serial=s"},
         {"disk", "path=c"},
         {"net", "user,hostfwd=tcp::1-:2,hostfwd=udp:127.0.0.1:3-1.2.3.4:5"},

@@ -25,15 +25,16 @@
 
 /* ---- what is mapped ---- */
 
-#define PAGES 32768u            /* the kernel gives a process some 65,000 mappings; a page can split one into three */
-#define HASH_BITS 16
+#define PAGES 60000u            /* the kernel gives a process some 65,000 mappings */
+#define HASH_BITS 17
 #define PENDING 64u
-#define AROUND 16u              /* pages that are looked at around one that is touched */
+#define AROUND 16u              /* pages that are looked at around one that is touched, */
+#define AROUND_LARGE 128u       /* …if that is part of a large one */
 
-enum { CAN_READ = PROT_READ, CAN_WRITE = PROT_WRITE, CAN_EXECUTE = PROT_EXEC, CANS = 7, LARGE = 8 };
+enum { CAN_READ = PROT_READ, CAN_WRITE = PROT_WRITE, CAN_EXECUTE = PROT_EXEC, CANS = 7, LARGE = 8, HUGE = 16 };
 
 struct page {
-    uint64_t va;                /* and in the low bits what is mapped of it (CAN_…; none: nothing), and LARGE */
+    uint64_t va;                /* and in the low bits what is mapped of it (CAN_…; none: nothing), and LARGE (2 MiB), HUGE (1 GiB) */
     uint64_t place;             /* offset in its region's file, and in the low bits the region */
 };
 
@@ -43,7 +44,7 @@ struct direct_space {
     struct page *page;          /* [PAGES] */
     uint16_t *hash;             /* [1 << HASH_BITS]: index in page[], plus 1 */
     unsigned pages;
-    unsigned large;             /* pages that belong to a large one of the guest's, at most */
+    bool large, huge;           /* some page may belong to one of that size */
     uint64_t root;              /* of the page tables that all this is for */
     /* What the guest has invalidated since it last ran here; more than fit: everything. */
     gva_t pending[PENDING];
@@ -108,8 +109,8 @@ static void forget_pages(struct direct_space *s)
         sandbox_stop_at_cpuid(s->box, false);
     s->cpuid_stops = s->lingers = false;
     memset(s->hash, 0, sizeof(*s->hash) << HASH_BITS);
-    s->pages = s->large = 0;
-    s->pendings = 0;
+    s->pages = s->pendings = 0;
+    s->large = s->huge = false;
     s->stale = s->writes_dropped = false;
     sandbox_clear(s->box);
 }
@@ -219,7 +220,7 @@ static struct page look_up(struct direct *d, const struct direct_space *s, gva_t
         return p;
     offset = (ready.gpa & GUEST_PAGE_MASK) - r->base;
     p.place = offset | (uint64_t)(r - cpu->mem->region);
-    p.va |= CAN_READ | (ready.large ? LARGE : 0);
+    p.va |= CAN_READ | (ready.page_size == GUEST_PAGE_SIZE ? 0 : ready.page_size == GIB(1) ? HUGE : LARGE);
     if (ready.writable && may_write(cpu->mem, &r->flags[offset >> GUEST_PAGE_SHIFT]))
         p.va |= CAN_WRITE;
     if (ready.executable &&
@@ -241,8 +242,8 @@ static bool show(struct direct *d, struct direct_space *s, struct page *e, const
     if (!done)
         return false;
     d->mapped++;
-    if (p->va & LARGE)
-        s->large++;
+    s->large |= (p->va & LARGE) != 0;
+    s->huge |= (p->va & HUGE) != 0;
     *e = *p;
     return true;
 }
@@ -271,7 +272,7 @@ static void catch_up(struct direct *d, struct direct_space *s)
 {
     uint64_t root = root_now(d);
 
-    if (s->root != root || s->pages + 2 * AROUND > PAGES) {
+    if (s->root != root || s->pages + 2 * AROUND_LARGE > PAGES) {
         forget_pages(s);
         s->root = root;
         return;
@@ -279,10 +280,14 @@ static void catch_up(struct direct *d, struct direct_space *s)
     for (unsigned i = 0; s->stale && i < s->pages; i++)
         check_page(d, s, &s->page[i]);
     for (unsigned i = 0; !s->stale && i < s->pendings; i++) {
-        struct page *e = page_entry(s, s->pending[i], false);
+        gva_t size = s->large ? MIB(2) : GUEST_PAGE_SIZE, first = align_down(s->pending[i], size);
 
-        if (e)
-            check_page(d, s, e);
+        for (gva_t at = first; at < first + size; at += GUEST_PAGE_SIZE) {
+            struct page *e = page_entry(s, at, false);
+
+            if (e)
+                check_page(d, s, e);
+        }
     }
     if (s->writes_dropped && !s->stale)
         for (unsigned i = 0; i < s->pages; i++)
@@ -295,15 +300,17 @@ static void catch_up(struct direct *d, struct direct_space *s)
 /* Maps the page at va and those around it that the guest has used. True if that gives the page rights that it had not. */
 static bool grant(struct direct *d, struct direct_space *s, gva_t va)
 {
-    gva_t page = va & GUEST_PAGE_MASK, first = va & ~(gva_t)(AROUND * GUEST_PAGE_SIZE - 1);
+    const gva_t page = va & GUEST_PAGE_MASK;
+    struct page p = look_up(d, s, page, page_entry(s, page, false));
+    gva_t size = (gva_t)(p.va & (LARGE | HUGE) ? AROUND_LARGE : AROUND) * GUEST_PAGE_SIZE, first = align_down(va, size);
     bool granted = false;
 
-    if (s->pages + AROUND > PAGES)
-        return false;           /* the next catch_up() makes room */
-    for (gva_t at = first; at < first + AROUND * GUEST_PAGE_SIZE; at += GUEST_PAGE_SIZE) {
+    if (!(p.va & CANS) || s->pages + AROUND_LARGE > PAGES)      /* the next catch_up() makes room */
+        return false;
+    for (gva_t at = first; at < first + size; at += GUEST_PAGE_SIZE) {
         struct page *e = page_entry(s, at, false);
-        struct page p = look_up(d, s, at, e);
 
+        p = look_up(d, s, at, e);
         if (!(p.va & CANS) || (e && e->place == p.place && !(p.va & CANS & ~e->va)))
             continue;
         if (!e)
@@ -332,10 +339,13 @@ void direct_flushed(struct translator *t, const struct x86_tlb_space *space, gva
         return;
     s = &t->direct->space[space - t->it.cpu.tlbs->space];
     /* INVLPG for one address drops all of a large page. */
-    if (all || s->large || s->pendings == PENDING)
+    va = align_down(va, s->large ? MIB(2) : GUEST_PAGE_SIZE);
+    if (s->stale || !s->pages || (!all && s->pendings && s->pending[s->pendings - 1] == va))
+        return;
+    if (all || s->huge || s->pendings == PENDING)
         s->stale = true;
-    else if (!s->stale && s->pages)
-        s->pending[s->pendings++] = va & GUEST_PAGE_MASK;
+    else
+        s->pending[s->pendings++] = va;
 }
 
 void direct_writes_dropped(struct translator *t, const void *host_page)
@@ -408,7 +418,8 @@ static void judge_processor(struct direct *d, struct direct_space *s)
     d->watched_time += had;
     had += d->watched_runs * switch_cost(s) * 1000;
     d->watched_ran = d->watched_runs = 0;
-    if (!d->bound || had > ran - ran / 4)
+    /* By lot, or two vCPUs on one processor would move together. */
+    if (!d->bound || had > ran - ran / 4 || (__rdtsc() >> 5 & 1))
         return;
     for (next = (d->processor + 1) % CPU_SETSIZE; !CPU_ISSET(next, &d->allowed); next = (next + 1) % CPU_SETSIZE)
         ;
@@ -538,11 +549,27 @@ void direct_lingers(struct translator *t)
 
 /* ---- in and out ---- */
 
+static void drop_box(struct direct *d, struct direct_space *s)
+{
+    if (s->box)
+        d->dead_ns += sandbox_time(s->box);
+    sandbox_destroy(s->box);
+    s->box = NULL;
+    s->pages = 0;
+    s->touched = 0;
+}
+
 static bool make_box(struct direct *d, struct direct_space *s)
 {
     const struct memory *m = cpu_of(d)->mem;
     int err;
 
+    for (unsigned i = 0; i < m->regions; i++) {
+        if (m->region[i].fd < 0)
+            return false;       /* private to this process */
+        if (s->box && d->file[i] != m->region[i].fd)
+            drop_box(d, s);     /* memory is another one since the machine was reset */
+    }
     if (s->box)
         return true;
     if (!s->page) {
@@ -567,16 +594,6 @@ static bool make_box(struct direct *d, struct direct_space *s)
     s->processor = -1;
     d->boxes++;
     return true;
-}
-
-static void drop_box(struct direct *d, struct direct_space *s)
-{
-    if (s->box)
-        d->dead_ns += sandbox_time(s->box);
-    sandbox_destroy(s->box);
-    s->box = NULL;
-    s->pages = 0;
-    s->touched = 0;
 }
 
 /* The flags that user code can change, arithmetic ones apart. */
@@ -717,6 +734,7 @@ enum interp_user direct_run(struct interp *it)
     struct direct_space *s;
     enum sandbox_stop stop;
     bool ran = false;
+    int err;
 
     if (d->t->native_space != cpu->space || t->interpret_once)
         return INTERP_USER_BLOCK;
@@ -734,7 +752,12 @@ enum interp_user direct_run(struct interp *it)
     if (s->touched)
         grant(d, s, s->touched);
     s->touched = 0;
-    if (sandbox_commit(s->box) < 0 || put_vectors(cpu, s->box) < 0)
+    err = sandbox_commit(s->box);
+    if (err == -ENOMEM && s->pages) {
+        forget_pages(s);        /* more mappings than the kernel gives it */
+        err = sandbox_commit(s->box);
+    }
+    if (err < 0 || put_vectors(cpu, s->box) < 0)
         return give_up(d, s);
     put_registers(cpu, sandbox_regs(s->box));
     d->runs++;
@@ -768,8 +791,11 @@ enum interp_user direct_run(struct interp *it)
             s->touched = address;
             if (grant(d, s, address)) {
                 s->touched = 0;
-                if (sandbox_commit(s->box) == 0 && t->native_space)
+                err = sandbox_commit(s->box);
+                if (err == 0 && t->native_space)
                     continue;
+                if (err)
+                    forget_pages(s);
                 stop = SANDBOX_INTERRUPTED;
             } else if (runs_wrongly_at(d, s, address)) {
                 s->touched = 0;

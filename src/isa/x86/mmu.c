@@ -323,7 +323,7 @@ bool x86_walk_ready(struct x86_cpu *cpu, gva_t va, struct x86_ready *r)
         }
         low = (1ull << shift) - 1;
         *r = (struct x86_ready){ .gpa = (e & address_bits & ~low) | (va & low), .writable = writable && (e & PTE_D), .executable = !nx,
-                                 .large = level > 1 };
+                                 .page_size = low + 1 };
         return true;
     }
 }

@@ -96,7 +96,7 @@ int x86_walk_for_fill(struct x86_cpu *cpu, gva_t va, enum x86_access access, uns
 struct x86_ready {
     gpa_t gpa;
     bool writable, executable;
-    bool large;                 /* part of a page of 2 MiB or 1 GiB */
+    uint64_t page_size;
 };
 bool x86_walk_ready(struct x86_cpu *cpu, gva_t va, struct x86_ready *r);
 
