@@ -119,7 +119,8 @@ static void forget_pages(struct direct_space *s)
 
 /*
  * Instructions that would do something else in a sandbox than in the guest, without stopping it: they show the host's tables, its
- * processor's number and features, or what it has more than the guest.
+ * processor's number and features, or what it has more than the guest. Or they stop it, but what they had in registers is lost then:
+ * RIP and RSP, the upper half of RAX.
  */
 static bool runs_wrongly(const struct direct *d, const struct direct_space *s, const struct x86_insn *insn)
 {
@@ -128,6 +129,7 @@ static bool runs_wrongly(const struct direct *d, const struct direct_space *s, c
         return !s->cpuid_stops;
     case ZYDIS_MNEMONIC_RDPID: case ZYDIS_MNEMONIC_LSL: case ZYDIS_MNEMONIC_LAR: case ZYDIS_MNEMONIC_VERR:
     case ZYDIS_MNEMONIC_VERW: case ZYDIS_MNEMONIC_SGDT: case ZYDIS_MNEMONIC_SIDT: case ZYDIS_MNEMONIC_SLDT: case ZYDIS_MNEMONIC_STR: case ZYDIS_MNEMONIC_SMSW:
+    case ZYDIS_MNEMONIC_SYSENTER: case ZYDIS_MNEMONIC_INT:
         return true;
     case ZYDIS_MNEMONIC_XGETBV:
     case ZYDIS_MNEMONIC_XSAVE: case ZYDIS_MNEMONIC_XSAVE64: case ZYDIS_MNEMONIC_XSAVEC: case ZYDIS_MNEMONIC_XSAVEC64:
@@ -142,9 +144,9 @@ static bool runs_wrongly(const struct direct *d, const struct direct_space *s, c
 static bool suspicious(const uint8_t *p)
 {
     if (likely(p[0] != 0x0f))
-        return false;
+        return p[0] == 0xcd && p[1] == 0x80;
     switch (p[1]) {
-    case 0x00: case 0x01: case 0x02: case 0x03: case 0xa2: case 0xae: case 0xc7:
+    case 0x00: case 0x01: case 0x02: case 0x03: case 0x34: case 0xa2: case 0xae: case 0xc7:
         return true;
     default:
         return false;
@@ -486,7 +488,7 @@ static bool eligible(const struct direct *d)
     const uint64_t flags = RFLAGS_TF | RFLAGS_IF | RFLAGS_IOPL | RFLAGS_NT | RFLAGS_VM | RFLAGS_AC | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_ID;
 
     if (cpu->cpl != 3 || cpu->code_size != 8 || (s->rflags & flags) != RFLAGS_IF || s->interrupt_shadow || cpu->simd_trap ||
-        (s->dr7 & 0xff) || (s->cr4 & (CR4_TSD | CR4_LA57)) || s->xcr0 != cpu->model->xcr0_allowed)
+        (s->dr7 & 0xff) || (s->cr4 & (CR4_TSD | CR4_LA57)) || !(s->efer & EFER_SCE) || s->xcr0 != cpu->model->xcr0_allowed)
         return false;
     /* The selectors that a sandbox has, which are Linux'. */
     if (s->seg[SEG_CS].selector != 0x33 || s->seg[SEG_SS].selector != 0x2b)

@@ -34,9 +34,13 @@ struct sandbox_abilities {
 const struct sandbox_abilities *sandbox_abilities(void);
 
 enum sandbox_stop {
-    SANDBOX_SYSCALL,            /* SYSCALL or INT 0x80 was executed: RIP is behind it, ORIG_RAX is RAX */
+    /*
+     * SYSCALL or INT 0x80 was executed: RIP is behind it, ORIG_RAX is RAX, of which kernels keep the lower half alone for INT 0x80.
+     * Also after SYSENTER, where processors have it in 64-bit code: RIP and RSP are lost then.
+     */
+    SANDBOX_SYSCALL,
     SANDBOX_PAGE_FAULT,         /* at RIP, for an access to address */
-    SANDBOX_FAULT,              /* at RIP: any other exception */
+    SANDBOX_FAULT,              /* at RIP: any other exception. Of calls into the vsyscall page: RAX may be lost */
     SANDBOX_BREAKPOINT,         /* INT3 or INT1 was executed: RIP is behind it */
     SANDBOX_STEPPED,            /* guest code set RFLAGS.TF: RIP is behind an instruction */
     SANDBOX_INTERRUPTED,
