@@ -55,6 +55,7 @@ struct direct_space {
     bool lingers;               /* code that has to be kept from running there is in its way often */
     gva_t touched;              /* the page fault that went to the guest, to be mapped when it comes back; 0: none */
     int processor;              /* it is bound to, or -1 */
+    uint64_t cpu_ns, noted;     /* the sandbox's processor time when it was last looked at, and when that was */
     /* Whether it is worth it. */
     uint64_t judged_root;       /* what follows is about the program with these page tables */
     uint64_t total, average;    /* ticks in user code by translation; per stay */
@@ -81,7 +82,8 @@ struct direct {
     int processor;
     uint64_t watched_ran, watched_runs, watched_time;   /* since the processor was last judged */
     /* Figures. */
-    uint64_t runs, faults, mapped, steps, demotions, boxes, ticks, dead_ns;
+    uint64_t runs, faults, mapped, steps, demotions, boxes, ticks;
+    _Atomic uint64_t cpu_ns;    /* of all sandboxes that there were; asked for while the vCPU runs */
 };
 
 static struct x86_cpu *cpu_of(struct direct *d) { return &d->t->it.cpu; }
@@ -439,6 +441,7 @@ static void judge_processor(struct direct *d, struct direct_space *s)
 #define DETOUR 4u               /* stops that an excursion of the interpreter's counts as */
 #define BACKOFF_MIN 50000u
 #define BACKOFF_MAX 8000000u
+#define NOTE 10000u             /* µs between two looks at a sandbox's processor time */
 
 static struct direct_space *space_now(struct direct *d)
 {
@@ -551,10 +554,21 @@ void direct_lingers(struct translator *t)
 
 /* ---- in and out ---- */
 
+/* Other threads cannot ask the sandbox itself, which comes and goes. */
+static void note_time(struct direct *d, struct direct_space *s, uint64_t now)
+{
+    uint64_t ns = s->box ? sandbox_time(s->box) : 0;
+
+    if (ns > s->cpu_ns) {
+        atomic_fetch_add_explicit(&d->cpu_ns, ns - s->cpu_ns, memory_order_relaxed);
+        s->cpu_ns = ns;
+    }
+    s->noted = now;
+}
+
 static void drop_box(struct direct *d, struct direct_space *s)
 {
-    if (s->box)
-        d->dead_ns += sandbox_time(s->box);
+    note_time(d, s, 0);
     sandbox_destroy(s->box);
     s->box = NULL;
     s->pages = 0;
@@ -594,6 +608,7 @@ static bool make_box(struct direct *d, struct direct_space *s)
     forget_pages(s);
     s->root = 0;
     s->processor = -1;
+    s->cpu_ns = s->noted = 0;
     d->boxes++;
     return true;
 }
@@ -788,6 +803,8 @@ enum interp_user direct_run(struct interp *it)
         ran = true;
         judge(d, s, now - before, now, stop == SANDBOX_PAGE_FAULT && !page_entry(s, address & GUEST_PAGE_MASK, false));
         judge_processor(d, s);
+        if (now - s->noted > NOTE * d->tick)
+            note_time(d, s, now);
         if (stop == SANDBOX_PAGE_FAULT) {
             d->faults++;
             s->touched = address;
@@ -908,8 +925,13 @@ void direct_attach(struct translator *t)
 
 void direct_detach(struct translator *t)
 {
-    if (t->direct)
-        unbind_thread(t->direct);
+    struct direct *d = t->direct;
+
+    if (!d)
+        return;
+    unbind_thread(d);
+    for (unsigned i = 0; i < X86_TLB_SPACES; i++)
+        note_time(d, &d->space[i], 0);
 }
 
 void direct_counters(const struct translator *t, struct engine_counters *c)
@@ -924,5 +946,6 @@ void direct_counters(const struct translator *t, struct engine_counters *c)
     c->native_steps = d->steps;
     c->native_demotions = d->demotions;
     c->native_sandboxes = d->boxes;
+    c->native_cpu_ns = atomic_load_explicit(&d->cpu_ns, memory_order_relaxed);
     c->native_ns = d->ticks * 1000 / d->tick;
 }
