@@ -577,6 +577,7 @@ static void confined(void **state)
     assert_non_null(strstr(text, wanted));
     assert_non_null(strstr(text, "\nSeccomp:\t2\n"));
     assert_non_null(strstr(text, "\nNoNewPrivs:\t1\n"));
+    assert_non_null(strstr(text, "Name:\tringfort-user\n"));
     assert_non_null(strstr(text, "\nThreads:\t1\n"));
     assert_int_equal(files_of(sandbox_pid(b->s)), 1);
     snprintf(path, sizeof(path), "/proc/%d/fd/4", (int)sandbox_pid(b->s));

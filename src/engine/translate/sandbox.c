@@ -38,6 +38,7 @@
 #define LIST_SIZE (16 * PAGE)
 #define VECTORS_MAX 16384u      /* with AMX's 8 KiB of tiles */
 #define FIRST_FILE 3            /* descriptors of the sandbox: the list's, until it is mapped, then the files */
+#define NAME "ringfort-user"    /* of the process */
 #define CHILD_STACK 16384u      /* of the child, until it executes the program */
 #ifndef MFD_EXEC
 #define MFD_EXEC 0x0010u
@@ -390,6 +391,10 @@ static int furnish(struct sandbox *s)
     /* The stack, and what the kernel put there. */
     if (call_once(s, SYS_munmap, 0, s->base, 0, 0, 0, 0) < 0 ||
         call_once(s, SYS_munmap, s->base + PAGE + LIST_SIZE, SANDBOX_END - s->base - PAGE - LIST_SIZE, 0, 0, 0, 0) < 0)
+        return -EPERM;
+    /* For those who look at processes. */
+    memcpy(s->list, NAME, sizeof(NAME));
+    if (call_once(s, SYS_prctl, PR_SET_NAME, s->base + PAGE, 0, 0, 0, 0) < 0)
         return -EPERM;
     if (call_once(s, SYS_prctl, PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0, 0) < 0)
         return -EPERM;
