@@ -131,10 +131,10 @@ static int make_others(struct vm *vm, const struct engine *engine, struct soft_g
     for (unsigned i = 0; i < vm->cpus; i++) {
         struct engine_counters counters;
 
-        if (vm->stats) {
-            old[i].engine->counters(&old[i], &counters);
+        old[i].engine->counters(&old[i], &counters);
+        vm->vcpus[i].native_cpu_ns += counters.native_cpu_ns;
+        if (vm->stats)
             vm_stats_add_vcpu(vm->stats, &counters, 0);
-        }
         old[i].engine->vcpu_destroy(&old[i]);
     }
     for (unsigned i = 0; i < vm->cpus; i++)

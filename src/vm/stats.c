@@ -31,6 +31,7 @@ struct vm_stats {
     int timer_fd;
     struct loop_fd *timer;
     uint64_t start_ns, start_cpu_ns;
+    uint64_t native_ns; /* of processes that vCPUs have */
     uint64_t vcpu_ns, instructions, first_user_ns;
 };
 
@@ -182,6 +183,7 @@ void vm_stats_add_vcpu(struct vm_stats *s, const struct engine_counters *c, uint
         {"engine_counters/return_overflows", c->return_overflows},
         {"engine_counters/native_runs", c->native_runs},
         {"engine_counters/native_ns", c->native_ns},
+        {"engine_counters/native_cpu_ns", c->native_cpu_ns},
         {"engine_counters/native_faults", c->native_faults},
         {"engine_counters/native_pages", c->native_pages},
         {"engine_counters/native_steps", c->native_steps},
@@ -191,7 +193,8 @@ void vm_stats_add_vcpu(struct vm_stats *s, const struct engine_counters *c, uint
     for (unsigned i = 0; i < ARRAY_SIZE(counter); i++)
         vm_stats_add(s, counter[i].path, counter[i].value);
     s->instructions += c->instructions;
-    s->vcpu_ns += cpu_ns;
+    s->vcpu_ns += cpu_ns + c->native_cpu_ns;
+    s->native_ns += c->native_cpu_ns;
     if (c->first_user_ns && (!s->first_user_ns || c->first_user_ns < s->first_user_ns))
         s->first_user_ns = c->first_user_ns;
 }
@@ -237,7 +240,7 @@ static int write_file(const struct vm_stats *s, const char *text)
 
 int vm_stats_write(struct vm_stats *s)
 {
-    uint64_t wall = monotonic_ns() - s->start_ns, cpu = process_cpu_ns() - s->start_cpu_ns;
+    uint64_t wall = monotonic_ns() - s->start_ns, cpu = process_cpu_ns() - s->start_cpu_ns + s->native_ns;
     bool memory_known = resident_note();
     json_object_set_new(s->root, "guest_instructions", json_integer((json_int_t)s->instructions));
     set_seconds(s, "wall_seconds", wall);

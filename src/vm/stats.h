@@ -3,8 +3,9 @@
  *
  *   engine                              name of the engine that ran last
  *   guest_instructions                  retired by all vCPUs
- *   wall_seconds, cpu_seconds           since vm_stats_create(); CPU time of the whole process
- *   vcpu_cpu_seconds                    CPU time of the vCPU threads alone
+ *   wall_seconds, cpu_seconds           since vm_stats_create(); CPU time of the whole process, and
+ *                                       of those that run user code natively
+ *   vcpu_cpu_seconds                    CPU time of the vCPU threads and those processes alone
  *   instructions_per_second             guest_instructions / vcpu_cpu_seconds: an idle guest does
  * not dilute it seconds_to_first_user_instruction   guest time; null: never reached exits {cause:
  * count} engine_counters                     {name: count} devices                             {id:

@@ -32,6 +32,7 @@ struct vm_vcpu {
     bool started;
     bool running;               /* inside the engine; guarded by vm->gate */
     uint64_t cpu_ns;            /* the thread's CPU time, once it ended */
+    uint64_t native_cpu_ns;     /* CPU time of processes that engines before this one ran its user code in */
 };
 
 struct vm {

@@ -137,9 +137,9 @@ void generate_data(uint8_t data[DATA_SIZE], const struct generate_options *o, ui
 struct host;
 /*
  * NULL with a reason on stderr; *skip: the host lacks something that the test needs. writes_code: cases may write the code
- * pages; code16: they are all of code_size 2.
+ * pages; code16: they are all of code_size 2; null_segments: DS and ES are null.
  */
-struct host *host_create(bool *skip, bool writes_code, bool code16);
+struct host *host_create(bool *skip, bool writes_code, bool code16, bool null_segments);
 void host_destroy(struct host *h);
 /* The data memory for the cases that follow. */
 void host_set_data(struct host *h, const uint8_t data[DATA_SIZE]);
@@ -152,8 +152,9 @@ void host_finish(struct host *h, struct cpu_result *results);
 
 /* ---- the engine (diff_guest.c) ---- */
 struct guest;
-/* kernel: cases run at privilege level 0, in memory that is the supervisor's. writes_code: they may write the code pages. */
-struct guest *guest_create(const char *engine, const char *model, bool kernel, bool writes_code);
+/* kernel: cases run at privilege level 0, in memory that is the supervisor's. writes_code: they may write the code pages. direct: data segments
+ * as programs have them that the engine runs natively. */
+struct guest *guest_create(const char *engine, const char *model, bool direct, bool kernel, bool writes_code);
 void guest_destroy(struct guest *g);
 void guest_set_data(struct guest *g, const uint8_t data[DATA_SIZE]);
 void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *result);
@@ -165,6 +166,8 @@ uint64_t guest_instructions(const struct guest *g);
 /* From now on NMIs and kicks come all the time. guest_interrupts(): how many were taken. */
 void guest_interrupt(struct guest *g);
 uint64_t guest_interrupts(const struct guest *g);
+/* How often user code ran in a sandbox. */
+uint64_t guest_direct_runs(const struct guest *g);
 /* One vCPU for all cases, so that its caches and the memory for prepared code fill up. Before the first case. */
 void guest_keep_vcpu(bool keep);
 
@@ -173,6 +176,7 @@ void guest_keep_vcpu(bool keep);
 extern bool compare_flags_at_faults;
 /* The guest was at privilege level 0, which error codes of page faults say. */
 extern bool compare_kernel;
+extern bool compare_direct;     /* the engine runs code in a sandbox */
 /* True when equal. text: NULL, or where differences are described (always terminated). */
 bool compare_results(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest, char *text,
                      size_t size);

@@ -247,14 +247,14 @@ static bool gather_steps(const struct cpu_case *c, const struct cpu_result *host
 
 /*
  * Which components are in use the processor finds out in its own way: registers that were written with zeros may count. A case
- * starts with exactly the used ones in use. And what is stored here as MXCSR_MASK may be read again.
+ * starts with exactly the used ones in use, except in a sandbox: there MXCSR alone makes its component so. And what is stored here as MXCSR_MASK may be read again.
  */
 static bool stored_state(const struct cpu_case *c)
 {
     for (unsigned i = 0; i < c->insns; i++) {
         uint16_t m = c->insn[i].mnemonic;
 
-        if (stores_state(m) && c->insns > 1)
+        if (stores_state(m) && (c->insns > 1 || compare_direct))
             return true;
         if ((m == ZYDIS_MNEMONIC_FXSAVE || m == ZYDIS_MNEMONIC_FXSAVE64) && i + 1u < c->insns)
             return true;
@@ -350,6 +350,7 @@ const char *known_difference(const struct cpu_case *c, const struct cpu_result *
 
 bool compare_flags_at_faults = true;
 bool compare_kernel;
+bool compare_direct;
 
 bool compare_results(const struct cpu_case *c, const struct cpu_result *host, const struct cpu_result *guest, char *text,
                      size_t size)

@@ -26,11 +26,11 @@ struct guest {
     atomic_bool stop;
     pthread_t interrupter;
     pthread_mutex_t lock;
-    uint64_t interrupts;        /* of vCPUs before */
+    uint64_t interrupts, direct_runs;   /* of vCPUs before */
 };
 
 static bool keep_vcpu;
-static bool kernel_mode, code_written;
+static bool kernel_mode, code_written, null_segments;
 static uint64_t owner;          /* PTE_U, or 0 for the supervisor's pages */
 
 void guest_keep_vcpu(bool keep) { keep_vcpu = keep; }
@@ -43,13 +43,14 @@ static void map_window(struct guest *g, gva_t base)
                              owner | PTE_NX | (window[i].access == WINDOW_WRITE ? PTE_W : 0));
 }
 
-struct guest *guest_create(const char *engine, const char *model, bool kernel, bool writes_code)
+struct guest *guest_create(const char *engine, const char *model, bool direct, bool kernel, bool writes_code)
 {
     struct guest *g = aligned_alloc(64, align_up(sizeof(*g), 64));
     struct engine_guest *e = &g->engine;
 
     kernel_mode = kernel;
     code_written = writes_code;
+    null_segments = direct;
     owner = kernel ? 0 : PTE_U;
     memset(g, 0, sizeof(*g));
     engine_guest_init(e, engine, model);
@@ -72,6 +73,16 @@ static uint64_t interrupts_now(const struct guest *g)
     g->engine.engine->counters(&g->engine.vcpu, &counters);
     return counters.interrupts;
 }
+
+static uint64_t direct_runs_now(const struct guest *g)
+{
+    struct engine_counters counters = { 0 };
+
+    g->engine.engine->counters(&g->engine.vcpu, &counters);
+    return counters.native_runs;
+}
+
+uint64_t guest_direct_runs(const struct guest *g) { return g->direct_runs + direct_runs_now(g); }
 
 uint64_t guest_interrupts(const struct guest *g) { return g->interrupts + interrupts_now(g); }
 
@@ -108,6 +119,7 @@ static void renew(struct guest *g)
     if (g->interrupted)
         pthread_mutex_lock(&g->lock);
     g->interrupts += interrupts_now(g);
+    g->direct_runs += direct_runs_now(g);
     engine_guest_renew(&g->engine);
     g->cases = 0;
     if (g->interrupted)
@@ -186,6 +198,9 @@ void guest_run(struct guest *g, const struct cpu_case *c, struct cpu_result *r)
     }
     if (kernel_mode)
         s->seg[SEG_SS] = engine_guest_segment(&g->engine, SEL_KERNEL_DATA);
+    /* As Linux' programs have them. */
+    if (null_segments)
+        s->seg[SEG_DS] = s->seg[SEG_ES] = (struct x86_seg){ .attr = SEG_UNUSABLE };
     s->seg[SEG_FS].base = c->in.fs_base;
     s->seg[SEG_GS].base = c->in.gs_base;
     s->fpu = c->in.fpu;

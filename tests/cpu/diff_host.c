@@ -99,7 +99,7 @@ static bool start_child(struct host *h)
     return true;
 }
 
-struct host *host_create(bool *skip, bool writes_code, bool code16)
+struct host *host_create(bool *skip, bool writes_code, bool code16, bool null_segments)
 {
     struct host *h = calloc(1, sizeof(*h));
 
@@ -119,6 +119,7 @@ struct host *host_create(bool *skip, bool writes_code, bool code16)
     }
     h->memory.shared->writes_code = writes_code;
     h->memory.shared->code16 = code16;
+    h->memory.shared->null_segments = null_segments;
     if (!start_child(h)) {
         host_destroy(h);
         return NULL;

@@ -26,7 +26,7 @@ struct host_shared {
     _Atomic uint32_t posted, done;
     _Atomic uint32_t current;   /* case that the child runs or ran last */
     uint32_t first, count;      /* of the batch's slots */
-    bool writes_code, code16;
+    bool writes_code, code16, null_segments;
     uint32_t image_size;        /* of images on this host, as the child's first signal frame said; 0: not known yet */
     uint8_t data[DATA_SIZE];
     struct host_slot slot[BATCH];

@@ -288,7 +288,7 @@ void host_child(const struct host_memory *memory)
         add_segment(SEL_CODE16, CODE_BASE, CODE16_LIMIT, MODIFY_LDT_CONTENTS_CODE);
         add_segment(SEL_DATA16, (uint32_t)WINDOW_LOW, DATA16_LIMIT, MODIFY_LDT_CONTENTS_DATA);
     }
-    __asm__ volatile("movl %0, %%ds\n\tmovl %0, %%es" : : "r"(shared->code16 ? SEL_DATA16 : SELECTOR_DATA));
+    __asm__ volatile("movl %0, %%ds\n\tmovl %0, %%es" : : "r"(shared->code16 ? SEL_DATA16 : shared->null_segments ? 0 : SELECTOR_DATA));
     __asm__ volatile("rdfsbase %0\n\trdgsbase %1" : "=r"(host_own_fs), "=r"(host_own_gs));
     find_top();
     if (setitimer(ITIMER_PROF, &timer, NULL))

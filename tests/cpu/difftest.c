@@ -17,6 +17,7 @@
 #include "diff.h"
 #include "engine/engine.h"
 #include "engine/translate/options.h"
+#include "engine/translate/sandbox.h"
 
 #define SKIPPED 77
 #define DIFFERENCE_TEXT 16384
@@ -289,6 +290,7 @@ static const char help[] =
     "Usage: difftest [--engine NAME] [--model NAME] [--seed N|random] [--first N] [--count N] [--case N] [--seconds S]\n"
     "                [--percent32 P] [--percent-ac P] [--max-insns N] [--only MNEMONIC,...] [--show N] [--no-minimize] [--progress]\n"
     "                [--mnemonics] [--keep-vcpu] [--no-liveness] [--lockstep] [--code16] [--kernel] [--interrupts]\n"
+    "                [--direct]\n"
     "                [--shape groups|stack|loops|vectors|mixed|self|walks]\n";
 
 /* Mnemonics, comma-separated, in any case. */
@@ -329,18 +331,18 @@ static uint64_t parse_number(const char *text)
 
 int main(int argc, char **argv)
 {
-    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP, SHAPE, KERNEL, INTERRUPTS, CODE16 };
+    enum { ENGINE = 1, MODEL, SEED, FIRST, COUNT, CASE, SECONDS, PERCENT32, PERCENT_AC, MAX, ONLY, SHOW, NO_MINIMIZE, PROGRESS, MNEMONICS, KEEP, NO_LIVENESS, LOCKSTEP, SHAPE, KERNEL, INTERRUPTS, CODE16, DIRECT };
     static const struct option names[] = {
         { "engine", 1, 0, ENGINE }, { "model", 1, 0, MODEL }, { "seed", 1, 0, SEED }, { "first", 1, 0, FIRST },
         { "count", 1, 0, COUNT }, { "case", 1, 0, CASE }, { "seconds", 1, 0, SECONDS }, { "percent32", 1, 0, PERCENT32 }, { "percent-ac", 1, 0, PERCENT_AC },
         { "max-insns", 1, 0, MAX }, { "only", 1, 0, ONLY }, { "show", 1, 0, SHOW }, { "no-minimize", 0, 0, NO_MINIMIZE },
         { "progress", 0, 0, PROGRESS }, { "mnemonics", 0, 0, MNEMONICS }, { "keep-vcpu", 0, 0, KEEP },
         { "no-liveness", 0, 0, NO_LIVENESS }, { "lockstep", 0, 0, LOCKSTEP }, { "shape", 1, 0, SHAPE }, { "kernel", 0, 0, KERNEL },
-        { "interrupts", 0, 0, INTERRUPTS }, { "code16", 0, 0, CODE16 },
+        { "interrupts", 0, 0, INTERRUPTS }, { "code16", 0, 0, CODE16 }, { "direct", 0, 0, DIRECT },
         { 0 },
     };
     struct options o = { .engine = "interp", .model = "host", .count = 20000, .shown = 20, .minimize = true };
-    bool skip, mnemonics = false, interrupts = false, none = false;
+    bool skip, mnemonics = false, interrupts = false, direct = false, none = false;
     double start;
 
     o.generate = (struct generate_options){ .seed = 1, .percent32 = 15, .percent_ac = 2 };
@@ -373,25 +375,37 @@ int main(int argc, char **argv)
             break;
         case KERNEL: o.generate.kernel = compare_kernel = true; break;
         case CODE16: o.generate.code16 = true; break;
+        case DIRECT: direct = compare_direct = true; break;
         case INTERRUPTS: interrupts = true; break;
         case LOCKSTEP: translate_options.lockstep = true; break;
         default: fputs(help, stderr); return 2;
         }
     }
-    if (optind < argc || o.count == 0 || (o.generate.code16 && (o.generate.kernel || o.generate.shape))) {
+    if (optind < argc || o.count == 0 || (o.generate.code16 && (o.generate.kernel || o.generate.shape)) ||
+        (direct && (o.generate.kernel || o.generate.code16 || strcmp(o.engine, "translate") != 0))) {
         fputs(help, stderr);
         return 2;
+    }
+    if (direct) {
+        if (!sandbox_abilities()->usable) {
+            fprintf(stderr, "skipped: %s\n", sandbox_abilities()->text);
+            return SKIPPED;
+        }
+        /* Such code is all that is for it, and what it does not run is to be right, too. */
+        translate_options.direct = TRANSLATE_DIRECT_ALWAYS;
+        translate_options.liveness = false;
+        o.generate.percent32 = 0;
     }
     /* Which flags are dead cannot be known of code that changes behind the instruction that changes it. */
     if (o.generate.shape == SHAPE_WRITES_CODE)
         translate_options.liveness = false;
     compare_flags_at_faults = strcmp(o.engine, "translate") != 0 || !translate_options.liveness;
-    host = host_create(&skip, o.generate.shape == SHAPE_WRITES_CODE, o.generate.code16);
+    host = host_create(&skip, o.generate.shape == SHAPE_WRITES_CODE, o.generate.code16, direct);
     if (!host)
         return skip ? SKIPPED : 2;
     if (o.generate.kernel)      /* there is no 32-bit kernel code here, and alignment is checked for programs alone */
         o.generate.percent32 = o.generate.percent_ac = 0;
-    guest = guest_create(o.engine, o.model, o.generate.kernel, o.generate.shape == SHAPE_WRITES_CODE);
+    guest = guest_create(o.engine, o.model, direct, o.generate.kernel, o.generate.shape == SHAPE_WRITES_CODE);
     o.generate.model = guest_model(guest);
     if (guest_emulated(guest)) {
         fprintf(stderr, "skipped: this host's KVM emulates the guest, incompletely\n");
@@ -415,6 +429,10 @@ int main(int argc, char **argv)
     if (interrupts) {
         printf("%" PRIu64 " NMIs were taken\n", guest_interrupts(guest));
         none = guest_interrupts(guest) == 0;
+    }
+    if (direct) {
+        printf("%" PRIu64 " times code ran directly\n", guest_direct_runs(guest));
+        none = none || guest_direct_runs(guest) < compared / 2;
     }
     guest_destroy(guest);
     host_destroy(host);

@@ -708,6 +708,128 @@ static void modes_derive_views(void **state)
     assert_int_equal(cpu->cpl, 0);
 }
 
+/* ---- x86_walk_ready() ---- */
+
+static uint64_t ready_random(void)
+{
+    static uint64_t x = 88172645463325252u;
+
+    x ^= x << 13;
+    x ^= x >> 7;
+    x ^= x << 17;
+    return x;
+}
+
+static bool one_in(unsigned n) { return ready_random() / 7 % n == 0; }
+
+/* An entry with something amiss now and then. */
+static uint64_t ready_entry(const struct x86_cpu *cpu, unsigned level, gpa_t next)
+{
+    uint64_t e = PTE_P | PTE_W | PTE_U | PTE_A | PTE_D | next;
+
+    for (unsigned bit = 0; bit < 12; bit++)
+        if (bit != 7 && one_in(bit == 0 || bit == 5 ? 60 : 25))
+            e ^= 1ull << bit;
+    if (one_in(10))
+        e |= PTE_NX;
+    if (one_in(60))
+        e |= 1ull << (cpu->phys_bits + ready_random() % (52 - cpu->phys_bits));
+    if (one_in(20))
+        e |= 1ull << (52 + ready_random() % 11); /* free for software */
+    if (level > 1 && one_in(level == 4 ? 100 : 4)) {
+        /* A large page, with address bits that it may not have now and then. */
+        e |= PTE_PS;
+        if (level == 2 || !one_in(10))
+            e &= ~(gpa_t)0xfffff000 | (one_in(8) ? 0xfffff000 : 0xffe00000);
+        if (level == 3 && !one_in(8))
+            e &= ~(gpa_t)0x3ffff000;
+    }
+    return e;
+}
+
+/* What it says of a page is what a walk for a program would find without changing anything, no more and no less. */
+static void ready_as_walks(void **state)
+{
+    struct guest *g = *state;
+    struct x86_cpu *cpu = &g->cpu;
+    const bool gib_pages = cpu->has_gib_pages;
+    unsigned ready = 0, writable = 0, executable = 0, large = 0, walkable = 0;
+
+    guest_paging(g, PAGING_4LEVEL);
+    for (unsigned round = 0; round < 200000; round++) {
+        gva_t va = ready_random() & 0x7fffffffffff;
+        void *entry[5];
+        uint64_t content[5], size;
+        struct x86_ready r = {.gpa = 0};
+        gpa_t gpa, quiet;
+        uint32_t error;
+        bool is;
+
+        if (round % 32 == 0)
+            guest_paging(g, PAGING_4LEVEL); /* tables are taken from the start again */
+        if (one_in(4))
+            va |= 0xffff800000000000;
+        cpu->s.efer = one_in(8) ? cpu->s.efer & ~(uint64_t)EFER_NXE : cpu->s.efer | EFER_NXE;
+        cpu->has_gib_pages = !one_in(8);
+        /* Tables for all levels, then what they hold. */
+        for (unsigned level = 1; level <= 4; level++) {
+            entry[level] = guest_entry(g, va, level, PTE_W | PTE_U);
+            content[level] = get_entry(entry[level], PAGING_4LEVEL);
+        }
+        for (unsigned level = 4; level >= 1; level--) {
+            gpa_t next = level > 1 ? content[level] & 0xffffffffff000 : MIB(4) + ready_random() % MIB(8) / 4096 * 4096;
+
+            content[level] = ready_entry(cpu, level, next);
+            put_entry(entry[level], PAGING_4LEVEL, content[level]);
+        }
+        is = x86_walk_ready(cpu, va, &r);
+        for (unsigned level = 4; level >= 1; level--)
+            assert_int_equal(get_entry(entry[level], PAGING_4LEVEL), content[level]);
+        if (x86_walk_quiet(cpu, va, &quiet) == 0 && is)
+            assert_int_equal(quiet, r.gpa);
+        for (unsigned access = ACCESS_READ; access <= ACCESS_EXEC; access++) {
+            bool allowed = x86_walk(cpu, va, access, VIEW_USER, &gpa, &size, &error) == 0;
+
+            walkable += allowed && access == ACCESS_READ;
+            if (allowed && is) {
+                assert_int_equal(gpa, r.gpa);
+                assert_int_equal(size, r.page_size);
+            }
+            for (unsigned level = 4; level >= 1; level--) {
+                allowed = allowed && get_entry(entry[level], PAGING_4LEVEL) == content[level];
+                put_entry(entry[level], PAGING_4LEVEL, content[level]);
+            }
+            if (allowed != (is && (access == ACCESS_READ || (access == ACCESS_WRITE ? r.writable : r.executable))))
+                fail_msg("round %u, access %u: %llx %llx %llx %llx", round, access, (unsigned long long)content[4],
+                         (unsigned long long)content[3], (unsigned long long)content[2], (unsigned long long)content[1]);
+        }
+        for (unsigned level = 4; level >= 1; level--)
+            put_entry(entry[level], PAGING_4LEVEL, 0);
+        ready += is;
+        writable += is && r.writable;
+        executable += is && r.executable;
+        large += is && r.page_size > GUEST_PAGE_SIZE;
+    }
+    /* It has seen everything. */
+    assert_in_range(ready, 1000, walkable - 1000);
+    assert_in_range(writable, 1000, ready - 1000);
+    assert_in_range(executable, 1000, ready - 1000);
+    assert_in_range(large, 1000, ready - 1000);
+    cpu->has_gib_pages = gib_pages;
+
+    /* Nothing outside of what it is for. */
+    struct x86_ready r;
+    guest_paging(g, PAGING_4LEVEL);
+    guest_map(g, 0x400000, MIB(4), KIB(4), PTE_W | PTE_U | PTE_A | PTE_D, PTE_W | PTE_U | PTE_A);
+    assert_true(x86_walk_ready(cpu, 0x400123, &r));
+    assert_int_equal(r.gpa, MIB(4) + 0x123);
+    assert_false(x86_walk_ready(cpu, 0x400000 | 1ull << 47, &r));
+    assert_false(x86_walk_ready(cpu, 0x400000 | 1ull << 63, &r));
+    guest_paging(g, PAGING_PAE);
+    guest_map(g, 0x400000, MIB(4), KIB(4), PTE_W | PTE_U | PTE_A | PTE_D, PTE_W | PTE_U | PTE_A);
+    assert_false(x86_walk_ready(cpu, 0x400000, &r));
+}
+
 int main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, guest_setup, guest_teardown)
@@ -726,6 +848,7 @@ int main(void)
         TEST(moves_of_code_are_told),
         TEST(more_pcids_than_spaces),
         TEST(modes_derive_views),
+        TEST(ready_as_walks),
     };
     return cmocka_run_group_tests_name("mmu", tests, NULL, NULL);
 }

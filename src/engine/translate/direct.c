@@ -55,6 +55,7 @@ struct direct_space {
     bool lingers;               /* code that has to be kept from running there is in its way often */
     gva_t touched;              /* the page fault that went to the guest, to be mapped when it comes back; 0: none */
     int processor;              /* it is bound to, or -1 */
+    uint64_t cpu_ns, noted;     /* the sandbox's processor time when it was last looked at, and when that was */
     /* Whether it is worth it. */
     uint64_t judged_root;       /* what follows is about the program with these page tables */
     uint64_t total, average;    /* ticks in user code by translation; per stay */
@@ -81,7 +82,8 @@ struct direct {
     int processor;
     uint64_t watched_ran, watched_runs, watched_time;   /* since the processor was last judged */
     /* Figures. */
-    uint64_t runs, faults, mapped, steps, demotions, boxes, ticks, dead_ns;
+    uint64_t runs, faults, mapped, steps, demotions, boxes, ticks;
+    _Atomic uint64_t cpu_ns;    /* of all sandboxes that there were; asked for while the vCPU runs */
 };
 
 static struct x86_cpu *cpu_of(struct direct *d) { return &d->t->it.cpu; }
@@ -119,7 +121,8 @@ static void forget_pages(struct direct_space *s)
 
 /*
  * Instructions that would do something else in a sandbox than in the guest, without stopping it: they show the host's tables, its
- * processor's number and features, or what it has more than the guest.
+ * processor's number and features, or what it has more than the guest. Or they stop it, but what they had in registers is lost then:
+ * RIP and RSP, the upper half of RAX.
  */
 static bool runs_wrongly(const struct direct *d, const struct direct_space *s, const struct x86_insn *insn)
 {
@@ -128,6 +131,7 @@ static bool runs_wrongly(const struct direct *d, const struct direct_space *s, c
         return !s->cpuid_stops;
     case ZYDIS_MNEMONIC_RDPID: case ZYDIS_MNEMONIC_LSL: case ZYDIS_MNEMONIC_LAR: case ZYDIS_MNEMONIC_VERR:
     case ZYDIS_MNEMONIC_VERW: case ZYDIS_MNEMONIC_SGDT: case ZYDIS_MNEMONIC_SIDT: case ZYDIS_MNEMONIC_SLDT: case ZYDIS_MNEMONIC_STR: case ZYDIS_MNEMONIC_SMSW:
+    case ZYDIS_MNEMONIC_SYSENTER: case ZYDIS_MNEMONIC_INT:
         return true;
     case ZYDIS_MNEMONIC_XGETBV:
     case ZYDIS_MNEMONIC_XSAVE: case ZYDIS_MNEMONIC_XSAVE64: case ZYDIS_MNEMONIC_XSAVEC: case ZYDIS_MNEMONIC_XSAVEC64:
@@ -142,9 +146,9 @@ static bool runs_wrongly(const struct direct *d, const struct direct_space *s, c
 static bool suspicious(const uint8_t *p)
 {
     if (likely(p[0] != 0x0f))
-        return false;
+        return p[0] == 0xcd && p[1] == 0x80;
     switch (p[1]) {
-    case 0x00: case 0x01: case 0x02: case 0x03: case 0xa2: case 0xae: case 0xc7:
+    case 0x00: case 0x01: case 0x02: case 0x03: case 0x34: case 0xa2: case 0xae: case 0xc7:
         return true;
     default:
         return false;
@@ -437,6 +441,7 @@ static void judge_processor(struct direct *d, struct direct_space *s)
 #define DETOUR 4u               /* stops that an excursion of the interpreter's counts as */
 #define BACKOFF_MIN 50000u
 #define BACKOFF_MAX 8000000u
+#define NOTE 10000u             /* µs between two looks at a sandbox's processor time */
 
 static struct direct_space *space_now(struct direct *d)
 {
@@ -486,7 +491,7 @@ static bool eligible(const struct direct *d)
     const uint64_t flags = RFLAGS_TF | RFLAGS_IF | RFLAGS_IOPL | RFLAGS_NT | RFLAGS_VM | RFLAGS_AC | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_ID;
 
     if (cpu->cpl != 3 || cpu->code_size != 8 || (s->rflags & flags) != RFLAGS_IF || s->interrupt_shadow || cpu->simd_trap ||
-        (s->dr7 & 0xff) || (s->cr4 & (CR4_TSD | CR4_LA57)) || s->xcr0 != cpu->model->xcr0_allowed)
+        (s->dr7 & 0xff) || (s->cr4 & (CR4_TSD | CR4_LA57)) || !(s->efer & EFER_SCE) || s->xcr0 != cpu->model->xcr0_allowed)
         return false;
     /* The selectors that a sandbox has, which are Linux'. */
     if (s->seg[SEG_CS].selector != 0x33 || s->seg[SEG_SS].selector != 0x2b)
@@ -549,10 +554,21 @@ void direct_lingers(struct translator *t)
 
 /* ---- in and out ---- */
 
+/* Other threads cannot ask the sandbox itself, which comes and goes. */
+static void note_time(struct direct *d, struct direct_space *s, uint64_t now)
+{
+    uint64_t ns = s->box ? sandbox_time(s->box) : 0;
+
+    if (ns > s->cpu_ns) {
+        atomic_fetch_add_explicit(&d->cpu_ns, ns - s->cpu_ns, memory_order_relaxed);
+        s->cpu_ns = ns;
+    }
+    s->noted = now;
+}
+
 static void drop_box(struct direct *d, struct direct_space *s)
 {
-    if (s->box)
-        d->dead_ns += sandbox_time(s->box);
+    note_time(d, s, 0);
     sandbox_destroy(s->box);
     s->box = NULL;
     s->pages = 0;
@@ -592,6 +608,7 @@ static bool make_box(struct direct *d, struct direct_space *s)
     forget_pages(s);
     s->root = 0;
     s->processor = -1;
+    s->cpu_ns = s->noted = 0;
     d->boxes++;
     return true;
 }
@@ -779,9 +796,15 @@ enum interp_user direct_run(struct interp *it)
         atomic_store(&cpu->native, 0);
         if (stop == SANDBOX_GONE)
             return lost(d);
+        if (stop == SANDBOX_REFUSED) {  /* it loaded what it cannot be continued with from outside, and then stopped */
+            stop = SANDBOX_INTERRUPTED;
+            break;
+        }
         ran = true;
         judge(d, s, now - before, now, stop == SANDBOX_PAGE_FAULT && !page_entry(s, address & GUEST_PAGE_MASK, false));
         judge_processor(d, s);
+        if (now - s->noted > NOTE * d->tick)
+            note_time(d, s, now);
         if (stop == SANDBOX_PAGE_FAULT) {
             d->faults++;
             s->touched = address;
@@ -902,8 +925,13 @@ void direct_attach(struct translator *t)
 
 void direct_detach(struct translator *t)
 {
-    if (t->direct)
-        unbind_thread(t->direct);
+    struct direct *d = t->direct;
+
+    if (!d)
+        return;
+    unbind_thread(d);
+    for (unsigned i = 0; i < X86_TLB_SPACES; i++)
+        note_time(d, &d->space[i], 0);
 }
 
 void direct_counters(const struct translator *t, struct engine_counters *c)
@@ -918,5 +946,6 @@ void direct_counters(const struct translator *t, struct engine_counters *c)
     c->native_steps = d->steps;
     c->native_demotions = d->demotions;
     c->native_sandboxes = d->boxes;
+    c->native_cpu_ns = atomic_load_explicit(&d->cpu_ns, memory_order_relaxed);
     c->native_ns = d->ticks * 1000 / d->tick;
 }

@@ -2,9 +2,9 @@
  * Sandboxed host processes for guest user code: see sandbox.h for what they are and why they are safe.
  *
  * A sandbox begins as a program of one page, written here as an ELF image into a memfd and executed from there: so it starts with an
- * address space of its own and not with a copy of ours. The page has two routines. "once" makes the system call
- * whose registers it is given; "batch" makes those of a list, which lies in pages that it sees for reading only. Both
- * end in INT3.
+ * address space of its own and not with a copy of ours. The page has three routines. "once" makes the system call
+ * whose registers it is given; "batch" makes those of a list, which lies in pages that it sees for reading only; "flags" loads
+ * flags from there. All end in INT3.
  */
 #include "engine/translate/sandbox.h"
 
@@ -16,6 +16,7 @@
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,13 +37,19 @@
 #define PAGE 4096ull
 #define LIST_SIZE (16 * PAGE)
 #define VECTORS_MAX 16384u      /* with AMX's 8 KiB of tiles */
-#define FIRST_FILE 3            /* descriptors of the sandbox: the list's, then the files */
+#define FIRST_FILE 3            /* descriptors of the sandbox: the list's, until it is mapped, then the files */
+#define NAME "ringfort-user"    /* of the process */
+#define CHILD_STACK 16384u      /* of the child, until it executes the program */
+#ifndef MFD_EXEC
+#define MFD_EXEC 0x0010u
+#endif
 
 /* What "batch" takes a system call from. */
 struct call {
     uint64_t number, argument[6];
 };
-#define CALLS (LIST_SIZE / sizeof(struct call))
+#define CALLS ((LIST_SIZE - 8) / sizeof(struct call))
+#define FLAGS_AT (LIST_SIZE - 8)        /* in the list: flags to load */
 
 struct sandbox {
     pid_t pid;
@@ -50,7 +57,9 @@ struct sandbox {
     struct call *list;          /* our view */
     unsigned calls;
     int error;                  /* of a batch that had to be made before the commit */
+    bool interrupted;           /* while a batch ran: for the next sandbox_run() */
     struct user_regs_struct regs;
+    uint64_t flags;             /* it has */
     size_t vectors_size;
     uint8_t vectors[VECTORS_MAX] __attribute__((aligned(64)));
 };
@@ -59,10 +68,12 @@ struct sandbox {
 
 /*
  * once:  syscall; int3
+ * flags: (RSP: where they are) popf; int3
  * batch: (RBX: list, EBP: how many) loads the registers, makes the call, ends at an error or when all are made
  */
 static const uint8_t program[] = {
-    0x0f, 0x05, 0xcc, 0x90,                     /* once: syscall; int3; nop */
+    0x0f, 0x05, 0xcc, 0x90,                     /* once: syscall; int3; and a nop: behind an INT3 nothing begins */
+    0x9d, 0xcc, 0x90, 0x90,                     /* flags: popfq; int3 */
     0x48, 0x8b, 0x03,                           /* batch: mov (%rbx),%rax */
     0x48, 0x8b, 0x7b, 0x08,                     /* mov 8(%rbx),%rdi */
     0x48, 0x8b, 0x73, 0x10,                     /* mov 16(%rbx),%rsi */
@@ -79,7 +90,10 @@ static const uint8_t program[] = {
     0xcc,                                       /* out: int3 */
 };
 #define ONCE 0
-#define BATCH 4
+#define ONCE_END 3              /* behind its INT3 */
+#define FLAGS 4
+#define FLAGS_END 6
+#define BATCH 8
 #define PROGRAM_AT (sizeof(Elf64_Ehdr) + sizeof(Elf64_Phdr))
 _Static_assert(sizeof(struct call) == 0x38, "batch steps by it");
 
@@ -97,8 +111,11 @@ static int make_program(uint64_t base)
         .p = { .p_type = PT_LOAD, .p_flags = PF_R | PF_X, .p_vaddr = base, .p_paddr = base, .p_filesz = sizeof(image),
                .p_memsz = sizeof(image), .p_align = PAGE },
     };
-    int fd = memfd_create("ringfort-sandbox", MFD_CLOEXEC);
+    int fd = memfd_create("ringfort-sandbox", MFD_CLOEXEC | MFD_EXEC);
 
+    /* Kernels before 6.3 do not know the flag, later ones may be set up to ask for it. */
+    if (fd < 0 && errno == EINVAL)
+        fd = memfd_create("ringfort-sandbox", MFD_CLOEXEC);
     memcpy(image.text, program, sizeof(program));
     if (fd >= 0 && write(fd, &image, sizeof(image)) != sizeof(image)) {
         close(fd);
@@ -109,6 +126,21 @@ static int make_program(uint64_t base)
 }
 
 /* ---- control ---- */
+
+static void end(struct sandbox *s)
+{
+    int status;
+
+    if (s->pid <= 0)
+        return;
+    kill(s->pid, SIGKILL);
+    while (waitpid(s->pid, &status, __WALL) == s->pid ? WIFSTOPPED(status) : errno == EINTR)
+        ;
+    s->pid = -1;
+}
+
+/* Whether the signal is the kernel's word on an exception, and not somebody's. */
+static bool raised(const siginfo_t *info) { return info->si_code > 0; }
 
 /* Waits until it stops. False: it is gone. */
 static bool wait_stop(struct sandbox *s, int *status)
@@ -124,9 +156,11 @@ static bool wait_stop(struct sandbox *s, int *status)
     return false;
 }
 
-/* Continues it, as our own code, and waits for the INT3. The registers are what it stopped with. */
+/* Continues it, as our own code, until it is behind the INT3. The registers are what it stopped with. */
 static int run_program(struct sandbox *s, struct user_regs_struct *regs)
 {
+    const uint64_t text = s->base + PROGRAM_AT;
+    siginfo_t info;
     int status;
 
     regs->orig_rax = (unsigned long long)-1;
@@ -134,13 +168,18 @@ static int run_program(struct sandbox *s, struct user_regs_struct *regs)
     regs->ss = 0x2b;
     if (s->pid < 0 || ptrace(PTRACE_SETREGS, s->pid, NULL, regs))
         return -ESRCH;
-    do {
-        if (ptrace(PTRACE_CONT, s->pid, NULL, NULL) || !wait_stop(s, &status))
+    for (;;) {
+        if (ptrace(PTRACE_CONT, s->pid, NULL, NULL) || !wait_stop(s, &status) || ptrace(PTRACE_GETREGS, s->pid, NULL, regs))
             return -ESRCH;
-        if (WSTOPSIG(status) == SIGSEGV || WSTOPSIG(status) == SIGBUS || WSTOPSIG(status) == SIGSYS)
+        if (WSTOPSIG(status) == SIGTRAP && (regs->rip == text + ONCE_END || regs->rip == text + FLAGS_END || regs->rip == text + sizeof(program)))
+            return 0;
+        if (ptrace(PTRACE_GETSIGINFO, s->pid, NULL, &info))
+            return -ESRCH;
+        if (raised(&info))
             return -EFAULT;
-    } while (WSTOPSIG(status) != SIGTRAP);      /* others are interruptions */
-    return ptrace(PTRACE_GETREGS, s->pid, NULL, regs) ? -ESRCH : 0;
+        /* Others are from a process, and one of them may be for the guest. */
+        s->interrupted = s->interrupted || WSTOPSIG(status) == SIGUSR1;
+    }
 }
 
 /* One system call of the sandbox's; its result. */
@@ -172,6 +211,8 @@ static void add_call(struct sandbox *s, long number, uint64_t a, uint64_t b, uin
 {
     if (s->calls == CALLS)
         run_batch(s);
+    if (s->error)
+        return;                 /* what follows a call that failed is not made */
     s->list[s->calls++] = (struct call){ (uint64_t)number, { a, b, c, d, e, f } };
 }
 
@@ -209,49 +250,131 @@ static int confine(struct sandbox *s)
     return (int)call_once(s, SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, s->base + PAGE, 0, 0, 0);
 }
 
-/* In the child, which shares our memory until it executes the program: system calls and nothing else. */
-static void become_program(int program_fd, int list_fd, const int *files, unsigned count)
+struct birth {
+    int program, list;
+    int files[SANDBOX_FILES];   /* -1: none */
+    unsigned count;
+    pid_t parent;
+};
+
+static void close_files(unsigned first, unsigned last)
+{
+    struct rlimit limit;
+
+    if (syscall(SYS_close_range, first, last, 0) == 0)
+        return;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0)  /* a kernel before 5.9 */
+        for (unsigned fd = first; fd <= last && fd < limit.rlim_cur; fd++)
+            close((int)fd);
+}
+
+/* Leaves nothing open but the list and the files, in their places, and the program, which goes by itself. Its descriptor, or -1. */
+static int arrange_files(struct birth *b)
+{
+    int *of[2 + SANDBOX_FILES], executed, top = FIRST_FILE + 2 + (int)b->count;
+    unsigned n = 0, from = 0;
+
+    of[n++] = &b->program;
+    of[n++] = &b->list;
+    for (unsigned i = 0; i < b->count; i++)
+        if (b->files[i] >= 0)
+            of[n++] = &b->files[i];
+    /* All others first: there may be no room for more. */
+    for (;;) {
+        unsigned next = ~0u;
+
+        for (unsigned i = 0; i < n; i++)
+            if ((unsigned)*of[i] >= from)
+                next = MIN(next, (unsigned)*of[i]);
+        if (next == ~0u)
+            break;
+        if (next > from)
+            close_files(from, next - 1);
+        from = next + 1;
+    }
+    close_files(from, ~0u);
+    /* Out of the way, then into place. */
+    for (unsigned i = 0; i < n; i++)
+        if ((*of[i] = fcntl(*of[i], F_DUPFD, top)) < 0)
+            return -1;
+    close_files(0, (unsigned)top - 1);
+    for (unsigned i = 0; i < b->count; i++)
+        if (b->files[i] >= 0 && dup2(b->files[i], FIRST_FILE + 1 + (int)i) < 0)
+            return -1;
+    executed = dup3(b->program, top - 1, O_CLOEXEC);
+    if (executed < 0 || dup2(b->list, FIRST_FILE) < 0)
+        return -1;
+    close_files((unsigned)top, ~0u);
+    return executed;
+}
+
+/* The child, which shares our memory until it executes the program: system calls and nothing else. */
+static int become_program(void *opaque)
 {
     static char *const none[] = { NULL };
-    sigset_t all;
+    struct birth *b = opaque;
+    int executed = arrange_files(b);
+    sigset_t trap;
 
-    /* Above all that will be used, so that none is overwritten before it is copied. */
-    int high = 100 + SANDBOX_FILES, executed = dup3(program_fd, high, O_CLOEXEC), list = dup3(list_fd, high + 1, 0);
-
-    for (unsigned i = 0; i < count; i++)
-        if (dup3(files[i], high + 2 + (int)i, 0) < 0)
-            _exit(1);
-    if (executed < 0 || list < 0)
-        _exit(1);
-    for (unsigned i = 0; i <= count; i++)
-        if (dup3(list + (int)i, FIRST_FILE + (int)i, 0) < 0)
-            _exit(1);
-    for (int i = 0; i < FIRST_FILE; i++)
-        close(i);
-    /* Not the program's, which goes by itself. */
-    syscall(SYS_close_range, FIRST_FILE + 1 + count, executed - 1, 0);
-    syscall(SYS_close_range, executed + 1, ~0u, 0);
-    sigfillset(&all);
-    sigprocmask(SIG_UNBLOCK, &all, NULL);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (executed < 0 || getppid() != b->parent)
+        _exit(1);
+    /* By which the kernel says that the program has been executed. */
+    sigemptyset(&trap);
+    sigaddset(&trap, SIGTRAP);
+    sigprocmask(SIG_UNBLOCK, &trap, NULL);
     if (ptrace(PTRACE_TRACEME, 0, NULL, NULL) == 0)
         syscall(SYS_execveat, executed, "", none, none, AT_EMPTY_PATH);
     _exit(1);
 }
 
-static pid_t give_birth(int program_fd, int list_fd, const int *files, unsigned count)
+/* Waits until the program has been executed. */
+static int wait_born(struct sandbox *s)
 {
-    sigset_t all, before;
-    pid_t pid;
+    struct user_regs_struct regs;
+    const uint64_t none = 0;
+    int status;
 
-    /* A handler of ours must not run in the child. */
+    for (;;) {
+        if (!wait_stop(s, &status))
+            return -EPERM;
+        if (ptrace(PTRACE_GETREGS, s->pid, NULL, &regs))
+            return -ESRCH;
+        if (regs.rip == s->base + PROGRAM_AT)
+            break;
+        /* SIGSTOP from somebody: nothing can block that. */
+        if (ptrace(PTRACE_CONT, s->pid, NULL, NULL))
+            return -ESRCH;
+    }
+    if (ptrace(PTRACE_SETOPTIONS, s->pid, NULL, PTRACE_O_EXITKILL | PTRACE_O_TRACESYSGOOD) ||
+        ptrace(PTRACE_SETSIGMASK, s->pid, (void *)sizeof(none), &none))
+        return -errno;
+    return 0;
+}
+
+/*
+ * Not by vfork(): a child that is stopped before it executes the program would wait for us, and we for it. All signals are
+ * blocked meanwhile, so that no handler of ours runs in the child, which has our memory but other files; and no
+ * other code of this thread, with which it shares errno.
+ */
+static int give_birth(struct sandbox *s, int program_fd, int list_fd, const int *files, unsigned count)
+{
+    uint8_t stack[CHILD_STACK] __attribute__((aligned(16)));
+    struct birth b = { .program = program_fd, .list = list_fd, .count = count, .parent = getpid() };
+    sigset_t all, before;
+    int err;
+
+    for (unsigned i = 0; i < count; i++)
+        b.files[i] = files[i];
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, &before);
-    pid = vfork();
-    if (pid == 0)
-        become_program(program_fd, list_fd, files, count);
+    s->pid = clone(become_program, stack + sizeof(stack), CLONE_VM | SIGCHLD, &b);
+    err = s->pid < 0 ? -errno : wait_born(s);
+    /* It must not run on our stack any longer, whatever went wrong. */
+    if (err < 0)
+        end(s);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return pid;
+    return err;
 }
 
 static int furnish(struct sandbox *s)
@@ -260,14 +383,18 @@ static int furnish(struct sandbox *s)
     long at;
     int err;
 
-    if (ptrace(PTRACE_SETOPTIONS, s->pid, NULL, PTRACE_O_EXITKILL | PTRACE_O_TRACESYSGOOD))
-        return -errno;
     at = call_once(s, SYS_mmap, s->base + PAGE, LIST_SIZE, PROT_READ, MAP_SHARED | MAP_FIXED, FIRST_FILE, 0);
     if (at != (long)(s->base + PAGE))
         return at < 0 ? (int)at : -ENOMEM;
+    if (call_once(s, SYS_close, FIRST_FILE, 0, 0, 0, 0, 0) < 0)
+        return -EPERM;
     /* The stack, and what the kernel put there. */
     if (call_once(s, SYS_munmap, 0, s->base, 0, 0, 0, 0) < 0 ||
         call_once(s, SYS_munmap, s->base + PAGE + LIST_SIZE, SANDBOX_END - s->base - PAGE - LIST_SIZE, 0, 0, 0, 0) < 0)
+        return -EPERM;
+    /* For those who look at processes. */
+    memcpy(s->list, NAME, sizeof(NAME));
+    if (call_once(s, SYS_prctl, PR_SET_NAME, s->base + PAGE, 0, 0, 0, 0) < 0)
         return -EPERM;
     if (call_once(s, SYS_prctl, PR_SET_TSC, PR_TSC_SIGSEGV, 0, 0, 0, 0) < 0)
         return -EPERM;
@@ -283,7 +410,7 @@ static int furnish(struct sandbox *s)
 int sandbox_create(struct sandbox **out, const int *files, unsigned count)
 {
     struct sandbox *s = aligned_alloc(64, align_up(sizeof(*s), 64));
-    int program_fd = -1, list_fd = -1, err = -ENOMEM, status;
+    int program_fd = -1, list_fd = -1, err = -ENOMEM;
     uint64_t lot = 0;
 
     if (!s)
@@ -306,13 +433,9 @@ int sandbox_create(struct sandbox **out, const int *files, unsigned count)
     s->list = mmap(NULL, LIST_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, list_fd, 0);
     if (s->list == MAP_FAILED)
         goto errno_out;
-    s->pid = give_birth(program_fd, list_fd, files, count);
-    if (s->pid < 0)
-        goto errno_out;
-    if (!wait_stop(s, &status)) {
-        err = -EPERM;
+    err = give_birth(s, program_fd, list_fd, files, count);
+    if (err < 0)
         goto out;
-    }
     err = furnish(s);
     goto out;
 errno_out:
@@ -332,15 +455,9 @@ out:
 
 void sandbox_destroy(struct sandbox *s)
 {
-    int status;
-
     if (!s)
         return;
-    if (s->pid > 0) {
-        kill(s->pid, SIGKILL);
-        while (waitpid(s->pid, &status, __WALL) == s->pid ? WIFSTOPPED(status) : errno == EINTR)
-            ;
-    }
+    end(s);
     if (s->list != MAP_FAILED)
         munmap(s->list, LIST_SIZE);
     free(s);
@@ -408,6 +525,7 @@ void sandbox_clear(struct sandbox *s)
     uint64_t after = s->base + PAGE + LIST_SIZE;
 
     s->calls = 0;
+    s->error = 0;
     add_call(s, SYS_munmap, SANDBOX_BEGIN, s->base - SANDBOX_BEGIN, 0, 0, 0, 0);
     add_call(s, SYS_munmap, after, SANDBOX_END - after, 0, 0, 0, 0);
 }
@@ -458,8 +576,7 @@ static enum sandbox_stop stop_of_signal(struct sandbox *s, int signal, uint64_t 
 
     if (ptrace(PTRACE_GETSIGINFO, s->pid, NULL, &info))
         return SANDBOX_GONE;
-    /* From a process: only what a kernel says of an exception counts. */
-    if (info.si_code == SI_USER || info.si_code == SI_TKILL || info.si_code == SI_QUEUE)
+    if (!raised(&info))
         return SANDBOX_INTERRUPTED;
     switch (signal) {
     case SIGSEGV:
@@ -483,20 +600,45 @@ static enum sandbox_stop stop_of_signal(struct sandbox *s, int signal, uint64_t 
     }
 }
 
+/* Flags that code can change and ptrace cannot. */
+#define FLAGS_KEPT 0x204000ull  /* NT, ID */
+
+static void load_flags(struct sandbox *s)
+{
+    struct user_regs_struct regs = { .rip = s->base + PROGRAM_AT + FLAGS, .rsp = s->base + PAGE + FLAGS_AT, .eflags = 2 };
+
+    *(uint64_t *)((uint8_t *)s->list + FLAGS_AT) = s->regs.eflags & FLAGS_KEPT;
+    run_program(s, &regs);      /* if that fails, so does what follows */
+}
+
 enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address)
 {
     int status;
 
-    s->regs.orig_rax = (unsigned long long)-1;
-    if (s->pid < 0 || ptrace(PTRACE_SETREGS, s->pid, NULL, &s->regs) || ptrace(PTRACE_SYSEMU, s->pid, NULL, NULL) ||
-        !wait_stop(s, &status) || ptrace(PTRACE_GETREGS, s->pid, NULL, &s->regs))
+    if (s->pid < 0)
         return SANDBOX_GONE;
+    if (s->interrupted) {
+        s->interrupted = false;
+        return SANDBOX_INTERRUPTED;
+    }
+    if ((s->regs.eflags ^ s->flags) & FLAGS_KEPT)
+        load_flags(s);
+    s->regs.orig_rax = (unsigned long long)-1;
+    if (ptrace(PTRACE_SETREGS, s->pid, NULL, &s->regs))
+        return errno == ESRCH ? SANDBOX_GONE : SANDBOX_REFUSED;
+    if (ptrace(PTRACE_SYSEMU, s->pid, NULL, NULL) || !wait_stop(s, &status) || ptrace(PTRACE_GETREGS, s->pid, NULL, &s->regs))
+        return SANDBOX_GONE;
+    s->flags = s->regs.eflags;
     if (WSTOPSIG(status) == (SIGTRAP | 0x80))
         return SANDBOX_SYSCALL;
     return stop_of_signal(s, WSTOPSIG(status), address);
 }
 
-void sandbox_interrupt(pid_t pid) { kill(pid, SIGUSR1); }
+void sandbox_interrupt(pid_t pid)
+{
+    if (pid > 0)                /* not the -1 of one that is gone: that would be everybody */
+        kill(pid, SIGUSR1);
+}
 
 pid_t sandbox_pid(const struct sandbox *s) { return s->pid; }
 

@@ -34,16 +34,21 @@ struct sandbox_abilities {
 const struct sandbox_abilities *sandbox_abilities(void);
 
 enum sandbox_stop {
-    SANDBOX_SYSCALL,            /* SYSCALL or INT 0x80 was executed: RIP is behind it, ORIG_RAX is RAX */
+    /*
+     * SYSCALL or INT 0x80 was executed: RIP is behind it, ORIG_RAX is RAX, of which kernels keep the lower half alone for INT 0x80.
+     * Also after SYSENTER, where processors have it in 64-bit code: RIP and RSP are lost then.
+     */
+    SANDBOX_SYSCALL,
     SANDBOX_PAGE_FAULT,         /* at RIP, for an access to address */
-    SANDBOX_FAULT,              /* at RIP: any other exception */
+    SANDBOX_FAULT,              /* at RIP: any other exception. Of calls into the vsyscall page: RAX may be lost */
     SANDBOX_BREAKPOINT,         /* INT3 or INT1 was executed: RIP is behind it */
     SANDBOX_STEPPED,            /* guest code set RFLAGS.TF: RIP is behind an instruction */
     SANDBOX_INTERRUPTED,
+    SANDBOX_REFUSED,            /* it has not run: the kernel takes no such segments or bases as the registers have, which code itself can load */
     SANDBOX_GONE,               /* somebody killed it */
 };
 
-/* 0 or a negative errno (silent). files: what sandbox_map() has to do with; they stay the caller's. */
+/* 0 or a negative errno (silent). files: what sandbox_map() has to do with, -1 for none; they stay the caller's. */
 int sandbox_create(struct sandbox **s, const int *files, unsigned count);
 void sandbox_destroy(struct sandbox *s);
 
@@ -78,6 +83,7 @@ int sandbox_set_vectors(struct sandbox *s);
 enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address);
 /* Makes sandbox_run() return soon; when it does not run, the next one. */
 void sandbox_interrupt(pid_t pid);
+/* -1: gone. */
 pid_t sandbox_pid(const struct sandbox *s);
 /* Its processor time in ns. */
 uint64_t sandbox_time(const struct sandbox *s);

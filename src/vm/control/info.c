@@ -134,7 +134,7 @@ static int get_info(struct control_request *r, json_t **answer)
 
 /* ---- GET /v1/stats ---- */
 
-/* CPU time so far of each vCPU's thread. */
+/* CPU time so far of each vCPU's thread, without the processes that run its user code natively. */
 static uint64_t thread_ns(const struct vm_vcpu *v)
 {
     struct timespec t;
@@ -145,7 +145,8 @@ static uint64_t thread_ns(const struct vm_vcpu *v)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static json_t *vcpu_stats(struct vm *vm)
+/* *native_ns: CPU time of those processes. */
+static json_t *vcpu_stats(struct vm *vm, uint64_t *native_ns)
 {
     json_t *list = json_array();
 
@@ -155,13 +156,15 @@ static json_t *vcpu_stats(struct vm *vm)
 
         /* The gate: the thread does not end, and is not joined, while its clock is read. */
         pthread_mutex_lock(&vm->gate);
-        double cpu = seconds(thread_ns(v));
+        uint64_t cpu = thread_ns(v);
         bool running = v->running;
         pthread_mutex_unlock(&vm->gate);
         vm->engine->counters(&v->vcpu, &n);
+        n.native_cpu_ns += v->native_cpu_ns;
+        *native_ns += n.native_cpu_ns;
         json_array_append_new(
             list, json_pack("{s:i, s:b, s:f, s:o, s:I, s:I, s:I, s:I, s:I}", "index", (int)i, "running", (int)running,
-                            "cpu_seconds", cpu, "instructions",
+                            "cpu_seconds", seconds(cpu + n.native_cpu_ns), "instructions",
                             n.instructions ? json_integer((json_int_t)n.instructions) : json_null(), "mmio_exits",
                             (json_int_t)n.mmio_exits, "port_exits", (json_int_t)n.port_exits, "halts",
                             (json_int_t)n.halts, "exceptions", (json_int_t)n.exceptions, "interrupts",
@@ -196,16 +199,18 @@ static int get_stats(struct control_request *r, json_t **answer)
     struct vm *vm = r->vm;
     struct resident now = {0};
     struct timespec t;
+    uint64_t native_ns = 0;
+    json_t *vcpus = vcpu_stats(vm, &native_ns);
 
     resident_read(&now);
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
     *answer = json_pack("{s:s, s:s, s:s, s:f, s:f, s:f, s:{s:I, s:I, s:I, s:I}, s:o, s:o}", "name", vm->config->name, "state",
                         control_state(vm), "engine", vm->engine->name, "uptime_seconds", running_seconds(),
                         "guest_seconds", seconds(clock_now(vm->machine.clock)), "cpu_seconds",
-                        seconds((uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec), "memory", "ram_bytes",
+                        seconds((uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec + native_ns), "memory", "ram_bytes",
                         (json_int_t)vm->config->memory, "missing_bytes",
                         (json_int_t)(memory_missing_in(&vm->machine.memory) * GUEST_PAGE_SIZE), "ram_resident_bytes", (json_int_t)now.shared, "own_bytes",
-                        (json_int_t)now.own, "vcpus", vcpu_stats(vm), "devices", device_stats(&vm->machine));
+                        (json_int_t)now.own, "vcpus", vcpus, "devices", device_stats(&vm->machine));
     return *answer ? 200 : control_refuse(answer, 500, "out of memory");
 }
 
