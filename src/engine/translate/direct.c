@@ -709,6 +709,12 @@ static bool take_back(struct direct *d, struct direct_space *s)
     return true;
 }
 
+/* Whether the kernel would take the registers again: it refuses some that programs can have. */
+static bool can_go_on(const struct user_regs_struct *r)
+{
+    return r->cs == 0x33 && r->ss == 0x2b && !(r->ds | r->es | r->fs | r->gs) && r->fs_base < SANDBOX_END && r->gs_base < SANDBOX_END;
+}
+
 static enum interp_user lost(struct direct *d)
 {
     log_error("vCPU %u: the process that ran the guest's user code was killed, and what it had computed is lost; "
@@ -788,7 +794,7 @@ enum interp_user direct_run(struct interp *it)
             if (grant(d, s, address)) {
                 s->touched = 0;
                 err = sandbox_commit(s->box);
-                if (err == 0 && t->native_space)
+                if (err == 0 && t->native_space && can_go_on(sandbox_regs(s->box)))
                     continue;
                 if (err)
                     forget_pages(s);
@@ -800,7 +806,7 @@ enum interp_user direct_run(struct interp *it)
                 s->stops += DETOUR;
                 s->detours++;
             }
-        } else if (stop == SANDBOX_INTERRUPTED && !atomic_load(&cpu->request)) {
+        } else if (stop == SANDBOX_INTERRUPTED && !atomic_load(&cpu->request) && can_go_on(sandbox_regs(s->box))) {
             continue;
         }
         break;
