@@ -21,6 +21,7 @@
 #include "isa/x86/cpuid.h"
 #include "isa/x86/mmu.h"
 #include "isa/x86/segment.h"
+#include "isa/x86/transfer.h"
 #include "isa/x86/xsave.h"
 
 /* ---- what is mapped ---- */
@@ -657,15 +658,34 @@ static bool follows(struct x86_cpu *cpu, uint64_t rip, int first, int second)
     return code_byte(cpu, rip - 2) == first && code_byte(cpu, rip - 1) == second;
 }
 
-/* RIP is behind an instruction that stopped it: back to it, for the interpreter. */
-static void step_back(struct x86_cpu *cpu, enum sandbox_stop stop)
+/*
+ * RIP is behind an instruction that is to enter the guest's kernel: back to it, for the interpreter. But another vCPU may have taken
+ * it away since it was executed, with the page or by writing over it; then what it does is done here.
+ */
+static enum interp_user enter_kernel(struct direct *d, const struct direct_space *s, enum sandbox_stop stop)
 {
+    struct x86_cpu *cpu = cpu_of(d);
     int last = code_byte(cpu, cpu->s.rip - 1);
+    const struct page *e;
 
-    if (stop == SANDBOX_SYSCALL)
-        cpu->s.rip -= 2;
-    else
+    if (stop == SANDBOX_SYSCALL ? follows(cpu, cpu->s.rip, 0x0f, 0x05) || follows(cpu, cpu->s.rip, 0xcd, 0x80)
+                                : last == 0xcc || last == 0xf1 || follows(cpu, cpu->s.rip, 0xcd, 3)) {
         cpu->s.rip -= last == 0xcc || last == 0xf1 ? 1 : 2;
+        d->t->interpret_once = stop == SANDBOX_SYSCALL;
+        return stop == SANDBOX_SYSCALL ? INTERP_USER_BLOCK : INTERP_USER_STEP;
+    }
+    e = page_entry(s, (cpu->s.rip - 1) & GUEST_PAGE_MASK, false);
+    if (!e || !(e->va & CAN_EXECUTE))
+        return INTERP_USER_STEP;        /* in the page of ours: nothing is there in the guest */
+    cpu->next_rip = cpu->s.rip;
+    if (stop == SANDBOX_BREAKPOINT)
+        x86_software_interrupt(cpu, X86_BP);
+    else if (cpu->s.gpr[RCX] == cpu->s.rip)
+        x86_insn_syscall(cpu, NULL);
+    else
+        x86_software_interrupt(cpu, 0x80);
+    cpu->s.rip = cpu->next_rip;
+    return INTERP_USER_AGAIN;
 }
 
 /*
@@ -818,15 +838,10 @@ enum interp_user direct_run(struct interp *it)
     get_segments(cpu, sandbox_regs(s->box));
     switch (stop) {
     case SANDBOX_SYSCALL:
-        if (!follows(cpu, cpu->s.rip, 0x0f, 0x05) && !follows(cpu, cpu->s.rip, 0xcd, 0x80))
-            return INTERP_USER_STEP;    /* in the page of ours: nothing is there in the guest */
         cpu->s.gpr[RAX] = sandbox_regs(s->box)->orig_rax;
-        step_back(cpu, stop);
-        t->interpret_once = 1;
-        return INTERP_USER_BLOCK;
+        return enter_kernel(d, s, stop);
     case SANDBOX_BREAKPOINT:
-        step_back(cpu, stop);
-        break;
+        return enter_kernel(d, s, stop);
     case SANDBOX_STEPPED:
         cpu->s.dr6 |= 0x4000;
         x86_raise(cpu, X86_DB);
