@@ -662,7 +662,7 @@ static bool follows(struct x86_cpu *cpu, uint64_t rip, int first, int second)
  * RIP is behind an instruction that is to enter the guest's kernel: back to it, for the interpreter. But another vCPU may have taken
  * it away since it was executed, with the page or by writing over it; then what it does is done here.
  */
-static enum interp_user enter_kernel(struct direct *d, const struct direct_space *s, enum sandbox_stop stop)
+static enum interp_user enter_kernel(struct direct *d, struct direct_space *s, enum sandbox_stop stop)
 {
     struct x86_cpu *cpu = cpu_of(d);
     int last = code_byte(cpu, cpu->s.rip - 1);
