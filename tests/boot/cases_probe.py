@@ -4,12 +4,15 @@ With the translator, with direct execution of user code and without it: it must 
 (default: once), PROBE_PARTS: only these.
 """
 
+import json
 import os
 import subprocess
+import time
 
 import machine
 from cases import case
 from machine import busybox, check
+from migration import Journey
 
 TIME = os.environ.get("PROBE_MS", "0")
 PARTS = os.environ.get("PROBE_PARTS", "")
@@ -56,3 +59,27 @@ def probe_direct(report, folder):
     report.part("probe-direct-always-2", lambda: one("always", 2, cmdline="vsyscall=xonly"))
     report.part("probe-direct-on-2", lambda: one("on", 2, cmdline="vsyscall=none"))
     report.part("probe-direct-off", one, "off", 1)
+
+
+@case(300)
+def probe_moves(folder):
+    """Memory that is written natively while a machine migrates in rounds, in post-copy, and while it is saved."""
+    with Journey(folder, memory="128M", workload="memcheck 24 2000 200", extra=("--translate", "direct=always")) as journey:
+        def natively():
+            """Sandboxes are children of the machine's process, and it has no other."""
+            pid = json.loads(journey.run("info", journey.current, "-o", "json").stdout)["pid"]
+            deadline = time.monotonic() + 20 * machine.patience()
+            while not subprocess.run(["pgrep", "-P", str(pid)], stdout=subprocess.DEVNULL).returncode == 0:
+                check(time.monotonic() < deadline, f"{journey.current} runs nothing natively")
+                time.sleep(0.1)
+            journey.progress()
+
+        journey.start("translate")
+        natively()
+        journey.hop("translate", "--post-copy", "never")
+        natively()
+        journey.hop("translate", "--post-copy", "now")
+        natively()
+        journey.go_on_from_snapshot()
+        natively()
+        journey.hop("interp")
