@@ -7,7 +7,7 @@ from workloads import COMPUTE, VECTOR
 
 # What the translator promises. Ratios over QEMU's TCG are speed, those over the host are slowness.
 TCG_MEAN, TCG_EACH, COMPUTE_MEAN, VECTOR_MEAN, BEYOND_RAM = 4.0, 1.2, 3.0, 1.5, 192 << 20
-BASES = {"cpu": "processor seconds of the whole machine's process", "wall": "elapsed seconds as the guest measured them"}
+BASES = {"cpu": "processor seconds of all of the machine's processes", "wall": "elapsed seconds as the guest measured them"}
 
 
 def geometric(values):
