@@ -121,7 +121,7 @@ static const struct {
     PART(registers), PART(switches), PART(storm),
     PART(memory_faults), PART(jumps), PART(exceptions), PART(traps), PART(stacks), PART(oddities),
     PART(features), PART(clocks), PART(numbers), PART(vsyscall), PART(segments), PART(bases), PART(code32),
-    PART(code), PART(aliases), PART(code_races), PART(code_reclaimed), PART(code_breakpoints), PART(copies), PART(shared), PART(protections), PART(remaps), PART(huge),
+    PART(code), PART(aliases), PART(code_steps), PART(code_races), PART(code_reclaimed), PART(code_breakpoints), PART(copies), PART(shared), PART(protections), PART(remaps), PART(huge),
     PART(many), PART(proc_mem), PART(soft_dirty), PART(userfault), PART(atomics),
     PART(trace_steps), PART(trace_breakpoints), PART(trace_watch), PART(exec),
 };

@@ -33,7 +33,7 @@ void unpin(void);
 
 struct fault {
     int signal, code;
-    uint64_t address, rip, error, trap, flags, cr2;
+    uint64_t address, rip, error, trap, cr2, rcx, rsi, rdi;
 };
 /* Calls f(argument); gives the signal that ended it; signal 0: none did. rip_wanted() inside is what f says it should be. */
 struct fault attempt(void (*f)(void *), void *argument);
@@ -61,6 +61,7 @@ void part_bases(uint64_t round);
 void part_code32(uint64_t round);
 void part_code(uint64_t round);
 void part_aliases(uint64_t round);
+void part_code_steps(uint64_t round);
 void part_code_races(uint64_t round);
 void part_code_reclaimed(uint64_t round);
 void part_code_breakpoints(uint64_t round);

@@ -33,7 +33,8 @@ static void on_fault(int signal, siginfo_t *info, void *context)
 
     caught = (struct fault){ .signal = signal, .code = info->si_code, .address = (uint64_t)(uintptr_t)info->si_addr,
                              .rip = (uint64_t)g[REG_RIP], .error = (uint64_t)g[REG_ERR], .trap = (uint64_t)g[REG_TRAPNO],
-                             .flags = (uint64_t)g[REG_EFL], .cr2 = (uint64_t)g[REG_CR2] };
+                             .cr2 = (uint64_t)g[REG_CR2], .rcx = (uint64_t)g[REG_RCX], .rsi = (uint64_t)g[REG_RSI],
+                             .rdi = (uint64_t)g[REG_RDI] };
     siglongjmp(back, 1);
 }
 
@@ -91,11 +92,15 @@ static void read_it(void *at) { __asm__ volatile(FAULTS_HERE "mov (%1), %%rax" :
 static void write_it(void *at) { __asm__ volatile(FAULTS_HERE "movq $5, (%1)" : WANTED : "r"(at) : "rax", "memory"); }
 static void add_it(void *at) { __asm__ volatile(FAULTS_HERE "lock addq $5, (%1)" : WANTED : "r"(at) : "rax", "memory"); }
 static void read_16(void *at) { __asm__ volatile(FAULTS_HERE "movups (%1), %%xmm0" : WANTED : "r"(at) : "rax", "xmm0", "memory"); }
+static uint64_t string_from;
 static void move_to(void *at)
 {
-    uint64_t count = 4096;
+    static uint8_t from[4096];
+    uint64_t count = sizeof(from);
+    void *source = from;
 
-    __asm__ volatile(FAULTS_HERE "rep movsb" : WANTED, "+D"(at), "+c"(count) : "S"(__builtin_frame_address(0)) : "rax", "memory");
+    string_from = (uint64_t)(uintptr_t)from;
+    __asm__ volatile(FAULTS_HERE "rep movsb" : WANTED, "+D"(at), "+c"(count), "+S"(source) :: "rax", "memory");
 }
 static void call_it(void *at)
 {
@@ -107,6 +112,7 @@ void part_memory_faults(uint64_t round)
 {
     uint8_t *p = map(4 * PAGE, PROT_READ | PROT_WRITE | PROT_EXEC), *none = p + PAGE, *after = p + 2 * PAGE;
     uint64_t middle = MIDDLE + (round * 77 % 100000) * 0x100000;
+    struct fault f;
 
     memset(p, 0xc3, 4 * PAGE);
     /* Pages that were used, and rights taken away after it. */
@@ -120,7 +126,10 @@ void part_memory_faults(uint64_t round)
         wrong("half of a write was made");
     expect("reading out of PROT_NONE", attempt(read_it, after - 1), SIGSEGV, SEGV_ACCERR, (uint64_t)(after - 1), 14, 4);
     expect("16 bytes into PROT_NONE", attempt(read_16, none - 15), SIGSEGV, SEGV_ACCERR, (uint64_t)none, 14, 4);
-    expect("a string into PROT_NONE", attempt(move_to, none - 100), SIGSEGV, SEGV_ACCERR, (uint64_t)none, 14, 6);
+    f = attempt(move_to, none - 100);
+    expect("a string into PROT_NONE", f, SIGSEGV, SEGV_ACCERR, (uint64_t)none, 14, 6);
+    if (f.rdi != (uint64_t)none || f.rcx != 4096 - 100 || f.rsi != string_from + 100)
+        tell("a string into PROT_NONE", &f, "RCX", f.rcx, 4096 - 100);
     mprotect(none, PAGE, PROT_READ);
     read_it(none);
     expect("writing PROT_READ", attempt(write_it, none + 8), SIGSEGV, SEGV_ACCERR, (uint64_t)(none + 8), 14, 7);
@@ -134,7 +143,7 @@ void part_memory_faults(uint64_t round)
     expect("running nothing", attempt(call_it, none + 8), SIGSEGV, SEGV_MAPERR, (uint64_t)(none + 8), 14, 0x14);
     /* An instruction that goes on in the page that is not there. */
     memcpy(none - 3, "\x48\xc7\xc0", 3);
-    struct fault f = attempt(call_it, none - 3);
+    f = attempt(call_it, none - 3);
     rip_wanted = (uint64_t)(none - 3);
     expect("half of an instruction", f, SIGSEGV, SEGV_MAPERR, (uint64_t)none, 14, 0x14);
     expect("reading at 0", attempt(read_it, NULL), SIGSEGV, SEGV_MAPERR, 0, 14, 4);

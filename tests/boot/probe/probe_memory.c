@@ -90,6 +90,39 @@ void part_code(uint64_t round)
     mprotect(p, PAGE, PROT_READ | PROT_WRITE | PROT_EXEC);
 }
 
+static void call_code(void *at)
+{
+    __asm__ volatile("call *%0" ::"r"(at) : "rax", "rdx", "rcx", "r11", "memory");
+}
+
+/* Instructions that are not for a program alone, one after the other in the same place: what was known of the last one is void. */
+void part_code_steps(uint64_t round)
+{
+    static const struct {
+        uint8_t code[4];
+        int signal;
+    } steps[] = {
+        { { 0x0f, 0x31, 0xc3 }, 0 }, { { 0x0f, 0x0b }, SIGILL }, { { 0xcd, 0x42 }, SIGSEGV }, { { 0x0f, 0x01, 0xf9, 0xc3 }, 0 },
+        { { 0xcc, 0x90, 0xc3 }, SIGTRAP }, { { 0x90, 0x0f, 0x31, 0xc3 }, 0 }, { { 0xf4 }, SIGSEGV }, { { 0x90, 0x90, 0xc3 }, 0 }, { { 0x90, 0xcc, 0xc3 }, SIGTRAP },
+    };
+    enum { COUNT = sizeof(steps) / sizeof(steps[0]) };
+    static uint8_t *p;
+    uint64_t seed = round + 9;
+
+    if (!p)
+        p = map(2 * PAGE, PROT_READ | PROT_WRITE | PROT_EXEC);
+    for (unsigned i = 0; i < 60; i++) {
+        unsigned n = (unsigned)(next(&seed) % COUNT);
+        uint8_t *at = p + (i % 3 == 0 ? 50 : i % 3 == 1 ? PAGE - 1 : PAGE + 77);
+
+        for (unsigned k = 0; k < 4; k++)
+            ((volatile uint8_t *)at)[k] = steps[n].code[k];
+        struct fault f = attempt(call_code, at);
+        if (f.signal != steps[n].signal)
+            wrong("instruction %u, written over another, gave signal %d at %llx", n, f.signal, (unsigned long long)f.rip);
+    }
+}
+
 static uint8_t *shared(size_t size, uint8_t **other, int protection, int other_protection)
 {
     int fd = memfd_create("probe", 0);
