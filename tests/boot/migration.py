@@ -134,8 +134,10 @@ class Journey:
         self.run("receive", name, "--listen", f"unix:{self.folder}/{name}.to", "--detach", "--engine", engine, *flags,
                  prefix=prefix or self.prefix)
         done = subprocess.run(["pgrep", "-f", f"receive {name} .*--listen unix:{self.folder}/"], stdout=subprocess.PIPE, text=True)
-        self.pids |= {int(p) for p in done.stdout.split()}
-        return name, [int(p) for p in done.stdout.split()]
+        pids = [int(p) for p in done.stdout.split()]
+        check(pids, f"no process of {name} is there")
+        self.pids |= set(pids)
+        return name, pids
 
     def migrate(self, name, *flags, to=None, seconds=120, status=0):
         done = self.run("migrate", self.current, f"unix:{to or f'{self.folder}/{name}.to'}", "-o", "json", *flags,

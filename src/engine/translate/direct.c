@@ -21,6 +21,7 @@
 #include "isa/x86/cpuid.h"
 #include "isa/x86/mmu.h"
 #include "isa/x86/segment.h"
+#include "isa/x86/transfer.h"
 #include "isa/x86/xsave.h"
 
 /* ---- what is mapped ---- */
@@ -674,15 +675,34 @@ static bool follows(struct x86_cpu *cpu, uint64_t rip, int first, int second)
     return code_byte(cpu, rip - 2) == first && code_byte(cpu, rip - 1) == second;
 }
 
-/* RIP is behind an instruction that stopped it: back to it, for the interpreter. */
-static void step_back(struct x86_cpu *cpu, enum sandbox_stop stop)
+/*
+ * RIP is behind an instruction that is to enter the guest's kernel: back to it, for the interpreter. But another vCPU may have taken
+ * it away since it was executed, with the page or by writing over it; then what it does is done here.
+ */
+static enum interp_user enter_kernel(struct direct *d, struct direct_space *s, enum sandbox_stop stop)
 {
+    struct x86_cpu *cpu = cpu_of(d);
     int last = code_byte(cpu, cpu->s.rip - 1);
+    const struct page *e;
 
-    if (stop == SANDBOX_SYSCALL)
-        cpu->s.rip -= 2;
-    else
+    if (stop == SANDBOX_SYSCALL ? follows(cpu, cpu->s.rip, 0x0f, 0x05) || follows(cpu, cpu->s.rip, 0xcd, 0x80)
+                                : last == 0xcc || last == 0xf1 || follows(cpu, cpu->s.rip, 0xcd, 3)) {
         cpu->s.rip -= last == 0xcc || last == 0xf1 ? 1 : 2;
+        d->t->interpret_once = stop == SANDBOX_SYSCALL;
+        return stop == SANDBOX_SYSCALL ? INTERP_USER_BLOCK : INTERP_USER_STEP;
+    }
+    e = page_entry(s, (cpu->s.rip - 1) & GUEST_PAGE_MASK, false);
+    if (!e || !(e->va & CAN_EXECUTE))
+        return INTERP_USER_STEP;        /* in the page of ours: nothing is there in the guest */
+    cpu->next_rip = cpu->s.rip;
+    if (stop == SANDBOX_BREAKPOINT)
+        x86_software_interrupt(cpu, X86_BP);
+    else if (cpu->s.gpr[RCX] == cpu->s.rip)
+        x86_insn_syscall(cpu, NULL);
+    else
+        x86_software_interrupt(cpu, 0x80);
+    cpu->s.rip = cpu->next_rip;
+    return INTERP_USER_AGAIN;
 }
 
 /*
@@ -724,6 +744,12 @@ static bool take_back(struct direct *d, struct direct_space *s)
     x86_fpu_from_image(&cpu->s.fpu, sandbox_vectors(s->box, &size));
     get_registers(cpu, sandbox_regs(s->box));
     return true;
+}
+
+/* Whether the kernel would take the registers again: it refuses some that programs can have. */
+static bool can_go_on(const struct user_regs_struct *r)
+{
+    return r->cs == 0x33 && r->ss == 0x2b && !(r->ds | r->es | r->fs | r->gs) && r->fs_base < SANDBOX_END && r->gs_base < SANDBOX_END;
 }
 
 static enum interp_user lost(struct direct *d)
@@ -811,7 +837,7 @@ enum interp_user direct_run(struct interp *it)
             if (grant(d, s, address)) {
                 s->touched = 0;
                 err = sandbox_commit(s->box);
-                if (err == 0 && t->native_space)
+                if (err == 0 && t->native_space && can_go_on(sandbox_regs(s->box)))
                     continue;
                 if (err)
                     forget_pages(s);
@@ -823,7 +849,7 @@ enum interp_user direct_run(struct interp *it)
                 s->stops += DETOUR;
                 s->detours++;
             }
-        } else if (stop == SANDBOX_INTERRUPTED && !atomic_load(&cpu->request)) {
+        } else if (stop == SANDBOX_INTERRUPTED && !atomic_load(&cpu->request) && can_go_on(sandbox_regs(s->box))) {
             continue;
         }
         break;
@@ -835,15 +861,10 @@ enum interp_user direct_run(struct interp *it)
     get_segments(cpu, sandbox_regs(s->box));
     switch (stop) {
     case SANDBOX_SYSCALL:
-        if (!follows(cpu, cpu->s.rip, 0x0f, 0x05) && !follows(cpu, cpu->s.rip, 0xcd, 0x80))
-            return INTERP_USER_STEP;    /* in the page of ours: nothing is there in the guest */
         cpu->s.gpr[RAX] = sandbox_regs(s->box)->orig_rax;
-        step_back(cpu, stop);
-        t->interpret_once = 1;
-        return INTERP_USER_BLOCK;
+        return enter_kernel(d, s, stop);
     case SANDBOX_BREAKPOINT:
-        step_back(cpu, stop);
-        break;
+        return enter_kernel(d, s, stop);
     case SANDBOX_STEPPED:
         cpu->s.dr6 |= 0x4000;
         x86_raise(cpu, X86_DB);
