@@ -8,6 +8,7 @@
  */
 #include "vm/config_options.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,7 +20,7 @@
 #include "engine/interp/trace_options.h"
 #include "isa/x86/cpuid.h"
 
-#define MAX_NAMES 16
+#define MAX_NAMES 24
 
 static const char *const cache_names[] = {[BLOCK_CACHE_WRITEBACK] = "writeback",
                                           [BLOCK_CACHE_NONE] = "none",
@@ -242,7 +243,8 @@ static json_t *get_trace_exec(const struct vm_config *c)
 static const char *const *translate_names(void)
 {
     static _Thread_local const char *names[MAX_NAMES];
-    for (unsigned i = 0; i < MAX_NAMES - 1 && i < translate_option_count; i++)
+    assert(translate_option_count < MAX_NAMES);
+    for (unsigned i = 0; i < translate_option_count; i++)
         names[i] = translate_option_table[i].name;
     return names;
 }
