@@ -940,6 +940,7 @@ void direct_attach(struct translator *t)
             drop_box(d, &d->space[i]);
     d->thread = gettid();
     d->t->native_space = NULL;
+    d->t->user_mode = false;    /* what user code it stands in is entered anew */
     CPU_ZERO(&d->allowed);
     sched_getaffinity(0, sizeof(d->allowed), &d->allowed);
 }
