@@ -932,6 +932,12 @@ static void interrupt_gone(void **state) { in_child(interrupt_gone_child); }
 
 static pid_t told[2];           /* a pipe's ends */
 
+static bool works(struct box *b)
+{
+    START(b, does_syscall);
+    return run(b) == SANDBOX_SYSCALL && sandbox_regs(b->s)->rip == CODE + 12;
+}
+
 static void *lives_shortly(void *opaque)
 {
     struct box *b = opaque;
@@ -954,6 +960,42 @@ static void dies_with_thread(void **state)
     assert_int_equal(info.si_status, SIGKILL);
     assert_int_equal(run(&b), SANDBOX_GONE);
     close_box(&b);
+}
+
+struct owner {
+    struct box box;
+    pthread_barrier_t made, destroyed;
+    bool ok;
+};
+
+static void *makes_one(void *opaque)
+{
+    struct owner *o = opaque;
+
+    o->ok = open_box(&o->box) && works(&o->box);
+    pthread_barrier_wait(&o->made);
+    pthread_barrier_wait(&o->destroyed);
+    return NULL;
+}
+
+/* While the thread that made it lives on. */
+static void destroyed_by_other(void **state)
+{
+    struct owner o = { .ok = false };
+    pthread_t thread;
+    pid_t pid;
+
+    pthread_barrier_init(&o.made, NULL, 2);
+    pthread_barrier_init(&o.destroyed, NULL, 2);
+    assert_int_equal(pthread_create(&thread, NULL, makes_one, &o), 0);
+    pthread_barrier_wait(&o.made);
+    assert_true(o.ok);
+    pid = sandbox_pid(o.box.s);
+    close_box(&o.box);
+    assert_int_equal(kill(pid, 0), -1);
+    assert_int_equal(errno, ESRCH);
+    pthread_barrier_wait(&o.destroyed);
+    pthread_join(thread, NULL);
 }
 
 static void dies_with_process(void **state)
@@ -983,12 +1025,6 @@ static void dies_with_process(void **state)
     assert_int_equal(waitpid(pid, &status, 0), pid);
     assert_int_equal(waitpid(box, &status, 0), box);
     assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
-}
-
-static bool works(struct box *b)
-{
-    START(b, does_syscall);
-    return run(b) == SANDBOX_SYSCALL && sandbox_regs(b->s)->rip == CODE + 12;
 }
 
 static void many(void **state)
@@ -1184,7 +1220,7 @@ int main(void)
         WITH_BOX(stops), WITH_BOX(registers), WITH_BOX(flags), WITH_BOX(refused), WITH_BOX(vectors), WITH_BOX(mapping), WITH_BOX(many_mappings),
         WITH_BOX(clearing), WITH_BOX(over_ours), WITH_BOX(failing), WITH_BOX(confined), WITH_BOX(system_calls), WITH_BOX(filter), WITH_BOX(ours_is_not_written),
         WITH_BOX(signals), WITH_BOX(interrupt_before), WITH_BOX(interrupt_running), WITH_BOX(killed),
-        cmocka_unit_test(interrupt_gone), cmocka_unit_test(dies_with_thread), cmocka_unit_test(dies_with_process), cmocka_unit_test(many),
+        cmocka_unit_test(interrupt_gone), cmocka_unit_test(dies_with_thread), cmocka_unit_test(dies_with_process), cmocka_unit_test(destroyed_by_other), cmocka_unit_test(many),
         cmocka_unit_test(no_leaks), cmocka_unit_test(few_files), cmocka_unit_test(no_stdio), cmocka_unit_test(missing_file),
         cmocka_unit_test(ignored_signals), cmocka_unit_test(many_threads), cmocka_unit_test(stopped_at_birth),
     };
