@@ -19,7 +19,7 @@
 #include "engine/interp/trace_options.h"
 #include "isa/x86/cpuid.h"
 
-#define MAX_NAMES 16
+#define MAX_NAMES 24
 
 static const char *const cache_names[] = {[BLOCK_CACHE_WRITEBACK] = "writeback",
                                           [BLOCK_CACHE_NONE] = "none",
