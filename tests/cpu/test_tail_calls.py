@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 # These call what is no handler, or are where all begins.
-MEANT = {"block_kill", "unlink_from_page", "interp_run", "op_semantics", "op_semantics_end"}
+MEANT = {"block_kill", "unlink_from_page", "interp_run", "step", "op_semantics", "op_semantics_end"}
 
 
 def main():

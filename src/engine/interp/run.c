@@ -122,7 +122,7 @@ static bool enters_handler(const struct op *op)
 }
 
 /* One instruction; REQUEST_DEBUG makes whatever handler it has come back here. */
-static void step(struct x86_cpu *cpu)
+static __attribute__((noinline)) void step(struct x86_cpu *cpu)
 {
     bool trap = cpu->s.rflags & RFLAGS_TF, enters;
     const struct op *op;
