@@ -28,6 +28,7 @@ struct snippet {
     const uint8_t *code, *end;
     bool no_syscall;            /* EFER.SCE is clear */
     uint64_t cr0, cr4;          /* bits that are set */
+    uint64_t lstar;             /* 0: SYSCALL ends it */
     bool not_direct;            /* is not expected to run directly */
     bool loses_rax;             /* by what the host's kernel does in its place */
 };
@@ -117,8 +118,9 @@ static void run_one(struct engine_guest *g, const struct snippet *p, struct resu
     s->rflags = 0x202;
     s->seg[SEG_CS] = engine_guest_segment(g, SEL_CODE64);
     s->seg[SEG_DS] = s->seg[SEG_ES] = (struct x86_seg){ .attr = SEG_UNUSABLE };
-    s->star = (uint64_t)SEL_KERNEL_CODE << 32;
-    s->lstar = SYSCALLED;
+    s->star = (uint64_t)SEL_CODE32 << 48 | (uint64_t)SEL_KERNEL_CODE << 32;
+    s->sfmask = RFLAGS_IF;
+    s->lstar = p->lstar ? p->lstar : SYSCALLED;
     s->sysenter_cs = SEL_KERNEL_CODE;
     s->sysenter_eip = SYSENTERED;
     s->sysenter_esp = KERNEL_BASE + 0x6000;
@@ -187,6 +189,148 @@ static void same(void **state)
         compare(&snippets[i], &result[0][i], &result[1][i]);
 }
 
+/* ---- page tables that change ---- */
+
+#define PAGES_VA 0x40000000ull  /* 16 pages in a table, */
+#define LARGE_VA 0x40200000ull  /* …16 in another one or in a large page, */
+#define PAGES_GPA 0x400000u     /* …which are any of these 16, */
+#define LARGE_GPA 0x800000u     /* …or of the first 16 of these two large ones */
+#define STEPS_VA 0x50000000ull
+#define STEPS_GPA 0x500000u
+#define STEPS 6000u
+#define KERNEL_CODE 0xa000u
+#define TABLES_VA (KERNEL_BASE + 0x10000000)
+#define TABLES_END 0x40000u
+
+/* An entry that the kernel writes, unless its address is 0, with INVLPG for va (0: CR3 is loaded instead); then an access. */
+struct step {
+    uint64_t entry, value, va, access, write;
+};
+
+GUEST(changes_entry, "mov %rsi, (%rdi); test %rdx, %rdx; jz 1f; invlpg (%rdx); sysretq; 1: mov %cr3, %rax; mov %rax, %cr3; sysretq");
+GUEST(takes_steps, "1: mov (%rbx), %rdi; mov 8(%rbx), %rsi; mov 16(%rbx), %rdx; test %rdi, %rdi; jz 2f; syscall; 2: mov 24(%rbx), %r8;"
+      "cmpq $0, 32(%rbx); jnz 3f; rol $7, %r12; add (%r8), %r12; jmp 4f; 3: mov %r12, (%r8); 4: add $40, %rbx; dec %ebp; jnz 1b; hlt");
+
+static uint64_t chance(uint64_t *x)
+{
+    *x ^= *x << 13;
+    *x ^= *x >> 7;
+    *x ^= *x << 17;
+    return *x >> 11;
+}
+
+/* What each page's entry is changes with the steps; all accesses are allowed. tables: PTEs of both, and PDE of the second. */
+static void make_steps(struct engine_guest *g, gpa_t table, gpa_t second, gpa_t directory, uint64_t x)
+{
+    struct step *step = (struct step *)(void *)(g->ram + STEPS_GPA);
+    bool large = false, writable[32];
+
+    memset(writable, true, sizeof(writable));
+    for (unsigned i = 0; i < STEPS; i++) {
+        unsigned page = chance(&x) % 32;
+        struct step *s = &step[i];
+        gva_t va = (page < 16 ? PAGES_VA : LARGE_VA - 16 * 4096ull) + page * 4096ull;
+        gpa_t place = (page < 16 ? PAGES_GPA : LARGE_GPA + (chance(&x) & 1) * MIB(2)) + chance(&x) % 16 * 4096;
+        uint64_t bits = PTE_P | PTE_U | chance(&x) % 2 * PTE_W | chance(&x) % 2 * PTE_A | chance(&x) % 2 * PTE_D | PTE_NX;
+
+        *s = (struct step){ .access = va + chance(&x) % 512 * 8 };
+        switch (chance(&x) % 8) {
+        case 0: case 1:
+            if (page >= 16 && large)
+                break;
+            s->entry = TABLES_VA + (page < 16 ? table + page * 8 : second + (page - 16) * 8);
+            s->value = place | bits;
+            s->va = chance(&x) % 8 ? va + 8 : 0;
+            writable[page] = bits & PTE_W;
+            break;
+        case 2:
+            if (page < 16)
+                break;
+            /* Any address in a large page drops all of it; what was a table needs more. */
+            s->entry = TABLES_VA + directory;
+            s->va = large ? LARGE_VA + chance(&x) % MIB(2) : 0;
+            large = chance(&x) % 2;
+            s->value = large ? (place & ~(uint64_t)(MIB(2) - 1)) | bits | PTE_W | 0x80 : second | PTE_P | PTE_U | PTE_W | chance(&x) % 2 * PTE_A;
+            break;
+        }
+        s->write = (chance(&x) & 1) && (writable[page] || (page >= 16 && large));
+    }
+}
+
+struct changed {
+    struct result result;
+    uint8_t tables[TABLES_END - 0x10000], pages[16 * 4096], large[2][16 * 4096];
+};
+
+static void change_tables(struct changed *c, const char *engine, uint64_t seed)
+{
+    struct engine_guest *g = aligned_alloc(64, align_up(sizeof(*g), 64));
+    struct snippet p = { "takes_steps", takes_steps, takes_steps_end };
+    gpa_t table = 0, second = 0, directory;
+
+    memset(g, 0, sizeof(*g));
+    engine_guest_init(g, engine, "host");
+    map(g);
+    for (unsigned i = 0; i < 16; i++) {
+        gpa_t a = engine_guest_map(g, PAGES_VA + i * 4096, PAGES_GPA + i * 4096, PTE_U | PTE_W | PTE_NX);
+        gpa_t b = engine_guest_map(g, LARGE_VA + i * 4096, LARGE_GPA + i * 4096, PTE_U | PTE_W | PTE_NX);
+
+        table = a & GUEST_PAGE_MASK;
+        second = b & GUEST_PAGE_MASK;
+    }
+    for (unsigned i = 0; i * 4096 < STEPS * sizeof(struct step); i++)
+        engine_guest_map(g, STEPS_VA + i * 4096, STEPS_GPA + i * 4096, PTE_U | PTE_W | PTE_NX);
+    for (gpa_t pa = 0x10000; pa < TABLES_END; pa += 4096)
+        engine_guest_map(g, TABLES_VA + pa, pa, PTE_W | PTE_NX);
+    assert_true(g->next_table <= TABLES_END);
+    /* The entry that has the second table's address. */
+    for (directory = 0x10000; engine_guest_get(g, directory) >> 12 != second >> 12; directory += 8)
+        ;
+    for (unsigned i = 0; i < 16 * 4096; i++) {
+        g->ram[PAGES_GPA + i] = (uint8_t)(i * 7 + (i >> 12));
+        g->ram[LARGE_GPA + i] = (uint8_t)(i * 11 + (i >> 12));
+        g->ram[LARGE_GPA + MIB(2) + i] = (uint8_t)(i * 13 + (i >> 12));
+    }
+    memcpy(g->ram + KERNEL_CODE, changes_entry, (size_t)(changes_entry_end - changes_entry));
+    make_steps(g, table, second, directory, seed);
+    g->base.gpr[RBX] = STEPS_VA;
+    g->base.gpr[RBP] = STEPS;
+    p.lstar = KERNEL_BASE + KERNEL_CODE;
+    run_one(g, &p, &c->result);
+    memcpy(c->tables, g->ram + 0x10000, sizeof(c->tables));
+    memcpy(c->pages, g->ram + PAGES_GPA, sizeof(c->pages));
+    memcpy(c->large[0], g->ram + LARGE_GPA, sizeof(c->large[0]));
+    memcpy(c->large[1], g->ram + LARGE_GPA + MIB(2), sizeof(c->large[1]));
+    engine_guest_destroy(g);
+    free(g);
+}
+
+/* The shadow follows; also accessed and dirty bits are what they are without it. */
+static void page_tables(void **state)
+{
+    struct changed *c[2];
+
+    for (unsigned i = 0; i < 2; i++)
+        assert_non_null(c[i] = aligned_alloc(64, align_up(sizeof(*c[i]), 64)));
+    for (uint64_t seed = 1; seed <= 4; seed++) {
+        for (unsigned i = 0; i < 2; i++) {
+            memset(c[i], 0, sizeof(*c[i]));
+            change_tables(c[i], i ? "translate" : "interp", seed * 0x9e3779b97f4a7c15);
+        }
+        assert_int_equal(c[0]->result.state.gpr[RBP], 0);
+        compare(&snippets[0], &c[0]->result, &c[1]->result);
+        for (unsigned i = 0; i < sizeof(c[0]->tables); i += 8)
+            if (memcmp(c[0]->tables + i, c[1]->tables + i, 8) != 0)
+                fail_msg("seed %u: table entry at %x is %llx, should be %llx", (unsigned)seed, 0x10000 + i,
+                         *(unsigned long long *)(void *)(c[1]->tables + i), *(unsigned long long *)(void *)(c[0]->tables + i));
+        assert_memory_equal(c[0]->pages, c[1]->pages, sizeof(c[0]->pages));
+        assert_memory_equal(c[0]->large, c[1]->large, sizeof(c[0]->large));
+        assert_true(c[1]->result.runs > STEPS / 8);
+    }
+    free(c[0]);
+    free(c[1]);
+}
+
 GUEST(counts_down, "mov $200000000, %edi; 1: dec %edi; jnz 1b; hlt");
 
 /* Processor time of what runs in the sandbox is none of this process', and is counted. */
@@ -239,7 +383,7 @@ static int teardown(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(same), cmocka_unit_test(processor_time) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(same), cmocka_unit_test(page_tables), cmocka_unit_test(processor_time) };
 
     if (!sandbox_abilities()->usable) {
         fprintf(stderr, "skipped: %s\n", sandbox_abilities()->text);
