@@ -866,7 +866,7 @@ static void interrupt_running(void **state)
 
 static void assert_gone(struct box *b)
 {
-    assert_int_equal(run(b), SANDBOX_GONE);
+    assert_int_equal(run(b), SANDBOX_DEAD);
     sandbox_map(b->s, 0x50000000, PAGE, 0, 0, PROT_READ);
     assert_int_equal(sandbox_commit(b->s), -ESRCH);
     assert_int_equal(sandbox_get_vectors(b->s), -ESRCH);
@@ -958,7 +958,7 @@ static void dies_with_thread(void **state)
     assert_int_equal(waitid(P_PID, (id_t)sandbox_pid(b.s), &info, WEXITED | WNOWAIT), 0);
     assert_int_equal(info.si_code, CLD_KILLED);
     assert_int_equal(info.si_status, SIGKILL);
-    assert_int_equal(run(&b), SANDBOX_GONE);
+    assert_int_equal(run(&b), SANDBOX_DEAD);
     close_box(&b);
 }
 
@@ -1128,7 +1128,7 @@ static int ignores_children_child(void)
     if (run(&b) != SANDBOX_INTERRUPTED)
         return 2;
     kill(sandbox_pid(b.s), SIGKILL);
-    if (run(&b) != SANDBOX_GONE)
+    if (run(&b) != SANDBOX_DEAD)
         return 3;
     close_box(&b);
     return 0;

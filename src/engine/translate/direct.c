@@ -834,7 +834,10 @@ enum interp_user direct_run(struct interp *it)
         atomic_store(&cpu->native, 0);
         if (stop == SANDBOX_GONE)
             return lost(d);
-        if (stop == SANDBOX_REFUSED) {  /* it loaded what it cannot be continued with from outside, and then stopped */
+        if (stop == SANDBOX_DEAD || stop == SANDBOX_REFUSED) {
+            if (!ran)
+                return give_up(d, s);
+            /* It is another one's fault; or the code's, which loaded what it cannot be continued with from outside. */
             stop = SANDBOX_INTERRUPTED;
             break;
         }

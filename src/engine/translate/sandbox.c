@@ -619,7 +619,7 @@ enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address)
     int status;
 
     if (s->pid < 0)
-        return SANDBOX_GONE;
+        return SANDBOX_DEAD;
     if (s->interrupted) {
         s->interrupted = false;
         return SANDBOX_INTERRUPTED;
@@ -628,7 +628,7 @@ enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address)
         load_flags(s);
     s->regs.orig_rax = (unsigned long long)-1;
     if (ptrace(PTRACE_SETREGS, s->pid, NULL, &s->regs))
-        return errno == ESRCH ? SANDBOX_GONE : SANDBOX_REFUSED;
+        return errno == ESRCH ? SANDBOX_DEAD : SANDBOX_REFUSED;
     if (ptrace(PTRACE_SYSEMU, s->pid, NULL, NULL) || !wait_stop(s, &status) || ptrace(PTRACE_GETREGS, s->pid, NULL, &s->regs))
         return SANDBOX_GONE;
     s->flags = s->regs.eflags;
