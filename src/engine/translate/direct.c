@@ -210,7 +210,7 @@ static bool may_write(const struct memory *m, _Atomic uint8_t *flags)
  * What may be mapped at va without the guest's noticing: what its page tables allow with accessed and dirty bits as they are.
  * known: what is mapped there now, or NULL.
  */
-static struct page look_up(struct direct *d, const struct direct_space *s, gva_t va, const struct page *known)
+static struct page look_up(struct direct *d, struct direct_space *s, gva_t va, const struct page *known)
 {
     struct x86_cpu *cpu = cpu_of(d);
     struct page p = { .va = va & GUEST_PAGE_MASK };
@@ -226,6 +226,9 @@ static struct page look_up(struct direct *d, const struct direct_space *s, gva_t
     offset = (ready.gpa & GUEST_PAGE_MASK) - r->base;
     p.place = offset | (uint64_t)(r - cpu->mem->region);
     p.va |= CAN_READ | (ready.page_size == GUEST_PAGE_SIZE ? 0 : ready.page_size == GIB(1) ? HUGE : LARGE);
+    /* Also if nothing else of it has changed: how it is flushed has. */
+    s->large |= (p.va & LARGE) != 0;
+    s->huge |= (p.va & HUGE) != 0;
     if (ready.writable && may_write(cpu->mem, &r->flags[offset >> GUEST_PAGE_SHIFT]))
         p.va |= CAN_WRITE;
     if (ready.executable &&
@@ -247,8 +250,6 @@ static bool show(struct direct *d, struct direct_space *s, struct page *e, const
     if (!done)
         return false;
     d->mapped++;
-    s->large |= (p->va & LARGE) != 0;
-    s->huge |= (p->va & HUGE) != 0;
     *e = *p;
     return true;
 }
