@@ -55,7 +55,7 @@ def probe_direct(report, folder):
         if direct == "off":
             check(counters["native_runs"] == 0, f"direct execution is there although it is off: {counters}")
 
-    report.part("probe-direct-always", one, "always", 1)
+    report.part("probe-direct-always", lambda: one("always", 1, cmdline="nofsgsbase"))
     report.part("probe-direct-always-2", lambda: one("always", 2, cmdline="vsyscall=xonly"))
     report.part("probe-direct-on-2", lambda: one("on", 2, cmdline="vsyscall=none"))
     report.part("probe-direct-off", one, "off", 1)

@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -96,6 +97,8 @@ double seconds(void)
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
+int has_fsgsbase(void) { return (getauxval(AT_HWCAP2) & 2) != 0; }
+
 int pin(unsigned cpu)
 {
     cpu_set_t set;
@@ -120,7 +123,7 @@ static const struct {
 } parts[] = {
     PART(registers), PART(switches), PART(storm),
     PART(memory_faults), PART(jumps), PART(exceptions), PART(traps), PART(stacks), PART(oddities),
-    PART(features), PART(clocks), PART(numbers), PART(vsyscall), PART(segments), PART(bases), PART(code32),
+    PART(features), PART(stepped), PART(clocks), PART(numbers), PART(vsyscall), PART(segments), PART(bases), PART(code32),
     PART(code), PART(aliases), PART(code_steps), PART(code_races), PART(code_reclaimed), PART(code_breakpoints), PART(copies), PART(shared), PART(protections), PART(remaps), PART(huge),
     PART(many), PART(proc_mem), PART(soft_dirty), PART(userfault), PART(atomics),
     PART(trace_steps), PART(trace_breakpoints), PART(trace_watch), PART(exec),

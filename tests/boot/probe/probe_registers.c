@@ -6,7 +6,6 @@
 #define _GNU_SOURCE
 #include "probe.h"
 
-#include <cpuid.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -81,22 +80,9 @@ __asm__(
     " pop %r15; pop %r14; pop %r13; pop %r12; pop %rbp; pop %rbx; ret\n"
     "act_spin: loop act_spin; ret\n"            /* RCX is its time; no flags */
     "act_syscall: syscall\n after_syscall: ret\n"
-    "act_int80: int $0x80; ret\n"
     "act_write: mov %rax, (%rbx); mov %rbx, 2040(%rbx); ret\n"
     "act_ud2: ud2; ret\n"
     "act_int3: int3; ret\n");
-
-static int vector_level(void)
-{
-    unsigned a, b, c, d, low, high;
-
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
-        return 0;
-    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low & 6) != 6 || !(c & bit_AVX))
-        return 0;
-    return (low & 0xe6) == 0xe6 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX512F) && (b & bit_AVX512BW) ? 2 : 1;
-}
 
 #define FLAGS 0xcd5ull          /* CF PF AF ZF SF DF OF */
 
