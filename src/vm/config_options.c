@@ -8,6 +8,7 @@
  */
 #include "vm/config_options.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -242,7 +243,8 @@ static json_t *get_trace_exec(const struct vm_config *c)
 static const char *const *translate_names(void)
 {
     static _Thread_local const char *names[MAX_NAMES];
-    for (unsigned i = 0; i < MAX_NAMES - 1 && i < translate_option_count; i++)
+    assert(translate_option_count < MAX_NAMES);
+    for (unsigned i = 0; i < translate_option_count; i++)
         names[i] = translate_option_table[i].name;
     return names;
 }

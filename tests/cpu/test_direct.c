@@ -27,6 +27,7 @@ struct snippet {
     const char *name;
     const uint8_t *code, *end;
     bool no_syscall;            /* EFER.SCE is clear */
+    uint64_t cr0, cr4;          /* bits that are set */
     bool not_direct;            /* is not expected to run directly */
     bool loses_rax;             /* by what the host's kernel does in its place */
 };
@@ -72,12 +73,18 @@ GUEST(port, BEGIN "in $0x10, %al");
 GUEST(privileged, BEGIN "wbinvd");
 GUEST(random_stack, BEGIN "mov $0x612004, %esp; push %rax");
 
+GUEST(vector, BEGIN "pxor %xmm0, %xmm0; hlt");
+GUEST(x87, BEGIN "fld1; hlt");
+GUEST(reads_time, BEGIN "rdtsc; hlt");
+
 static const struct snippet snippets[] = {
 #define S(name) { #name, name, name##_end }
     S(syscall_), S(int80), S(sysenter_), S(int3_), S(int_3), S(int1_), S(into_kernel), S(far_up), S(far_down), S(jump_to_kernel), { "jump_to_vsyscall", jump_to_vsyscall, jump_to_vsyscall_end, .loses_rax = true },
     S(ds_of_other_level), S(null_selectors), S(segments), S(bad_selector), S(kernel_fs_base), S(kernel_gs_base), S(bases), S(flags_back_and_forth),
     S(alignment), S(steps), S(steps_into_syscall), S(cpuid_), S(tables), S(xgetbv_), S(to_32_bit), S(to_32_bit_and_back), S(to_kernel_segment),
     S(writes_itself), S(port), S(privileged), S(random_stack), { "no_syscall", syscall_, syscall__end, .no_syscall = true, .not_direct = true },
+    { "no_vectors", vector, vector_end, .cr0 = CR0_TS, .not_direct = true }, { "no_x87", x87, x87_end, .cr0 = CR0_EM, .not_direct = true },
+    { "no_time", reads_time, reads_time_end, .cr4 = CR4_TSD, .not_direct = true },
 };
 
 struct result {
@@ -115,6 +122,8 @@ static void run_one(struct engine_guest *g, const struct snippet *p, struct resu
     s->sysenter_cs = SEL_KERNEL_CODE;
     s->sysenter_eip = SYSENTERED;
     s->sysenter_esp = KERNEL_BASE + 0x6000;
+    s->cr0 |= p->cr0;
+    s->cr4 |= p->cr4;
     if (p->no_syscall)
         s->efer &= ~(uint64_t)EFER_SCE;
     r->runs = direct_runs(g);

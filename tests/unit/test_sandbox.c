@@ -23,6 +23,7 @@
 #include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -673,6 +674,48 @@ static void system_calls(void **state)
     }
 }
 
+GUEST(asks_pid, "mov $39, %eax; syscall; ud2");
+GUEST(asks_pid_int80, "mov $20, %eax; int $0x80; ud2");
+
+/* What it stops with when it is continued as no code of the guest's ever is. */
+static int stop_without_emulation(struct box *b, struct user_regs_struct *r)
+{
+    int status;
+
+    r->orig_rax = ~0ull;
+    assert_int_equal(ptrace(PTRACE_SETREGS, sandbox_pid(b->s), NULL, r), 0);
+    assert_int_equal(ptrace(PTRACE_CONT, sandbox_pid(b->s), NULL, NULL), 0);
+    assert_int_equal(waitpid(sandbox_pid(b->s), &status, __WALL), sandbox_pid(b->s));
+    assert_true(WIFSTOPPED(status));
+    assert_int_equal(ptrace(PTRACE_GETREGS, sandbox_pid(b->s), NULL, r), 0);
+    return WSTOPSIG(status);
+}
+
+/* The filter holds by itself. */
+static void filter(void **state)
+{
+    struct box *b = *state;
+    struct user_regs_struct *r = sandbox_regs(b->s);
+
+    START(b, asks_pid);
+    assert_int_equal(stop_without_emulation(b, r), SIGSYS);
+    START(b, asks_pid_int80);
+    assert_int_equal(stop_without_emulation(b, r), SIGSYS);
+    /* Not from the page of ours, either, but for mapping. */
+    START(b, asks_pid);
+    r->rip = b->ours + 120, r->rax = SYS_getpid;
+    assert_int_equal(stop_without_emulation(b, r), SIGSYS);
+    START(b, asks_pid);
+    r->rip = b->ours + 120, r->rax = SYS_mprotect, r->rdi = DATA, r->rsi = PAGE, r->rdx = PROT_READ | PROT_WRITE | PROT_EXEC;
+    assert_int_equal(stop_without_emulation(b, r), SIGSYS);
+    START(b, asks_pid);
+    r->rip = b->ours + 120, r->rax = SYS_munmap, r->rdi = DATA, r->rsi = PAGE;
+    assert_int_equal(stop_without_emulation(b, r), SIGTRAP);
+    assert_int_equal(r->rax, 0);
+    START(b, does_int3);
+    assert_int_equal(run(b), SANDBOX_BREAKPOINT);
+}
+
 /* The list is for reading, the page of ours for executing. */
 static void ours_is_not_written(void **state)
 {
@@ -823,7 +866,7 @@ static void interrupt_running(void **state)
 
 static void assert_gone(struct box *b)
 {
-    assert_int_equal(run(b), SANDBOX_GONE);
+    assert_int_equal(run(b), SANDBOX_DEAD);
     sandbox_map(b->s, 0x50000000, PAGE, 0, 0, PROT_READ);
     assert_int_equal(sandbox_commit(b->s), -ESRCH);
     assert_int_equal(sandbox_get_vectors(b->s), -ESRCH);
@@ -889,6 +932,12 @@ static void interrupt_gone(void **state) { in_child(interrupt_gone_child); }
 
 static pid_t told[2];           /* a pipe's ends */
 
+static bool works(struct box *b)
+{
+    START(b, does_syscall);
+    return run(b) == SANDBOX_SYSCALL && sandbox_regs(b->s)->rip == CODE + 12;
+}
+
 static void *lives_shortly(void *opaque)
 {
     struct box *b = opaque;
@@ -909,8 +958,44 @@ static void dies_with_thread(void **state)
     assert_int_equal(waitid(P_PID, (id_t)sandbox_pid(b.s), &info, WEXITED | WNOWAIT), 0);
     assert_int_equal(info.si_code, CLD_KILLED);
     assert_int_equal(info.si_status, SIGKILL);
-    assert_int_equal(run(&b), SANDBOX_GONE);
+    assert_int_equal(run(&b), SANDBOX_DEAD);
     close_box(&b);
+}
+
+struct owner {
+    struct box box;
+    pthread_barrier_t made, destroyed;
+    bool ok;
+};
+
+static void *makes_one(void *opaque)
+{
+    struct owner *o = opaque;
+
+    o->ok = open_box(&o->box) && works(&o->box);
+    pthread_barrier_wait(&o->made);
+    pthread_barrier_wait(&o->destroyed);
+    return NULL;
+}
+
+/* While the thread that made it lives on. */
+static void destroyed_by_other(void **state)
+{
+    struct owner o = { .ok = false };
+    pthread_t thread;
+    pid_t pid;
+
+    pthread_barrier_init(&o.made, NULL, 2);
+    pthread_barrier_init(&o.destroyed, NULL, 2);
+    assert_int_equal(pthread_create(&thread, NULL, makes_one, &o), 0);
+    pthread_barrier_wait(&o.made);
+    assert_true(o.ok);
+    pid = sandbox_pid(o.box.s);
+    close_box(&o.box);
+    assert_int_equal(kill(pid, 0), -1);
+    assert_int_equal(errno, ESRCH);
+    pthread_barrier_wait(&o.destroyed);
+    pthread_join(thread, NULL);
 }
 
 static void dies_with_process(void **state)
@@ -940,12 +1025,6 @@ static void dies_with_process(void **state)
     assert_int_equal(waitpid(pid, &status, 0), pid);
     assert_int_equal(waitpid(box, &status, 0), box);
     assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
-}
-
-static bool works(struct box *b)
-{
-    START(b, does_syscall);
-    return run(b) == SANDBOX_SYSCALL && sandbox_regs(b->s)->rip == CODE + 12;
 }
 
 static void many(void **state)
@@ -1049,7 +1128,7 @@ static int ignores_children_child(void)
     if (run(&b) != SANDBOX_INTERRUPTED)
         return 2;
     kill(sandbox_pid(b.s), SIGKILL);
-    if (run(&b) != SANDBOX_GONE)
+    if (run(&b) != SANDBOX_DEAD)
         return 3;
     close_box(&b);
     return 0;
@@ -1139,9 +1218,9 @@ int main(void)
 #define WITH_BOX(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
         WITH_BOX(stops), WITH_BOX(registers), WITH_BOX(flags), WITH_BOX(refused), WITH_BOX(vectors), WITH_BOX(mapping), WITH_BOX(many_mappings),
-        WITH_BOX(clearing), WITH_BOX(over_ours), WITH_BOX(failing), WITH_BOX(confined), WITH_BOX(system_calls), WITH_BOX(ours_is_not_written),
+        WITH_BOX(clearing), WITH_BOX(over_ours), WITH_BOX(failing), WITH_BOX(confined), WITH_BOX(system_calls), WITH_BOX(filter), WITH_BOX(ours_is_not_written),
         WITH_BOX(signals), WITH_BOX(interrupt_before), WITH_BOX(interrupt_running), WITH_BOX(killed),
-        cmocka_unit_test(interrupt_gone), cmocka_unit_test(dies_with_thread), cmocka_unit_test(dies_with_process), cmocka_unit_test(many),
+        cmocka_unit_test(interrupt_gone), cmocka_unit_test(dies_with_thread), cmocka_unit_test(dies_with_process), cmocka_unit_test(destroyed_by_other), cmocka_unit_test(many),
         cmocka_unit_test(no_leaks), cmocka_unit_test(few_files), cmocka_unit_test(no_stdio), cmocka_unit_test(missing_file),
         cmocka_unit_test(ignored_signals), cmocka_unit_test(many_threads), cmocka_unit_test(stopped_at_birth),
     };

@@ -486,6 +486,18 @@ static void judge(struct direct *d, struct direct_space *s, uint64_t ran, uint64
     s->ran = s->stops = s->detours = 0;
 }
 
+/*
+ * Whether vector code does natively what it does in the guest, where it uses what the guest's processor has. Of a model with less than
+ * the host, such as x86-64-v3, programs know by CPUID what they may not use; that would work, but is lost when they stop.
+ */
+static bool vectors_agree(const struct x86_cpu *cpu)
+{
+    const uint64_t has = cpu->model->xcr0_allowed, avx = 1u << XSTATE_SSE | 1u << XSTATE_AVX, avx512 = 7u << XSTATE_OPMASK;
+    unsigned missing = (has & avx) != avx ? 12 : (has & avx512) != avx512 ? 8 : 0;    /* of simd_trap */
+
+    return !(cpu->simd_trap & ~missing) && (!(has & ~3ull) || cpu->s.xcr0 == has);
+}
+
 /* Code that can run natively as things stand. */
 static bool eligible(const struct direct *d)
 {
@@ -493,8 +505,8 @@ static bool eligible(const struct direct *d)
     const struct x86_state *s = &cpu->s;
     const uint64_t flags = RFLAGS_TF | RFLAGS_IF | RFLAGS_IOPL | RFLAGS_NT | RFLAGS_VM | RFLAGS_AC | RFLAGS_VIF | RFLAGS_VIP | RFLAGS_ID;
 
-    if (cpu->cpl != 3 || cpu->code_size != 8 || (s->rflags & flags) != RFLAGS_IF || s->interrupt_shadow || cpu->simd_trap ||
-        (s->dr7 & 0xff) || (s->cr4 & (CR4_TSD | CR4_LA57)) || !(s->efer & EFER_SCE) || s->xcr0 != cpu->model->xcr0_allowed)
+    if (cpu->cpl != 3 || cpu->code_size != 8 || (s->rflags & flags) != RFLAGS_IF || s->interrupt_shadow || !vectors_agree(cpu) ||
+        (s->dr7 & 0xff) || (s->cr4 & (CR4_TSD | CR4_LA57)) || !(s->efer & EFER_SCE))
         return false;
     /* The selectors that a sandbox has, which are Linux'. */
     if (s->seg[SEG_CS].selector != 0x33 || s->seg[SEG_SS].selector != 0x2b)
@@ -824,7 +836,10 @@ enum interp_user direct_run(struct interp *it)
         atomic_store(&cpu->native, 0);
         if (stop == SANDBOX_GONE)
             return lost(d);
-        if (stop == SANDBOX_REFUSED) {  /* it loaded what it cannot be continued with from outside, and then stopped */
+        if (stop == SANDBOX_DEAD || stop == SANDBOX_REFUSED) {
+            if (!ran)
+                return give_up(d, s);
+            /* It is another one's fault; or the code's, which loaded what it cannot be continued with from outside. */
             stop = SANDBOX_INTERRUPTED;
             break;
         }
@@ -942,6 +957,7 @@ void direct_attach(struct translator *t)
             drop_box(d, &d->space[i]);
     d->thread = gettid();
     d->t->native_space = NULL;
+    d->t->user_mode = false;    /* what user code it stands in is entered anew */
     CPU_ZERO(&d->allowed);
     sched_getaffinity(0, sizeof(d->allowed), &d->allowed);
 }

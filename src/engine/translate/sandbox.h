@@ -45,7 +45,8 @@ enum sandbox_stop {
     SANDBOX_STEPPED,            /* guest code set RFLAGS.TF: RIP is behind an instruction */
     SANDBOX_INTERRUPTED,
     SANDBOX_REFUSED,            /* it has not run: the kernel takes no such segments or bases as the registers have, which code itself can load */
-    SANDBOX_GONE,               /* somebody killed it */
+    SANDBOX_DEAD,               /* it has not run: somebody killed it before */
+    SANDBOX_GONE,               /* somebody killed it while it ran: what it had in registers is lost */
 };
 
 /* 0 or a negative errno (silent). files: what sandbox_map() has to do with, -1 for none; they stay the caller's. */
