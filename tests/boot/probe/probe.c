@@ -10,6 +10,7 @@
 #include "probe.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -99,6 +100,29 @@ double seconds(void)
 
 int has_fsgsbase(void) { return (getauxval(AT_HWCAP2) & 2) != 0; }
 
+bool put(const char *file, const char *text)
+{
+    int fd = open(file, O_WRONLY);
+    bool done = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+
+    if (fd >= 0)
+        close(fd);
+    return done;
+}
+
+bool guest_of_ours(void)
+{
+    char line[4096] = "";
+    FILE *f = fopen("/proc/cmdline", "r");
+
+    if (f) {
+        if (!fgets(line, sizeof(line), f))
+            line[0] = '\0';
+        fclose(f);
+    }
+    return strstr(line, "rf.cmd") != NULL;
+}
+
 int pin(unsigned cpu)
 {
     cpu_set_t set;
@@ -121,10 +145,10 @@ static const struct {
     const char *name;
     void (*run)(uint64_t round);
 } parts[] = {
-    PART(registers), PART(switches), PART(storm),
+    PART(registers), PART(x87_pointers), PART(switches), PART(storm),
     PART(memory_faults), PART(jumps), PART(exceptions), PART(traps), PART(stacks), PART(oddities),
-    PART(features), PART(stepped), PART(clocks), PART(numbers), PART(vsyscall), PART(segments), PART(bases), PART(code32),
-    PART(code), PART(aliases), PART(code_steps), PART(code_races), PART(code_reclaimed), PART(code_breakpoints), PART(copies), PART(shared), PART(protections), PART(remaps), PART(huge),
+    PART(features), PART(stepped), PART(lingering), PART(clocks), PART(numbers), PART(vsyscall), PART(segments), PART(bases), PART(code32),
+    PART(code), PART(aliases), PART(code_steps), PART(code_races), PART(code_reclaimed), PART(code_breakpoints), PART(copies), PART(shared), PART(protections), PART(remaps), PART(huge), PART(moved), PART(merged),
     PART(many), PART(proc_mem), PART(soft_dirty), PART(userfault), PART(atomics),
     PART(trace_steps), PART(trace_breakpoints), PART(trace_watch), PART(exec),
 };

@@ -31,6 +31,10 @@ uint64_t next(uint64_t *state); /* pseudo-random, not of 0 */
 double seconds(void);
 /* Whether programs may use RDFSBASE and its like. */
 int has_fsgsbase(void);
+/* A guest of the tests, where what concerns the whole machine may be done. */
+bool guest_of_ours(void);
+/* Writes the text into the file; false: that cannot be. */
+bool put(const char *file, const char *text);
 /* Pins the thread; false: there is no such processor. */
 int pin(unsigned cpu);
 void unpin(void);
@@ -70,6 +74,7 @@ int tls_entry(struct user_desc *at, void *base, int number);
 void odd_sysenter(void);
 
 void part_registers(uint64_t round);
+void part_x87_pointers(uint64_t round);
 void part_switches(uint64_t round);
 void part_storm(uint64_t round);
 void part_memory_faults(uint64_t round);
@@ -80,6 +85,7 @@ void part_stacks(uint64_t round);
 void part_oddities(uint64_t round);
 void part_features(uint64_t round);
 void part_stepped(uint64_t round);
+void part_lingering(uint64_t round);
 void part_clocks(uint64_t round);
 void part_numbers(uint64_t round);
 void part_vsyscall(uint64_t round);
@@ -97,6 +103,8 @@ void part_shared(uint64_t round);
 void part_protections(uint64_t round);
 void part_remaps(uint64_t round);
 void part_huge(uint64_t round);
+void part_moved(uint64_t round);
+void part_merged(uint64_t round);
 void part_many(uint64_t round);
 void part_proc_mem(uint64_t round);
 void part_soft_dirty(uint64_t round);

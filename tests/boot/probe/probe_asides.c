@@ -46,3 +46,30 @@ void part_stepped(uint64_t round)
     STEPPED(2, "RDTSC", "rdtsc; rdtscp;");
     signal(SIGTRAP, SIG_DFL);
 }
+
+/* A long computation in a page with CPUID, that comes to it now and then. RDI: rounds of 1000; gives the sum of what EBX was. */
+uint64_t compute_beside_cpuid(uint64_t rounds, uint64_t *computed);
+__asm__(".text; .balign 4096; .globl compute_beside_cpuid\n"
+        "compute_beside_cpuid: push %rbx; xor %r8d, %r8d; xor %r9d, %r9d\n"
+        "1: mov $1000, %ecx\n"
+        "2: imul $31, %r9, %r9; add %rcx, %r9; dec %ecx; jnz 2b\n"
+        "xor %eax, %eax; cpuid; add %rbx, %r8\n"
+        "dec %rdi; jnz 1b\n"
+        "mov %r9, (%rsi); mov %r8, %rax; pop %rbx; ret; .balign 4096");
+
+void part_lingering(uint64_t round)
+{
+    enum { ROUNDS = 200 };
+    uint64_t computed, expected = 0, sum;
+    unsigned a, b, c, d;
+
+    (void)round;
+    __cpuid(0, a, b, c, d);
+    for (unsigned i = 0; i < ROUNDS; i++)
+        for (uint64_t k = 1000; k; k--)
+            expected = expected * 31 + k;
+    sum = compute_beside_cpuid(ROUNDS, &computed);
+    if (sum != (uint64_t)b * ROUNDS || computed != expected)
+        wrong("beside CPUID: %llx instead of %llx; and %llx instead of %llx", (unsigned long long)sum, (unsigned long long)b * ROUNDS,
+              (unsigned long long)computed, (unsigned long long)expected);
+}

@@ -227,6 +227,23 @@ void part_registers(uint64_t round)
     signal(SIGSEGV, SIG_DFL), signal(SIGILL, SIG_DFL), signal(SIGTRAP, SIG_DFL);
 }
 
+/* Where the x87's last instruction and operand were. */
+void part_x87_pointers(uint64_t round)
+{
+    struct { uint32_t control, status, tag, instruction, selector_opcode, operand, operand_selector; } before, after;
+    double value = (double)round;
+
+    for (unsigned i = 0; i < 20; i++) {
+        __asm__ volatile("fninit; fldl %2; faddl %2; fnstenv %0; fldenv %0;\n"
+                         "mov $24, %%eax; syscall; mov %3, %%ecx; 1: loop 1b; mov $110, %%eax; syscall; fnstenv %1; fninit"
+                         : "=m"(before), "=m"(after) : "m"(value), "r"(i * 20000 + 1) : "rax", "rcx", "r11", "memory");
+        if (before.instruction != after.instruction || before.operand != after.operand || (before.tag & 0xffff) != (after.tag & 0xffff) ||
+            (before.status & 0xffff) != (after.status & 0xffff))
+            wrong("the x87's last instruction was at %x with %x, and is at %x with %x", before.instruction, before.operand, after.instruction,
+                  after.operand);
+    }
+}
+
 static void *spin(void *argument)
 {
     uint64_t seed = (uint64_t)(uintptr_t)argument * 0x1234567 + 1;
