@@ -1,10 +1,10 @@
 /*
- * probe MILLISECONDS [PART...]: what a user program can see of the processor and of its memory, as unkindly as it can be asked: every
+ * probe MILLISECONDS [PART... | -PART...]: what a user program can see of the processor and of its memory, as unkindly as it can be asked: every
  * register across system calls, faults, interrupts and switches; every exception with its exact address; code that changes
  * under all kinds of writers; memory that changes its rights, its place and its contents; the odd instructions.
  *
  * Runs as a static program in a guest with nothing else (cases_probe.py), and on any x86-64 Linux: what a real processor does is right.
- * Each part is repeated for so long, at least once. Prints "PART: N rounds" for each; the first wrong result ends it with status 1.
+ * Each part (of those named, or but those with a minus) is repeated for so long, at least once. Prints "PART: N rounds" for each; the first wrong result ends it with status 1.
  */
 #define _GNU_SOURCE
 #include "probe.h"
@@ -153,13 +153,18 @@ static const struct {
     PART(trace_steps), PART(trace_breakpoints), PART(trace_watch), PART(exec),
 };
 
-static int chosen(const char *name, int argc, char **argv)
+static bool chosen(const char *name, int argc, char **argv)
 {
-    for (int i = 2; i < argc; i++)
-        if (strcmp(argv[i], name) == 0)
-            return 1;
     /* Debug registers are not there in all engines (SUPPORT.md). */
-    return argc < 3 && strcmp(name, "trace_watch") != 0;
+    bool named = false, all = strcmp(name, "trace_watch") != 0;
+
+    for (int i = 2; i < argc; i++) {
+        if (argv[i][0] == '-' && strcmp(argv[i] + 1, name) == 0)
+            return false;
+        named = named || strcmp(argv[i], name) == 0;
+        all = all && argv[i][0] == '-';
+    }
+    return named || all;
 }
 
 int main(int argc, char **argv)

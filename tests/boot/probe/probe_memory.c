@@ -524,7 +524,7 @@ void part_moved(uint64_t round)
     madvise(moving.memory, size, MADV_NOHUGEPAGE);
     for (uintptr_t i = 0; i < 2; i++)
         pthread_create(&thread[i], NULL, use_moving, (void *)i);
-    for (unsigned i = 0; i < 3; i++) {
+    for (unsigned i = 0; i < 2; i++) {
         usleep(2000);                           /* others run meanwhile */
         madvise(moving.memory, size, MADV_HUGEPAGE);
         madvise(moving.memory, size, 25);       /* MADV_COLLAPSE */
