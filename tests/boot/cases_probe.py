@@ -11,7 +11,7 @@ import time
 
 import machine
 from cases import case
-from machine import busybox, check
+from machine import Skipped, busybox, check
 from migration import Journey
 
 TIME = os.environ.get("PROBE_MS", "0")
@@ -53,6 +53,9 @@ def probe(folder, extra, name, *args, parts="", cmdline="", engine="translate"):
 @case(600, parts=True)
 def probe_direct(report, folder):
     """direct=always, on and off, on one processor and on two."""
+    if machine.ENGINE != "translate":
+        report.line("SKIP", "probe-direct", "runs with the tests of the translator")
+        return
     extra = program(folder)
 
     def one(direct, cpus, *args, **options):
@@ -74,6 +77,8 @@ def probe_direct(report, folder):
 @case(300)
 def probe_moves(folder):
     """Memory that is written natively while a machine migrates in rounds, in post-copy, and while it is saved."""
+    if machine.ENGINE != "translate":
+        raise Skipped("runs with the tests of the translator")
     with Journey(folder, memory="128M", workload="memcheck 24 2000 200", extra=("--translate", "direct=always")) as journey:
         def natively():
             """Sandboxes are children of the machine's process, and it has no other."""
