@@ -272,15 +272,23 @@ void part_vsyscall(uint64_t round)
 
 /* ---- segments ---- */
 
-/* set_thread_area(), which only INT 0x80 has. at: room below 4 GiB. The entry's number, or -1. */
-static int tls_entry(struct user_desc *at, void *base, int number)
+static void set_gs(uint64_t base)
 {
-    long result;
+    if (has_fsgsbase())
+        __asm__ volatile("wrgsbase %0" ::"r"(base));
+    else if (syscall(SYS_arch_prctl, ARCH_SET_GS, base))
+        wrong("arch_prctl: %s", strerror(errno));
+}
 
-    *at = (struct user_desc){ .entry_number = (unsigned)number, .base_addr = (unsigned)(uintptr_t)base, .limit = 0xfffff, .seg_32bit = 1,
-                              .limit_in_pages = 1, .useable = 1 };
-    __asm__ volatile("int $0x80" : "=a"(result) : "a"(243), "b"(at) : "memory");
-    return (int)result ? -1 : (int)at->entry_number;
+static uint64_t get_gs(void)
+{
+    uint64_t base = 0;
+
+    if (has_fsgsbase())
+        __asm__ volatile("rdgsbase %0" : "=r"(base));
+    else if (syscall(SYS_arch_prctl, ARCH_GET_GS, &base))
+        wrong("arch_prctl: %s", strerror(errno));
+    return base;
 }
 
 void part_segments(uint64_t round)
@@ -305,10 +313,11 @@ void part_segments(uint64_t round)
         wrong("DS is %x", selector);
     __asm__ volatile("xor %%eax, %%eax; mov %%eax, %%ds; mov %%eax, %%es" ::: "rax");
 
-    __asm__ volatile("rdgsbase %0" : "=r"(old_gs));
+    old_gs = get_gs();
     tls = tls_entry((struct user_desc *)(void *)(low + 64), low, tls);
     if (tls >= 0) {
-        __asm__ volatile("mov %2, %%gs; mov %%gs:0, %0; rdgsbase %1" : "=r"(value), "=r"(base) : "r"(tls * 8 + 3));
+        __asm__ volatile("mov %1, %%gs; mov %%gs:0, %0" : "=r"(value) : "r"(tls * 8 + 3));
+        base = get_gs();
         if (value != low[0] || base != (uintptr_t)low)
             wrong("a TLS selector shows %x at %llx", value, (unsigned long long)base);
         for (unsigned i = 0; i < 20; i++)
@@ -332,7 +341,8 @@ void part_segments(uint64_t round)
     } else {
         lacking("modify_ldt");
     }
-    __asm__ volatile("xor %%eax, %%eax; mov %%eax, %%gs; wrgsbase %0" ::"r"(old_gs) : "rax");
+    __asm__ volatile("xor %%eax, %%eax; mov %%eax, %%gs" ::: "rax");
+    set_gs(old_gs);
 }
 
 static void *keep_base(void *argument)
@@ -345,7 +355,7 @@ static void *keep_base(void *argument)
 
         page[1] = wanted;
         if (i % 2)
-            __asm__ volatile("wrgsbase %0" ::"r"(wanted));
+            set_gs(wanted);
         else if (syscall(SYS_arch_prctl, ARCH_SET_GS, wanted))
             wrong("arch_prctl: %s", strerror(errno));
         sched_yield();
@@ -354,7 +364,7 @@ static void *keep_base(void *argument)
         if (i % 4 == 0)
             syscall(SYS_arch_prctl, ARCH_GET_GS, &is);
         else
-            __asm__ volatile("rdgsbase %0" : "=r"(is));
+            is = get_gs();
         if (is != wanted)
             wrong("GS has the base %llx, not %llx", (unsigned long long)is, (unsigned long long)wanted);
         if (i % 3 == 2) {

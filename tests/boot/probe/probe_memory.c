@@ -491,6 +491,90 @@ void part_huge(uint64_t round)
     munmap(all, 4 * size);
 }
 
+/* Threads write and check memory while the kernel gives it other places: pages are moved, and put together into large ones. */
+static struct {
+    volatile int over;
+    uint64_t *memory;
+} moving;
+enum { MOVING = 1024 };
+
+static void *use_moving(void *argument)
+{
+    uint64_t which = (uint64_t)(uintptr_t)argument, n = 1;
+    uint64_t *p = moving.memory + which * 64;   /* threads share pages, not lines */
+
+    for (; !moving.over; n++)
+        for (unsigned i = 0; i < MOVING; i++) {
+            if (p[i * (PAGE / 8)] != n - 1)
+                wrong("page %u of memory that moves holds %llu, not %llu", i, (unsigned long long)p[i * (PAGE / 8)], (unsigned long long)n - 1);
+            p[i * (PAGE / 8)] = n;
+        }
+    return NULL;
+}
+
+void part_moved(uint64_t round)
+{
+    const size_t size = MOVING * PAGE;
+    uint8_t *all = map(size + (2ul << 20), PROT_READ | PROT_WRITE);
+    pthread_t thread[2];
+
+    (void)round;
+    moving.memory = (uint64_t *)(((uintptr_t)all + (2ul << 20) - 1) & ~((2ul << 20) - 1));
+    moving.over = 0;
+    madvise(moving.memory, size, MADV_NOHUGEPAGE);
+    for (uintptr_t i = 0; i < 2; i++)
+        pthread_create(&thread[i], NULL, use_moving, (void *)i);
+    for (unsigned i = 0; i < 2; i++) {
+        usleep(2000);                           /* others run meanwhile */
+        madvise(moving.memory, size, MADV_HUGEPAGE);
+        madvise(moving.memory, size, 25);       /* MADV_COLLAPSE */
+        if (guest_of_ours())
+            put("/proc/sys/vm/compact_memory", "1");
+        usleep(2000);
+        mprotect((uint8_t *)moving.memory + 20 * PAGE, PAGE, PROT_READ | PROT_WRITE | PROT_EXEC);
+        mprotect((uint8_t *)moving.memory + 20 * PAGE, PAGE, PROT_READ | PROT_WRITE);
+    }
+    moving.over = 1;
+    for (unsigned i = 0; i < 2; i++)
+        pthread_join(thread[i], NULL);
+    munmap(all, size + (2ul << 20));
+}
+
+/* Equal pages, which the kernel makes one of, are written again. */
+void part_merged(uint64_t round)
+{
+    enum { PAGES = 64 };
+    uint8_t *p;
+    char text[32] = "";
+
+    if (round)
+        return;
+    if (!guest_of_ours() || !put("/sys/kernel/mm/ksm/sleep_millisecs", "5") || !put("/sys/kernel/mm/ksm/run", "1")) {
+        lacking("KSM");
+        return;
+    }
+    p = map(PAGES * PAGE, PROT_READ | PROT_WRITE);
+    madvise(p, PAGES * PAGE, MADV_MERGEABLE);
+    memset(p, 0x77, PAGES * PAGE);
+    for (double begin = seconds(); seconds() - begin < 5 && atoi(text) < PAGES / 2;) {
+        int fd = open("/sys/kernel/mm/ksm/pages_sharing", O_RDONLY);
+
+        if (fd < 0 || read(fd, text, sizeof(text) - 1) <= 0)
+            wrong("KSM says nothing of its pages");
+        close(fd);
+        expect_all("pages that are merged", p, PAGES, 0x77);
+    }
+    if (atoi(text) < PAGES / 2)
+        lacking("KSM within 5 seconds");
+    for (unsigned i = 0; i < PAGES; i += 2)
+        p[i * PAGE + 5] = 1;
+    for (unsigned i = 0; i < PAGES; i++)
+        if (p[i * PAGE + 5] != (i % 2 ? 0x77 : 1) || p[i * PAGE + 6] != 0x77)
+            wrong("page %u that was merged holds %x", i, p[i * PAGE + 5]);
+    put("/sys/kernel/mm/ksm/run", "2");
+    munmap(p, PAGES * PAGE);
+}
+
 /* More pages than a sandbox of the host can have mappings, in no order. */
 void part_many(uint64_t round)
 {

@@ -6,7 +6,6 @@
 #define _GNU_SOURCE
 #include "probe.h"
 
-#include <cpuid.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -81,22 +80,9 @@ __asm__(
     " pop %r15; pop %r14; pop %r13; pop %r12; pop %rbp; pop %rbx; ret\n"
     "act_spin: loop act_spin; ret\n"            /* RCX is its time; no flags */
     "act_syscall: syscall\n after_syscall: ret\n"
-    "act_int80: int $0x80; ret\n"
     "act_write: mov %rax, (%rbx); mov %rbx, 2040(%rbx); ret\n"
     "act_ud2: ud2; ret\n"
     "act_int3: int3; ret\n");
-
-static int vector_level(void)
-{
-    unsigned a, b, c, d, low, high;
-
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
-        return 0;
-    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low & 6) != 6 || !(c & bit_AVX))
-        return 0;
-    return (low & 0xe6) == 0xe6 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX512F) && (b & bit_AVX512BW) ? 2 : 1;
-}
 
 #define FLAGS 0xcd5ull          /* CF PF AF ZF SF DF OF */
 
@@ -239,6 +225,23 @@ void part_registers(uint64_t round)
         munmap(page, PAGE);
     }
     signal(SIGSEGV, SIG_DFL), signal(SIGILL, SIG_DFL), signal(SIGTRAP, SIG_DFL);
+}
+
+/* Where the x87's last instruction and operand were. */
+void part_x87_pointers(uint64_t round)
+{
+    struct { uint32_t control, status, tag, instruction, selector_opcode, operand, operand_selector; } before, after;
+    double value = (double)round;
+
+    for (unsigned i = 0; i < 20; i++) {
+        __asm__ volatile("fninit; fldl %2; faddl %2; fnstenv %0; fldenv %0;\n"
+                         "mov $24, %%eax; syscall; mov %3, %%ecx; 1: loop 1b; mov $110, %%eax; syscall; fnstenv %1; fninit"
+                         : "=m"(before), "=m"(after) : "m"(value), "r"(i * 20000 + 1) : "rax", "rcx", "r11", "memory");
+        if (before.instruction != after.instruction || before.operand != after.operand || (before.tag & 0xffff) != (after.tag & 0xffff) ||
+            (before.status & 0xffff) != (after.status & 0xffff))
+            wrong("the x87's last instruction was at %x with %x, and is at %x with %x", before.instruction, before.operand, after.instruction,
+                  after.operand);
+    }
 }
 
 static void *spin(void *argument)
