@@ -58,8 +58,10 @@ static void *vcpu_main(void *opaque)
 
         exit = vm->engine->run(&v->vcpu);
 
-        if (exit != VM_EXIT_KICK)
+        if (exit != VM_EXIT_KICK) {
+            vm->crash = exit == VM_EXIT_ERROR ? "its engine cannot go on" : "triple fault";
             machine_raise(&vm->machine, MACHINE_CRASH, 0);
+        }
         pthread_mutex_lock(&vm->gate);
         v->running = false;
         /* After a crash this vCPU has nothing to run until settle() has reset it or ended the machine. */
@@ -103,14 +105,14 @@ static bool survives_crash(struct vm *vm)
 
     vm->quick_crashes = quick ? vm->quick_crashes + 1 : 1;
     if (vm->config->on_crash == VM_ON_CRASH_EXIT) {
-        log_warn("the guest crashed (triple fault); leaving");
+        log_warn("the guest crashed (%s); leaving", vm->crash);
         return false;
     }
     if (vm->quick_crashes >= MAX_QUICK_CRASHES) {
-        log_warn("the guest crashed (triple fault) %u times in a row soon after its start; leaving", vm->quick_crashes);
+        log_warn("the guest crashed (%s) %u times in a row soon after its start; leaving", vm->crash, vm->quick_crashes);
         return false;
     }
-    log_warn("the guest crashed (triple fault); resetting it");
+    log_warn("the guest crashed (%s); resetting it", vm->crash);
     return true;
 }
 

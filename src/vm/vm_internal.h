@@ -78,6 +78,7 @@ struct vm {
     void *observer_opaque;
     uint64_t started_ns;        /* guest clock at the last (re)start of the guest */
     unsigned quick_crashes;     /* in a row */
+    const char *_Atomic crash;  /* what the last one was, for people */
 };
 
 /*

@@ -56,6 +56,11 @@ def probe_direct(report, folder):
     if machine.ENGINE != "translate":
         report.line("SKIP", "probe-direct", "runs with the tests of the translator")
         return
+    try:
+        machine.runs_natively()
+    except Skipped as e:
+        report.line("SKIP", "probe-direct", str(e))
+        return
     extra = program(folder)
 
     def one(direct, cpus, *args, **options):
@@ -79,6 +84,7 @@ def probe_moves(folder):
     """Memory that is written natively while a machine migrates in rounds, in post-copy, and while it is saved."""
     if machine.ENGINE != "translate":
         raise Skipped("runs with the tests of the translator")
+    machine.runs_natively()
     with Journey(folder, memory="128M", workload="memcheck 24 2000 200", extra=("--translate", "direct=always")) as journey:
         def natively():
             """Sandboxes are children of the machine's process, and it has no other."""

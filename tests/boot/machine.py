@@ -56,13 +56,24 @@ def ringfort():
 
 
 @functools.cache
-def kvm():
-    """What `ringfort host` says of engine kvm."""
+def engine_report(name):
+    """What `ringfort host` says of an engine."""
     try:
         done = subprocess.run([ringfort(), "host", "-o", "json"], stdout=subprocess.PIPE, check=True)
-        return json.loads(done.stdout)["engines"]["kvm"]
+        return json.loads(done.stdout)["engines"][name]
     except (Failure, OSError, subprocess.SubprocessError, ValueError, KeyError):
         return {}
+
+
+def kvm():
+    return engine_report("kvm")
+
+
+def runs_natively():
+    """Whether user code of guests can run natively in sandboxes here; else Skipped."""
+    text = engine_report("translate").get("text", "")
+    if "runs natively" not in text:
+        raise Skipped(text)
 
 
 def script(name, *args):

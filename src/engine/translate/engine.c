@@ -17,6 +17,7 @@
 #include "engine/translate/direct.h"
 #include "engine/translate/lockstep.h"
 #include "engine/translate/perf.h"
+#include "engine/translate/sandbox.h"
 #include "engine/translate/translate.h"
 #include "isa/x86/kvmclock.h"
 
@@ -365,6 +366,10 @@ static enum vm_exit translate_run(struct vcpu *vcpu)
     exit = interp_run(vcpu);
     direct_detach(t);
     translate_returns_detach(t);
+    if (t->lost) {
+        t->lost = false;        /* it may be reset */
+        return VM_EXIT_ERROR;
+    }
     return t->diverged ? VM_EXIT_ERROR : exit;
 }
 
@@ -378,7 +383,10 @@ static void translate_probe(struct engine_report *r)
         return;
     }
     r->usable = true;
-    snprintf(r->text, sizeof(r->text), "binary translation of warm code, interpretation of the rest");
+    if (sandbox_abilities()->usable)
+        snprintf(r->text, sizeof(r->text), "binary translation of kernel code; user code runs natively in sandboxed processes where that pays");
+    else
+        snprintf(r->text, sizeof(r->text), "binary translation of all code; not natively in sandboxed processes: %s", sandbox_abilities()->text);
 }
 
 static void translate_counters(const struct vcpu *vcpu, struct engine_counters *c)

@@ -153,6 +153,7 @@ struct translator {
     bool host_tsc;              /* the guest's TSC is the host's plus an offset */
     bool tracing;               /* blocks are written down as they are entered */
     bool diverged;              /* it found a difference: the run ends */
+    bool lost;                  /* direct execution lost the guest's state: the same */
     uint64_t blocks, bytes, guest_bytes, apart, loops, chained, entered, fills, slow_ops, group_misses, jump_misses;
     uint64_t return_misses, stack_overflows;
 };
