@@ -76,7 +76,9 @@ def tiny_kernels(report, folder):
     def crash():
         status, errors = status_of(folder, TRIPLE_FAULT, "--on-crash", "exit")
         check(status == 4, f"exit status {status} instead of 4 after a triple fault: {errors}")
-        check("triple fault" in errors.lower(), f"nothing is said about the triple fault: {errors!r}")
+        # A /dev/kvm that emulates guest kernels may not be able to go on to it.
+        said = ("triple fault", "its engine cannot go on") if machine.ENGINE == "kvm" else ("triple fault",)
+        check(any(f"the guest crashed ({s})" in errors for s in said), f"nothing is said about the triple fault: {errors!r}")
 
     report.part("tiny-triple-fault", crash)
 
