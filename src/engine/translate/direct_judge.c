@@ -83,7 +83,7 @@ void direct_judge_processor(struct direct *d, struct direct_space *s)
 /* ---- whether it pays ---- */
 
 #define STAY 20u                /* µs that user code by translation is to run between entries of the kernel, on average, */
-#define TRIAL 4000u             /* …after so many in all */
+#define TRIAL 20000u            /* …after so many in all */
 #define WINDOW 256u             /* stops that are judged together */
 #define WORTH 4u                /* µs natively for each of them, without the switch */
 #define DETOURS_MAX 500u        /* a program asks for the processor's features when it starts, and that is that */
