@@ -282,7 +282,7 @@ void direct_flushed(struct translator *t, const struct x86_tlb_space *space, gva
         s->pending[s->pendings++] = va;
 }
 
-void direct_writes_dropped(struct translator *t, const void *host_page)
+void direct_writes_dropped(struct translator *t)
 {
     for (unsigned i = 0; t->direct && i < X86_TLB_SPACES; i++)
         t->direct->space[i].writes_dropped = true;
