@@ -10,55 +10,30 @@
 #include "memory/missing.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/userfaultfd.h>
-#include <poll.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/ioctl.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "base/log.h"
 #include "base/util.h"
+#include "memory/faults.h"
 
 struct memory_missing {
     struct memory *memory;
     memory_wanted_fn *wanted;
     void *opaque;
-    int fd, wake;
-    pthread_t thread;
-    bool started;
-    unsigned registered;                        /* regions */
+    struct memory_faults faults;
     uint64_t *missing[MEMORY_MAX_REGIONS];      /* bits by atomic operations */
     _Atomic uint64_t left;
 };
 
 static const uint8_t zeros[GUEST_PAGE_SIZE] __attribute__((aligned(GUEST_PAGE_SIZE)));
 
-static int open_uffd(bool *kernel)
-{
-    struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_MISSING_SHMEM };
-    int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK), err;
-
-    *kernel = fd >= 0;
-    if (fd < 0 && errno == EPERM)
-        fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
-    if (fd < 0)
-        return -errno;
-    if (ioctl(fd, UFFDIO_API, &api)) {
-        err = -errno;
-        close(fd);
-        return err;
-    }
-    return fd;
-}
-
 int memory_missing_usable(bool *kernel)
 {
-    int fd = open_uffd(kernel);
+    int fd = memory_faults_open(UFFD_FEATURE_MISSING_SHMEM, kernel);
 
     if (fd < 0)
         return fd;
@@ -77,9 +52,9 @@ static int copy_page(struct memory_missing *p, uint8_t *to, const uint8_t *conte
     struct uffdio_copy copy = { .dst = (uintptr_t)to, .src = (uintptr_t)contents, .len = GUEST_PAGE_SIZE };
     struct uffdio_range range = { .start = (uintptr_t)to, .len = GUEST_PAGE_SIZE };
 
-    while (ioctl(p->fd, UFFDIO_COPY, &copy)) {
+    while (ioctl(p->faults.fd, UFFDIO_COPY, &copy)) {
         if (errno == EEXIST) {
-            ioctl(p->fd, UFFDIO_WAKE, &range);
+            ioctl(p->faults.fd, UFFDIO_WAKE, &range);
             return 0;
         }
         if (errno != EAGAIN)
@@ -125,69 +100,26 @@ void memory_missing_drop(struct memory_missing *p, unsigned region, uint64_t off
     }
 }
 
-static void touched(struct memory_missing *p, uint64_t address)
-{
-    for (unsigned i = 0; i < p->memory->regions; i++) {
-        const struct memory_region *r = &p->memory->region[i];
-        uint64_t offset = address - (uintptr_t)r->host, page = offset >> GUEST_PAGE_SHIFT;
-        int err;
-
-        if (offset >= r->size)
-            continue;
-        if (memory_missing_is(p, i, page)) {
-            p->wanted(p->opaque, p, i, page);
-            return;
-        }
-        err = copy_page(p, r->host + (page << GUEST_PAGE_SHIFT), zeros);
-        if (err)
-            log_error("a page of guest memory cannot be made: %s", strerror(-err));
-        return;
-    }
-}
-
-static void *fault_main(void *opaque)
+static void touched(void *opaque, unsigned region, uint64_t page)
 {
     struct memory_missing *p = opaque;
-    struct pollfd poll_fds[2] = { { .fd = p->fd, .events = POLLIN }, { .fd = p->wake, .events = POLLIN } };
-    struct uffd_msg message[16];
+    int err;
 
-    for (;;) {
-        ssize_t n;
-
-        if (poll(poll_fds, 2, -1) < 0 && errno != EINTR)
-            return NULL;
-        if (poll_fds[1].revents)
-            return NULL;
-        n = read(p->fd, message, sizeof(message));
-        for (ssize_t i = 0; i < n / (ssize_t)sizeof(message[0]); i++)
-            if (message[i].event == UFFD_EVENT_PAGEFAULT)
-                touched(p, message[i].arg.pagefault.address);
+    if (memory_missing_is(p, region, page)) {
+        p->wanted(p->opaque, p, region, page);
+        return;
     }
+    err = copy_page(p, p->memory->region[region].host + (page << GUEST_PAGE_SHIFT), zeros);
+    if (err)
+        log_error("a page of guest memory cannot be made: %s", strerror(-err));
 }
 
 static int watch(struct memory_missing *p)
 {
-    for (unsigned i = 0; i < p->memory->regions; i++) {
-        struct uffdio_register reg = { .range = { (uintptr_t)p->memory->region[i].host, p->memory->region[i].size },
-                                       .mode = UFFDIO_REGISTER_MODE_MISSING };
+    int err = 0;
 
-        if (ioctl(p->fd, UFFDIO_REGISTER, &reg))
-            return -errno;
-        p->registered = i + 1;
-    }
-    return 0;
-}
-
-static int start(struct memory_missing *p)
-{
-    sigset_t all, before;
-    int err;
-
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    err = -pthread_create(&p->thread, NULL, fault_main, p);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    p->started = !err;
+    for (unsigned i = 0; i < p->memory->regions && !err; i++)
+        err = memory_faults_watch_next(&p->faults, UFFDIO_REGISTER_MODE_MISSING, _UFFDIO_COPY);
     return err;
 }
 
@@ -203,6 +135,7 @@ struct memory_missing *memory_missing_create(struct memory *m, uint64_t *missing
 {
     struct memory_missing *p = calloc(1, sizeof(*p));
     bool kernel = true;
+    int fd;
 
     if (!p) {
         memory_bitmaps_free(missing);
@@ -215,14 +148,11 @@ struct memory_missing *memory_missing_create(struct memory *m, uint64_t *missing
     memcpy(p->missing, missing, sizeof(p->missing));
     memset(missing, 0, sizeof(p->missing));
     p->left = memory_bitmaps_count(m, p->missing);
-    p->fd = open_uffd(&kernel);
-    p->wake = eventfd(0, EFD_CLOEXEC);
-    *err = p->fd < 0 ? p->fd : p->wake < 0 ? -errno : 0;
+    fd = memory_faults_open(UFFD_FEATURE_MISSING_SHMEM, &kernel);
     atomic_store(&m->touch, !kernel);
+    *err = memory_faults_start(&p->faults, m, fd, touched, p);
     if (!*err)
         *err = watch(p);
-    if (!*err)
-        *err = start(p);
     if (!*err) {
         publish(m, p);
         return p;
@@ -235,20 +165,7 @@ void memory_missing_destroy(struct memory_missing *p)
 {
     if (!p)
         return;
-    if (p->started) {
-        eventfd_write(p->wake, 1);
-        pthread_join(p->thread, NULL);
-    }
-    /* Wakes who touched a page of zeros and was not told so. */
-    for (unsigned i = 0; i < p->registered; i++) {
-        struct uffdio_range range = { (uintptr_t)p->memory->region[i].host, p->memory->region[i].size };
-
-        ioctl(p->fd, UFFDIO_UNREGISTER, &range);
-    }
-    if (p->fd >= 0)
-        close(p->fd);
-    if (p->wake >= 0)
-        close(p->wake);
+    memory_faults_stop(&p->faults);
     atomic_store(&p->memory->touch, false);
     publish(p->memory, NULL);
     memory_bitmaps_free(p->missing);

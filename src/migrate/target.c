@@ -16,6 +16,7 @@
 #include <time.h>
 
 #include "base/log.h"
+#include "base/thread.h"
 #include "base/util.h"
 #include "migrate/target_internal.h"
 
@@ -93,7 +94,8 @@ struct migrate_target *migrate_target_create(const struct migrate_target_options
     t->listener = channel_listen(opt->listen, error);
     if (!t->listener)
         goto out;
-    if (pthread_create(&t->acceptor, NULL, target_acceptor_main, t)) {
+    /* Signals are for the thread that runs the machine; the acceptor's own threads take after it. */
+    if (thread_start(&t->acceptor, 0, target_acceptor_main, t)) {
         snprintf(error, sizeof(error), "cannot start a thread");
         goto out;
     }

@@ -7,7 +7,6 @@
 #include <errno.h>
 #include <jansson.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +16,7 @@
 
 #include "base/log.h"
 #include "base/state.h"
+#include "base/thread.h"
 #include "base/util.h"
 #include "device/virtio/virtio.h"
 #include "engine/engine.h"
@@ -384,7 +384,6 @@ static void *reception_main(void *opaque)
 struct vm_reception *vm_reception_create(const struct vm_reception_options *opt)
 {
     struct vm_reception *r = calloc(1, sizeof(*r));
-    sigset_t all, before;
 
     if (!r || vm_config_init(&r->config)) {
         log_error("out of memory");
@@ -395,11 +394,7 @@ struct vm_reception *vm_reception_create(const struct vm_reception_options *opt)
     r->ready = eventfd(0, EFD_CLOEXEC);
     pthread_mutex_init(&r->lock, NULL);
     pthread_cond_init(&r->changed, NULL);
-    /* Signals are for the thread that runs the machine. */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
     r->target = migrate_target_create(&opt->target, &ops, r);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (!r->target || r->ready < 0) {
         vm_reception_free(r);
         return NULL;
@@ -413,19 +408,13 @@ const struct vm_config *vm_reception_config(const struct vm_reception *r) { retu
 
 void vm_reception_on_config(struct vm_reception *r, int (*fn)(void *opaque, const struct vm_config *config), void *opaque)
 {
-    sigset_t all, before;
-
     r->on_config = fn;
     r->on_config_opaque = opaque;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    if (pthread_create(&r->thread, NULL, reception_main, r) == 0)
-        r->started = true;
-    else
+    r->started = thread_start(&r->thread, 0, reception_main, r) == 0;
+    if (!r->started) {
         r->over = true;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (!r->started)
         eventfd_write(r->ready, 1);
+    }
 }
 
 struct vm *vm_reception_wait(struct vm_reception *r)

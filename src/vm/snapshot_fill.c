@@ -10,13 +10,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "base/log.h"
+#include "base/thread.h"
 #include "base/util.h"
 #include "memory/missing.h"
 #include "vm/snapshot_pack.h"
@@ -285,7 +285,6 @@ int snapshot_fill_create(struct vm *vm, int packed_fd, const char *name, struct 
 
 int snapshot_fill_begin(struct snapshot_fill *f)
 {
-    sigset_t all, before;
     int err;
 
     pthread_mutex_lock(&f->lock);
@@ -294,10 +293,7 @@ int snapshot_fill_begin(struct snapshot_fill *f)
     pthread_mutex_unlock(&f->lock);
     if (err)
         return err;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    err = -pthread_create(&f->thread, NULL, filler_main, f);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    err = thread_start(&f->thread, 0, filler_main, f);
     f->started = !err;
     if (err)
         log_error("cannot start a thread: %s", strerror(-err));

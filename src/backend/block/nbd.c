@@ -13,7 +13,6 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,6 +24,7 @@
 #include "backend/block/block_impl.h"
 #include "backend/block/nbd_library.h"
 #include "base/log.h"
+#include "base/thread.h"
 #include "base/util.h"
 
 #define CONNECT_MS 5000u
@@ -384,8 +384,6 @@ static int completed(void *opaque, int *error)
 
 static void lost(struct nbd_disk *d)
 {
-    sigset_t all, before;
-
     last_error(d, d->error);
     epoll_ctl(d->epoll, EPOLL_CTL_DEL, d->nbd->aio_get_fd(d->h), NULL);
     d->nbd->close(d->h);
@@ -398,10 +396,7 @@ static void lost(struct nbd_disk *d)
     log_warn("disk %s: the connection broke; trying to get it again for %llu s, while requests wait", d->block->path,
              (unsigned long long)d->reconnect_ms / 1000);
     d->lost_ms = now_ms();
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    d->connector_started = pthread_create(&d->connector, NULL, connector_main, d) == 0;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    d->connector_started = thread_start(&d->connector, 0, connector_main, d) == 0;
     if (!d->connector_started) {
         d->late = true;
         loop_schedule(d->block->loop, &d->call);

@@ -11,7 +11,6 @@
 #include <linux/fs.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -21,6 +20,7 @@
 
 #include "backend/block/block_impl.h"
 #include "base/log.h"
+#include "base/thread.h"
 #include "base/util.h"
 
 #define MAX_THREADS 8u
@@ -245,18 +245,9 @@ static void *worker(void *opaque)
 /* Workers' lock held. */
 static bool add_thread(struct block_workers *w)
 {
-    pthread_attr_t attr;
-    sigset_t all, old;
-    sigfillset(&all);
-    pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, STACK_SIZE);
-    /* Signals are for the threads that expect them. */
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    int err = pthread_create(&w->thread[w->threads], &attr, worker, w);
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-    pthread_attr_destroy(&attr);
+    int err = thread_start(&w->thread[w->threads], STACK_SIZE, worker, w);
     if (err) {
-        log_debug("disk %s: cannot make a thread: %s", w->block->path, strerror(err));
+        log_debug("disk %s: cannot make a thread: %s", w->block->path, strerror(-err));
         return false;
     }
     pthread_setname_np(w->thread[w->threads], "disk");
