@@ -100,7 +100,8 @@ static void register_write(void *opaque, uint64_t offset, uint64_t value, unsign
 
 static const struct bus_ops register_ops = {.read = register_read, .write = register_write};
 
-static uint64_t flush_read(void *opaque, uint64_t offset, unsigned size)
+/* Of what can only be written. */
+static uint64_t nothing_read(void *opaque, uint64_t offset, unsigned size)
 {
     return 0;
 }
@@ -113,12 +114,7 @@ static void flush_write(void *opaque, uint64_t offset, uint64_t value, unsigned 
         memory_mark_written(&t->machine->memory, page, GUEST_PAGE_SIZE);
 }
 
-static const struct bus_ops flush_ops = {.read = flush_read, .write = flush_write};
-
-static uint64_t lines_read(void *opaque, uint64_t offset, unsigned size)
-{
-    return 0;
-}
+static const struct bus_ops flush_ops = {.read = nothing_read, .write = flush_write};
 
 static void lines_write(void *opaque, uint64_t offset, uint64_t value, unsigned size)
 {
@@ -126,7 +122,7 @@ static void lines_write(void *opaque, uint64_t offset, uint64_t value, unsigned 
     irq_set(&t->irq[offset], value != 0);
 }
 
-static const struct bus_ops lines_ops = {.read = lines_read, .write = lines_write};
+static const struct bus_ops lines_ops = {.read = nothing_read, .write = lines_write};
 
 static uint64_t memory_area_read(void *opaque, uint64_t offset, unsigned size)
 {

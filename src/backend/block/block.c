@@ -630,6 +630,17 @@ static int open_local(struct block *b, const struct block_options *opt,
     return ret;
 }
 
+static void free_disk(struct block *b)
+{
+    overlay_close(b->overlay);
+    if (b->buffered_fd >= 0)
+        close(b->buffered_fd);
+    if (b->fd >= 0)
+        close(b->fd);
+    free(b->path);
+    free(b);
+}
+
 int block_open_with(struct loop *loop, const struct block_options *opt,
                     const struct block_engine *engine, struct block **out)
 {
@@ -660,13 +671,7 @@ int block_open_with(struct loop *loop, const struct block_options *opt,
         *out = b;
         return 0;
     }
-    overlay_close(b->overlay);
-    if (b->buffered_fd >= 0)
-        close(b->buffered_fd);
-    if (b->fd >= 0)
-        close(b->fd);
-    free(b->path);
-    free(b);
+    free_disk(b);
     return ret;
 }
 
@@ -735,11 +740,5 @@ void block_close(struct block *b)
     b->engine->close(b);
     block_workers_stop(b);
     block_dirty_stop(b);
-    overlay_close(b->overlay);
-    if (b->buffered_fd >= 0)
-        close(b->buffered_fd);
-    if (b->fd >= 0)
-        close(b->fd);
-    free(b->path);
-    free(b);
+    free_disk(b);
 }
