@@ -2,11 +2,9 @@
 #include <errno.h>
 #include <limits.h>
 #include <poll.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/signalfd.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -110,15 +108,8 @@ static int receive(const struct verb *v, const struct vm_reception_options *opt,
     struct vm_reception *r;
     struct vm *vm = NULL;
     enum migrate_stage end;
-    int status = VM_STATUS_HOST, signals;
-    sigset_t set;
+    int status = VM_STATUS_HOST, signals = vm_signals_open();
 
-    sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGHUP);
-    pthread_sigmask(SIG_BLOCK, &set, NULL);
-    signals = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
     r = vm_reception_create(opt);
     if (!r)
         goto out;

@@ -287,7 +287,7 @@ static void on_signal(void *opaque, int fd, short revents)
     }
 }
 
-static int watch_signals(struct vm *vm)
+int vm_signals_open(void)
 {
     sigset_t set;
 
@@ -296,7 +296,12 @@ static int watch_signals(struct vm *vm)
     sigaddset(&set, SIGINT);
     sigaddset(&set, SIGHUP);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
-    vm->signal_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
+    return signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
+}
+
+static int watch_signals(struct vm *vm)
+{
+    vm->signal_fd = vm_signals_open();
     if (vm->signal_fd < 0) {
         log_error("cannot watch for signals: %s", strerror(errno));
         return -errno;

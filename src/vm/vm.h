@@ -25,6 +25,11 @@ enum vm_status {
 
 /* NULL on failure (logged), with the exit status that fits in *status. config is borrowed until vm_destroy(). */
 struct vm *vm_create(const struct vm_config *config, int *status);
+/*
+ * SIGTERM, SIGINT and SIGHUP are read from the descriptor (signalfd, nonblocking) from here on, and not delivered to this thread or
+ * those it starts. Negative with errno (silent). vm_create() does this for the machine's run.
+ */
+int vm_signals_open(void);
 /* Starts the vCPUs' threads, so that what can go wrong with that is known before vm_run(). 0 or a negative errno (logged). */
 int vm_start(struct vm *vm);
 /* vm_start() unless that was done, then runs until the guest powers off, crashes, or the user leaves. Returns the exit status. */
