@@ -18,7 +18,7 @@
 int main(int argc, char **argv)
 {
     uint64_t blocks = strtoull(argc > 1 ? argv[1] : "16", NULL, 0) * 256, rate = strtoull(argc > 2 ? argv[2] : "0", NULL, 0);
-    uint64_t x = 88172645463325252ull, checked = 0, batch = rate ? rate / 20 + 1 : 100, *seq = calloc(blocks, 8);
+    uint64_t checked = 0, batch = rate ? rate / 20 + 1 : 100, *seq = calloc(blocks, 8);
     int fd = open(argc > 3 ? argv[3] : "/dev/vda", O_RDWR | O_DIRECT);
     uint64_t *buf = aligned_alloc(BLOCK, BLOCK);
     struct reports reports = reports_init(argc > 3 ? argv + 4 : argv + argc);
@@ -33,24 +33,15 @@ int main(int argc, char **argv)
         double start = now();
 
         for (uint64_t n = 0; n < batch; n++) {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            uint64_t block = x % blocks;
+            uint64_t block = next_random() % blocks;
 
             if (pread(fd, buf, BLOCK, (off_t)(block * BLOCK)) != BLOCK) {
                 printf("@lost: block %llu cannot be read\n", (unsigned long long)block);
                 return 1;
             }
-            for (unsigned i = 0; i < WORDS; i++)
-                if (buf[i] != word(block, seq[block], i)) {
-                    printf("@lost block %llu word %u holds %llx, not write %llu\n", (unsigned long long)block, i,
-                           (unsigned long long)buf[i], (unsigned long long)seq[block]);
-                    return 1;
-                }
-            seq[block]++;
-            for (unsigned i = 0; i < WORDS; i++)
-                buf[i] = word(block, seq[block], i);
+            if (!holds(buf, "block", block, seq[block]))
+                return 1;
+            write_again(buf, block, ++seq[block]);
             if (pwrite(fd, buf, BLOCK, (off_t)(block * BLOCK)) != BLOCK || (n % 32 == 0 && fdatasync(fd))) {
                 printf("@lost: block %llu cannot be written\n", (unsigned long long)block);
                 return 1;

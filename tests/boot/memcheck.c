@@ -17,7 +17,7 @@
 int main(int argc, char **argv)
 {
     uint64_t pages = strtoull(argc > 1 ? argv[1] : "64", NULL, 0) * 256, rate = strtoull(argc > 2 ? argv[2] : "0", NULL, 0);
-    uint64_t x = 88172645463325252ull, checked = 0, batch = rate ? rate / 100 + 1 : 500, *seq = calloc(pages, 8);
+    uint64_t checked = 0, batch = rate ? rate / 100 + 1 : 500, *seq = calloc(pages, 8);
     uint64_t *memory = mmap(NULL, pages * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     struct reports reports = reports_init(argc > 2 ? argv + 3 : argv + argc);
 
@@ -29,20 +29,11 @@ int main(int argc, char **argv)
         double start = now();
 
         for (uint64_t n = 0; n < batch; n++) {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            uint64_t page = x % pages, *p = memory + page * WORDS;
+            uint64_t page = next_random() % pages, *p = memory + page * WORDS;
 
-            for (unsigned i = 0; i < WORDS; i++)
-                if (p[i] != word(page, seq[page], i)) {
-                    printf("@lost page %llu word %u holds %llx, not write %llu\n", (unsigned long long)page, i,
-                           (unsigned long long)p[i], (unsigned long long)seq[page]);
-                    return 1;
-                }
-            seq[page]++;
-            for (unsigned i = 0; i < WORDS; i++)
-                p[i] = word(page, seq[page], i);
+            if (!holds(p, "page", page, seq[page]))
+                return 1;
+            write_again(p, page, ++seq[page]);
             checked++;
         }
         report(&reports, checked);

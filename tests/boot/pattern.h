@@ -1,7 +1,11 @@
-/* What memcheck and diskcheck have in common: what a block of 4 KiB holds that was written so often, the time, and what they print. */
+/*
+ * What memcheck and diskcheck have in common: which block of 4 KiB is next, what it holds that was written so often, the time, and
+ * what they print.
+ */
 #ifndef RINGFORT_TESTS_BOOT_PATTERN_H
 #define RINGFORT_TESTS_BOOT_PATTERN_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,6 +18,34 @@
 static inline uint64_t word(uint64_t block, uint64_t seq, unsigned i)
 {
     return seq ? (block * 0x9e3779b97f4a7c15ull + seq * 0xbf58476d1ce4e5b9ull) ^ i : 0;
+}
+
+/* Whether the block holds that; else it is said. */
+static inline bool holds(const uint64_t *p, const char *what, uint64_t block, uint64_t seq)
+{
+    for (unsigned i = 0; i < WORDS; i++)
+        if (p[i] != word(block, seq, i)) {
+            printf("@lost %s %llu word %u holds %llx, not write %llu\n", what, (unsigned long long)block, i,
+                   (unsigned long long)p[i], (unsigned long long)seq);
+            return false;
+        }
+    return true;
+}
+
+static inline void write_again(uint64_t *p, uint64_t block, uint64_t seq)
+{
+    for (unsigned i = 0; i < WORDS; i++)
+        p[i] = word(block, seq, i);
+}
+
+/* Not by chance: the same ones each time. */
+static inline uint64_t next_random(void)
+{
+    static uint64_t x = 88172645463325252ull;
+
+    x ^= x << 13;
+    x ^= x >> 7;
+    return x ^= x << 17;
 }
 
 /* Seconds. */

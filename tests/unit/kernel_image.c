@@ -56,6 +56,18 @@ static void put_segment(uint8_t *p, bool is_64, uint32_t type, uint64_t offset, 
     }
 }
 
+struct elf_spec image_linux_spec(uint32_t load)
+{
+    return (struct elf_spec){.is_64 = true,
+                             .paddr = load,
+                             .filesz = 0x3000,
+                             .memsz = 0x8000,
+                             .entry = load,
+                             .pvh = true,
+                             .pvh_entry = load + 0x50,
+                             .linux_note = true};
+}
+
 struct image image_elf(const struct elf_spec *s)
 {
     size_t second = ELF_FIRST_OFFSET + align_up(s->filesz, 16);

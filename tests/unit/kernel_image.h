@@ -34,6 +34,8 @@ struct elf_spec {
 #define SECOND_SIZE    0x200u
 
 struct image image_elf(const struct elf_spec *spec);
+/* A 64-bit Linux kernel that has an entry for PVH, 0x50 behind the one for Linux's own protocol. */
+struct elf_spec image_linux_spec(uint32_t load);
 /* Where the first segment's bytes begin in the file. */
 #define ELF_FIRST_OFFSET 0x400u
 /* Byte i of segment n. */

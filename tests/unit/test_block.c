@@ -18,9 +18,9 @@
 #include <sys/stat.h>
 
 #include "backend/block/block.h"
-#include "backend/block/block_impl.h"
 #include "base/log.h"
 #include "base/util.h"
+#include "block_engines.h"
 #include "block_requests.h"
 
 #define DISK_SIZE MIB(4)
@@ -30,8 +30,6 @@ struct fixture {
     char dir[64], path[96];
     int fd; /* of the image, to look behind the disk's back */
 };
-
-static const struct block_engine *engine; /* of this run */
 
 static int setup(void **state)
 {
@@ -522,9 +520,5 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_disk_belongs_to_one_machine, setup, teardown),
         cmocka_unit_test_setup_teardown(bad_images_are_refused, setup, teardown),
     };
-    print_message("--- engine: the best of this host\n");
-    int failed = cmocka_run_group_tests(tests, NULL, NULL);
-    print_message("--- engine: threads\n");
-    engine = &block_engine_threads;
-    return failed + cmocka_run_group_tests(tests, NULL, NULL);
+    return RUN_WITH_EACH_ENGINE(tests);
 }

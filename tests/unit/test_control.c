@@ -16,6 +16,8 @@
 
 enum { EFER = 0xc0000080u, MSR_TSC = 0x10, TSC_ADJUST = 0x3b, KVM_WALL = 0x4b564d00, KVM_TIME = 0x4b564d01 };
 
+#define RUN RUN_SYSTEM
+
 static int setup(void **state)
 {
     struct guest *g;
@@ -28,24 +30,13 @@ static int setup(void **state)
     return 0;
 }
 
-/* Runs one instruction; the vector raised, or -1. */
-static int run(struct guest *g, const char *bytes, unsigned len)
-{
-    struct x86_insn insn = guest_insn(g, bytes, len);
-    x86_semantics_fn *fn = x86_system_semantics(&insn);
-
-    assert_non_null(fn);
-    return RAISED(g, fn(&g->cpu, &insn));
-}
-#define RUN(g, bytes) run(g, bytes, sizeof(bytes) - 1)
-
 /* MOV CRn, RAX with the value, in the mode in force. */
 static int set_cr(struct guest *g, unsigned n, uint64_t value)
 {
     char bytes[] = { 0x0f, 0x22, (char)(0xc0 | n << 3) };
 
     g->cpu.s.gpr[RAX] = value;
-    return run(g, bytes, sizeof(bytes));
+    return guest_run_system(g, bytes, sizeof(bytes));
 }
 
 static int set_msr(struct guest *g, uint32_t msr, uint64_t value)

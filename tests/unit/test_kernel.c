@@ -72,22 +72,10 @@ static void assert_loaded(const struct elf_spec *s)
     assert_zero(s->paddr + SECOND_SEGMENT + SECOND_SIZE, RAM);
 }
 
-static struct elf_spec pvh_spec(void)
-{
-    return (struct elf_spec){.is_64 = true,
-                             .paddr = LOAD,
-                             .filesz = 0x3000,
-                             .memsz = 0x8000,
-                             .entry = LOAD,
-                             .pvh = true,
-                             .pvh_entry = LOAD + 0x50,
-                             .linux_note = true};
-}
-
 static void test_elf_pvh(void **state)
 {
     for (int is_64 = 0; is_64 < 2; is_64++) {
-        struct elf_spec s = pvh_spec();
+        struct elf_spec s = image_linux_spec(LOAD);
         s.is_64 = is_64;
         struct image img = image_elf(&s);
         struct kernel k;
@@ -107,7 +95,7 @@ static void test_elf_pvh(void **state)
 
 static void test_elf_linux64(void **state)
 {
-    struct elf_spec s = pvh_spec();
+    struct elf_spec s = image_linux_spec(LOAD);
     s.pvh = s.linux_note = false;
     s.entry = LOAD + 0x200;
     struct image img = image_elf(&s);
@@ -123,7 +111,7 @@ static void test_elf_linux64(void **state)
 
 static void test_bss_is_zeroed(void **state)
 {
-    struct elf_spec s = pvh_spec();
+    struct elf_spec s = image_linux_spec(LOAD);
     struct image img = image_elf(&s);
     struct kernel k;
     assert_int_equal(memory_fill(&mem, LOAD, 0xff, 0x20000), 0);
@@ -220,7 +208,7 @@ static void test_multiboot_addresses(void **state)
 
 static void test_bad_elf(void **state)
 {
-    struct elf_spec good = pvh_spec(), s;
+    struct elf_spec good = image_linux_spec(LOAD), s;
     struct image img;
 
 #define BAD(change, text)               \
@@ -280,7 +268,7 @@ static void test_bad_elf(void **state)
 /* Notes of every wrong size must not be read past their segment, nor found where they are not. */
 static void test_bad_notes(void **state)
 {
-    struct elf_spec s = pvh_spec();
+    struct elf_spec s = image_linux_spec(LOAD);
     s.linux_note = false;
     struct image img = image_elf(&s);
     struct kernel k;
@@ -305,7 +293,7 @@ static const enum unpack_format packable[] = {UNPACK_NONE, UNPACK_GZIP, UNPACK_X
 static void test_bzimage(void **state)
 {
     for (size_t i = 0; i < ARRAY_SIZE(packable); i++) {
-        struct elf_spec s = pvh_spec();
+        struct elf_spec s = image_linux_spec(LOAD);
         struct image vmlinux = image_elf(&s);
         struct image img = image_bzimage(packable[i], vmlinux.data, vmlinux.size, MIB(8));
         struct kernel k;
@@ -358,7 +346,7 @@ static void test_bzimage_unknown_payload(void **state)
 /* The kernel reaches into the top of memory, where the payload is unpacked. */
 static void test_bzimage_tight(void **state)
 {
-    struct elf_spec s = pvh_spec();
+    struct elf_spec s = image_linux_spec(LOAD);
     s.paddr = RAM - SECOND_SEGMENT - SECOND_SIZE;
     s.entry = s.pvh_entry = (uint32_t)s.paddr;
     struct image vmlinux = image_elf(&s);
@@ -376,7 +364,7 @@ static void test_bzimage_tight(void **state)
 
 static void test_bad_bzimage(void **state)
 {
-    struct elf_spec s = pvh_spec();
+    struct elf_spec s = image_linux_spec(LOAD);
     struct image vmlinux = image_elf(&s);
 
 #define PATCH(bits, offset, value, text)                                                   \
@@ -502,7 +490,7 @@ static void test_files(void **state)
     int fd = mkstemp(path);
     assert_true(fd >= 0);
     file_refused(path, -EINVAL, "is empty");
-    struct elf_spec s = pvh_spec();
+    struct elf_spec s = image_linux_spec(LOAD);
     struct image img = image_elf(&s);
     assert_int_equal(write(fd, img.data, img.size), img.size);
     struct kernel k;

@@ -15,16 +15,14 @@
 #include <sys/stat.h>
 
 #include "backend/block/block.h"
-#include "backend/block/block_impl.h"
 #include "base/log.h"
 #include "base/util.h"
+#include "block_engines.h"
 #include "block_requests.h"
 
 /* Ends in the middle of a granule. */
 #define DISK_SIZE (MIB(3) + 3 * 512)
 #define MAX_REQUEST KIB(200)
-
-static const struct block_engine *engine; /* of this run */
 
 struct fixture {
     struct loop *loop;
@@ -409,9 +407,5 @@ int main(void)
         cmocka_unit_test_setup_teardown(copies_end_early, setup, teardown),
         cmocka_unit_test_setup_teardown(hands_over, setup, teardown),
     };
-    print_message("--- engine: the best of this host\n");
-    int failed = cmocka_run_group_tests(tests, NULL, NULL);
-    print_message("--- engine: threads\n");
-    engine = &block_engine_threads;
-    return failed + cmocka_run_group_tests(tests, NULL, NULL);
+    return RUN_WITH_EACH_ENGINE(tests);
 }

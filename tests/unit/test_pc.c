@@ -86,18 +86,6 @@ static struct image filled(size_t size, uint8_t byte)
     return img;
 }
 
-static struct elf_spec linux_spec(void)
-{
-    return (struct elf_spec){.is_64 = true,
-                             .paddr = LOAD,
-                             .filesz = 0x3000,
-                             .memsz = 0x8000,
-                             .entry = LOAD,
-                             .pvh = true,
-                             .pvh_entry = LOAD + 0x50,
-                             .linux_note = true};
-}
-
 static const uint8_t *guest(uint64_t gpa, size_t len)
 {
     const uint8_t *p = memory_map(&machine.memory, gpa, len);
@@ -145,7 +133,7 @@ static void check_range(const uint8_t *e, uint64_t base, uint64_t size, unsigned
 
 static void test_pvh(void **state)
 {
-    struct elf_spec spec = linux_spec();
+    struct elf_spec spec = image_linux_spec(LOAD);
     const char *initrds[] = {save("one", image_cpio("init", 1001)),
                              save("two", image_cpio("etc/passwd", 7))};
     cfg.kernel = save("vmlinux", image_elf(&spec));
@@ -189,7 +177,7 @@ static void test_pvh(void **state)
 /* Modules of a system that is not Linux stay apart. */
 static void test_pvh_modules(void **state)
 {
-    struct elf_spec spec = linux_spec();
+    struct elf_spec spec = image_linux_spec(LOAD);
     spec.linux_note = false;
     const char *initrds[] = {save("one", filled(5000, 1)), save("two", filled(1, 2))};
     cfg.kernel = save("other", image_elf(&spec));
@@ -276,7 +264,7 @@ static uint64_t walk(uint64_t cr3, uint64_t addr)
 
 static void test_linux64(void **state)
 {
-    struct elf_spec spec = linux_spec();
+    struct elf_spec spec = image_linux_spec(LOAD);
     struct image vmlinux = image_elf(&spec);
     const char *initrds[] = {save("one", image_cpio("init", 1001))};
     cfg.kernel = save("bzImage", image_bzimage(UNPACK_LZ4, vmlinux.data, vmlinux.size, MIB(8)));
@@ -329,7 +317,7 @@ static void load_refused(const char *text)
 
 static void test_refusals(void **state)
 {
-    struct elf_spec spec = linux_spec();
+    struct elf_spec spec = image_linux_spec(LOAD);
     static char long_line[2100];
     memset(long_line, 'x', 2048);
     const char *initrd = NULL;
@@ -434,7 +422,7 @@ static uint64_t digest(void)
 
 static void test_reset(void **state)
 {
-    struct elf_spec spec = linux_spec();
+    struct elf_spec spec = image_linux_spec(LOAD);
     const struct pc_net net = {.mac = {2, 0, 0, 0, 0, 1}};
     cfg.nets = &net;
     cfg.net_count = 1;

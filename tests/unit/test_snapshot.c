@@ -25,11 +25,11 @@
 #include "base/util.h"
 #include "block_requests.h"
 #include "memory/missing.h"
+#include "tiny_kernel.h"
 #include "vm/config.h"
 #include "vm/snapshot.h"
 #include "vm/vm_internal.h"
 
-#define LOAD  0x100000u
 #define FIRST 0x200000u         /* the guest's counters: first of all pages, in order */
 #define PAGES 2048u
 
@@ -54,21 +54,6 @@ struct running {
     pthread_t thread;
     int status;
 };
-
-static void write_kernel(char path[])
-{
-    const uint32_t flags = 0x10000;
-    uint8_t image[256] = {0};
-    uint32_t header[8] = {0x1badb002, flags, 0u - 0x1badb002u - flags, LOAD, LOAD, LOAD + sizeof(image), 0,
-                          LOAD + sizeof(header)};
-    int fd = mkstemp(path);
-
-    memcpy(image, header, sizeof(header));
-    memcpy(image + sizeof(header), sweeping, sizeof(sweeping));
-    assert_true(fd >= 0);
-    assert_int_equal(write(fd, image, sizeof(image)), sizeof(image));
-    close(fd);
-}
 
 static void *run(void *opaque)
 {
@@ -101,7 +86,7 @@ static void start_with(struct running *r, const char *engine, const char *disk_p
     int status, fd;
 
     snprintf(r->kernel, sizeof(r->kernel), "%s/kernel-XXXXXX", data_folder);
-    write_kernel(r->kernel);
+    tiny_kernel_write(r->kernel, sweeping, sizeof(sweeping));
     snprintf(r->disk, sizeof(r->disk), "%s/disk-XXXXXX", data_folder);
     fd = mkstemp(r->disk);
     assert_int_equal(ftruncate(fd, MIB(16)), 0);

@@ -9,6 +9,8 @@
 #include "isa/x86/cpuid.h"
 #include "isa/x86/system.h"
 
+#define RUN RUN_SYSTEM
+
 static int setup(void **state)
 {
     struct guest *g;
@@ -21,17 +23,6 @@ static int setup(void **state)
     guest_put(g, GUEST_TSS + 102, 0x68, 2);                    /* no bit map of port permissions */
     return 0;
 }
-
-/* Runs one instruction; the vector raised, or -1. */
-static int run(struct guest *g, const char *bytes, unsigned len)
-{
-    struct x86_insn insn = guest_insn(g, bytes, len);
-    x86_semantics_fn *fn = x86_system_semantics(&insn);
-
-    assert_non_null(fn);
-    return RAISED(g, fn(&g->cpu, &insn));
-}
-#define RUN(g, bytes) run(g, bytes, sizeof(bytes) - 1)
 
 static void set_iopl(struct guest *g, unsigned iopl)
 {
@@ -241,7 +232,7 @@ static int64_t look(struct guest *g, const char *bytes, unsigned selector)
 {
     g->cpu.s.gpr[RCX] = selector;
     g->cpu.s.gpr[RAX] = 0xffffffff5a5a5a5a;
-    assert_int_equal(run(g, bytes, 3), -1);
+    assert_int_equal(guest_run_system(g, bytes, 3), -1);
     if (x86_rflags(&g->cpu) & RFLAGS_ZF)
         return (int64_t)g->cpu.s.gpr[RAX];
     assert_int_equal(g->cpu.s.gpr[RAX], 0xffffffff5a5a5a5a);
@@ -589,7 +580,7 @@ static void privileged(void **state)
     g->cpu.s.gpr[RBX] = USER_CODE;
     guest_enter_user(g, true);
     for (unsigned i = 0; i < ARRAY_SIZE(list); i++)
-        assert_int_equal(run(g, list[i].bytes, list[i].len), X86_GP);
+        assert_int_equal(guest_run_system(g, list[i].bytes, list[i].len), X86_GP);
     assert_int_equal(RUN(g, "\x0f\x0b"), X86_UD);
     assert_int_equal(RUN(g, "\x0f\xaa"), X86_UD);
     assert_int_equal(RUN(g, "\x0f\x01\xc8"), X86_UD);
@@ -687,7 +678,7 @@ static void enter_as_on_the_host(void **state)
         }
         g->cpu.s.gpr[RSP] = at + 2048;
         g->cpu.s.gpr[RBP] = at + 3072;
-        assert_int_equal(run(g, bytes, 4), -1);
+        assert_int_equal(guest_run_system(g, bytes, 4), -1);
         assert_int_equal(g->cpu.s.gpr[RSP] - at, out_sp - (uint64_t)stack);
         assert_int_equal(g->cpu.s.gpr[RBP] - at, out_bp - (uint64_t)stack);
         /* Addresses on the stacks differ as the stacks do. */

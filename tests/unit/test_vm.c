@@ -14,30 +14,14 @@
 
 #include "base/state.h"
 #include "base/util.h"
+#include "tiny_kernel.h"
 #include "vm/config.h"
 #include "vm/vm_internal.h"
 
-#define LOAD    0x100000u
 #define COUNTER 0x200000u /* u32 */
 
 /* 32-bit: again: inc [COUNTER]; jmp again */
 static const uint8_t counting[] = {0xff, 0x05, 0x00, 0x00, 0x20, 0x00, 0xeb, 0xf8};
-
-/* A Multiboot kernel (specification 0.6.96 §3.1, with addresses) of this code; the path is the caller's to remove. */
-static void write_kernel(char path[], const uint8_t *code, size_t len)
-{
-    const uint32_t flags = 0x10000;
-    uint8_t image[256] = {0};
-    uint32_t header[8] = {0x1badb002, flags, 0u - 0x1badb002u - flags, LOAD, LOAD, LOAD + sizeof(image), 0,
-                          LOAD + sizeof(header)};
-    int fd = mkstemp(path);
-
-    memcpy(image, header, sizeof(header));
-    memcpy(image + sizeof(header), code, len);
-    assert_true(fd >= 0);
-    assert_int_equal(write(fd, image, sizeof(image)), sizeof(image));
-    close(fd);
-}
 
 struct running {
     char kernel[40];
@@ -59,7 +43,7 @@ static void start(struct running *r, const char *engine, bool held)
     int status;
 
     strcpy(r->kernel, "/tmp/ringfort-vm-test-XXXXXX");
-    write_kernel(r->kernel, counting, sizeof(counting));
+    tiny_kernel_write(r->kernel, counting, sizeof(counting));
     assert_int_equal(vm_config_init(&r->config), 0);
     assert_int_equal(vm_config_set_flag(&r->config, "kernel", r->kernel), 0);
     assert_int_equal(vm_config_set_flag(&r->config, "memory", "16M"), 0);
@@ -206,7 +190,7 @@ static void test_reset_while_held(void **state)
     assert_int_not_equal(counter(&r), 0);
     uint64_t rip = 0;
     machine_raise(&r.vm->machine, MACHINE_RESET, 0);
-    for (unsigned i = 0; i < 20000 && rip != LOAD + 32; i++) {
+    for (unsigned i = 0; i < 20000 && rip != TINY_KERNEL_LOAD + 32; i++) {
         struct x86_state s;
         nap();
         pthread_mutex_lock(&r.vm->life);
@@ -214,7 +198,7 @@ static void test_reset_while_held(void **state)
         pthread_mutex_unlock(&r.vm->life);
         rip = s.rip;
     }
-    assert_int_equal(rip, LOAD + 32);
+    assert_int_equal(rip, TINY_KERNEL_LOAD + 32);
     assert_stands(&r);
     assert_int_equal(vm_resume(r.vm, VM_HOLD_USER), 0);
     await_progress(&r);

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "isa/x86/system.h"
+
 static uint64_t device_read(void *opaque, uint64_t offset, unsigned size)
 {
     struct guest *g = opaque;
@@ -317,4 +319,13 @@ struct x86_insn guest_insn(struct guest *g, const void *bytes, unsigned len)
     assert_int_equal(x86_decode(&insn, bytes, len, g->cpu.code_size, &gp), 0);
     g->cpu.next_rip = g->cpu.s.rip + insn.length;
     return insn;
+}
+
+int guest_run_system(struct guest *g, const char *bytes, unsigned len)
+{
+    struct x86_insn insn = guest_insn(g, bytes, len);
+    x86_semantics_fn *fn = x86_system_semantics(&insn);
+
+    assert_non_null(fn);
+    return RAISED(g, fn(&g->cpu, &insn));
 }

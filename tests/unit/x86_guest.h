@@ -153,5 +153,8 @@ void guest_gate(struct guest *g, unsigned vector, unsigned selector, uint64_t of
 
 /* Decodes the instruction at s.rip's bytes as given and makes next_rip follow it. */
 struct x86_insn guest_insn(struct guest *g, const void *bytes, unsigned len);
+/* Runs one of isa/x86/system.h's instructions; the vector raised, or -1. */
+int guest_run_system(struct guest *g, const char *bytes, unsigned len);
+#define RUN_SYSTEM(g, bytes) guest_run_system(g, bytes, sizeof(bytes) - 1)
 
 #endif
