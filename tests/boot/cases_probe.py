@@ -19,19 +19,13 @@ PARTS = os.environ.get("PROBE_PARTS", "")
 
 
 def program(folder):
-    """An initramfs that adds /probe to the usual one."""
-    tree = folder / "tree"
-    tree.mkdir()
-    subprocess.run(["gcc", "-std=gnu17", "-O2", "-mno-red-zone", "-fno-strict-aliasing", "-static", "-pthread", "-o", tree / "probe",
-                    *sorted((machine.ROOT / "tests/boot/probe").glob("*.c"))], check=True)
-    extra = folder / "probe.cpio"
-    with open(extra, "wb") as out:
-        subprocess.run(["cpio", "--quiet", "-o", "-H", "newc"], input=b"probe\n", stdout=out, cwd=tree, check=True)
-    return extra
+    """An initramfs that adds probe to the usual one."""
+    return machine.programs(folder, "probe", sources=sorted((machine.ROOT / "tests/boot/probe").glob("*.c")),
+                            flags=("-mno-red-zone", "-fno-strict-aliasing"))
 
 
 def probe(folder, extra, name, *args, parts="", cmdline="", engine="translate"):
-    with busybox(folder, "--initrd", extra, *args, command=f"/probe {TIME} {PARTS or parts}", cmdline=cmdline, engine=engine, name=name) as m:
+    with busybox(folder, "--initrd", extra, *args, command=f"/bin/probe {TIME} {PARTS or parts}", cmdline=cmdline, engine=engine, name=name) as m:
         m.expect(r"^RF: command begins", 60)
         found = m.expect(r"WRONG.*\n|^RF: command ends with status \d+|Kernel panic.*\n", 120 + 40 * int(TIME) // 1000)
         check(found.group().endswith(" 0"), f"it says:\n{m.console[-1500:]}")

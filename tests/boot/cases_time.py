@@ -30,16 +30,6 @@ CONSOLE_S = 0.003
 DATE_S = 0.55
 
 
-def program(folder):
-    tree = folder / "tree"
-    tree.mkdir()
-    subprocess.run(["gcc", "-std=gnu17", "-O2", "-static", "-pthread", "-o", tree / "timing", machine.ROOT / "tests/boot/timing.c"],
-                   check=True)
-    with open(folder / "timing.cpio", "wb") as out:
-        subprocess.run(["cpio", "--quiet", "-o", "-H", "newc"], input=b"timing\n", stdout=out, cwd=tree, check=True)
-    return tree / "timing", folder / "timing.cpio"
-
-
 def used(pid):
     """Of all threads so far: processor seconds, voluntary switches, seconds of waiting for a processor."""
     seconds = switches = waited = 0
@@ -119,11 +109,11 @@ def slept(m):
 
 @case(180 + 3 * SECONDS, alone=True, parts=True)
 def time_in_guest(report, folder):
-    binary, extra = program(folder)
-    loads = subprocess.run([binary, "loads"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    extra = machine.programs(folder, "timing")
+    loads = subprocess.run([folder / "programs/bin/timing", "loads"], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     rounds = " ".join(map(str, range(ROUNDS)))
-    command = (f"for i in {rounds}; do /timing late 100; for l in {' '.join(loads)}; do /timing under $l 40; done; done; echo late ends; "
-               f"echo sleeps; sleep 2; echo slept; /timing stamps {SECONDS} loop; echo stamps end; "
+    command = (f"for i in {rounds}; do /bin/timing late 100; for l in {' '.join(loads)}; do /bin/timing under $l 40; done; done; echo late ends; "
+               f"echo sleeps; sleep 2; echo slept; /bin/timing stamps {SECONDS} loop; echo stamps end; "
                f"echo idle begins; sleep {SECONDS + 3}; echo idle ends")
     with busybox(folder, "--initrd", extra, command=command) as m:
         start = m.expect(r"^RF: command begins", 150).end()
@@ -147,9 +137,9 @@ def time_by_tsc(folder):
     with open("/proc/cpuinfo", encoding="ascii") as f:
         if "GenuineIntel" not in f.read():
             raise Skipped("only Intel's processors say it")
-    _, extra = program(folder)
+    extra = machine.programs(folder, "timing")
     with busybox(folder, "--initrd", extra, cmdline="no-kvmclock",
-                 command=f"cat /sys/devices/system/clocksource/clocksource0/current_clocksource; /timing stamps {SECONDS} loop; echo stamps end") as m:
+                 command=f"cat /sys/devices/system/clocksource/clocksource0/current_clocksource; /bin/timing stamps {SECONDS} loop; echo stamps end") as m:
         start = m.expect(r"^RF: command begins", 150).end()
         m.expect(r"^tsc\s", 30, start)
         m.expect(r"^stamps end", SECONDS + 60, start)

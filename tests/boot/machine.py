@@ -85,6 +85,19 @@ def script(name, *args):
     return Path(lines[-1]) if lines else None
 
 
+def programs(folder, *names, sources=None, flags=()):
+    """Static programs in folder/programs/bin, each of tests/boot/NAME.c or of sources, and an archive that adds them to an initramfs."""
+    root, archive = folder / "programs", folder / "programs.cpio"
+    (root / "bin").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        subprocess.run(["gcc", "-std=gnu17", "-O2", *flags, "-static", "-pthread", "-o", root / "bin" / name,
+                        *(sources or [ROOT / f"tests/boot/{name}.c"])], check=True)
+    with open(archive, "wb") as out:
+        subprocess.run(["cpio", "--quiet", "-o", "-H", "newc"], input="\n".join([".", "bin", *(f"bin/{n}" for n in names), ""]).encode(),
+                       stdout=out, cwd=root, check=True)
+    return archive
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

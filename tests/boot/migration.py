@@ -19,19 +19,6 @@ from machine import check, ringfort, script
 ENGINES = ("interp", "translate")
 
 
-def guest_image(folder):
-    """An initrd with memcheck and diskcheck, to be joined with that of busybox."""
-    root = folder / "root"
-    (root / "bin").mkdir(parents=True, exist_ok=True)
-    programs = ("memcheck", "diskcheck")
-    for name in programs:
-        subprocess.run(["gcc", "-O2", "-static", "-o", root / "bin" / name, machine.ROOT / f"tests/boot/{name}.c"], check=True)
-    archive = folder / "memcheck.cpio"
-    with open(archive, "wb") as out:
-        subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input="\n".join([".", "bin", *(f"bin/{p}" for p in programs), ""]).encode(), stdout=out, cwd=root, check=True)
-    return archive
-
-
 class Journey:
     """
     One guest on its way through many processes.
@@ -44,7 +31,7 @@ class Journey:
         self.random = random.Random(seed)
         self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "XDG_STATE_HOME": str(folder),
                             "XDG_DATA_HOME": str(folder / "data")}
-        self.image = guest_image(folder)
+        self.image = machine.programs(folder, "memcheck", "diskcheck")
         self.count, self.checked, self.current = 0, 0, None
         self.pids = set()
 
