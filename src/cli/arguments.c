@@ -197,6 +197,12 @@ static int given_twice(const char *flag)
     return VM_STATUS_USAGE;
 }
 
+static int empty_value(const char *flag)
+{
+    log_error("--%s: needs a value that is not empty", flag);
+    return VM_STATUS_USAGE;
+}
+
 /* First way through the arguments: all flags are known, and the verb's own are stored. */
 static int read_own(char **args, const char *verb, const struct flag_list *list, const char **file)
 {
@@ -210,6 +216,8 @@ static int read_own(char **args, const char *verb, const struct flag_list *list,
         if (strcmp(option.name, config_flag.name) == 0) {
             if (*file)
                 return given_twice(option.name);
+            if (!*value)
+                return empty_value(option.name);
             *file = value;
         }
         for (unsigned i = 0; i < list->own_count; i++) {
@@ -218,6 +226,8 @@ static int read_own(char **args, const char *verb, const struct flag_list *list,
                 continue;
             if (own->given && value)
                 return given_twice(option.name);
+            if (value && !*value)
+                return empty_value(option.name);
             own->given = true;
             own->value = value;
         }

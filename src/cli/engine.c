@@ -3,6 +3,8 @@
 
 #include "cli/cli.h"
 #include "cli/verb.h"
+#include "vm/config.h"
+#include "vm/status.h"
 
 static const char help[] =
     "Usage: ringfort engine NAME interp|translate|kvm|auto [-o text|json]\n\n"
@@ -10,6 +12,18 @@ static const char help[] =
     "does not notice otherwise. 'ringfort host' shows which engines this host has.\n\n"
     "  -o, --output FORMAT  text (default) or json: engine, pause_ms\n"
     "  --help               show this text\n";
+
+/* 0 or the exit status (logged). */
+static int check_engine(const char *name)
+{
+    struct vm_config config;
+    int err = vm_config_init(&config);
+
+    if (!err)
+        err = vm_config_set_flag(&config, "engine", name);
+    vm_config_destroy(&config);
+    return vm_status_of(err);
+}
 
 int cli_engine(char **args)
 {
@@ -19,7 +33,7 @@ int cli_engine(char **args)
     char line[256];
     int status;
 
-    if (!verb_parse(&v, args, &status) ||
+    if (!verb_parse(&v, args, &status) || (status = check_engine(v.words[1])) ||
         !verb_job(&v, "/v1/engine", json_pack("{s:s}", "engine", v.words[1]), &m, &answer, &status))
         return status;
     const char *engine = json_string_value(json_object_get(answer, "engine"));

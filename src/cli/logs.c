@@ -162,13 +162,13 @@ int cli_logs(char **args)
     struct verb v = {.name = "logs", .min_words = 1, .max_words = 1, .what = "NAME", .help = help, .flags = flags};
     struct registry_entry m;
     struct text text = {0};
-    uint64_t lines = UINT64_MAX;
+    uint64_t lines = 1000;
     char path[4096];
     int status;
 
     if (!verb_parse(&v, args, &status))
         return status;
-    status = verb_number(&v, &flags[0], 0, UINT64_MAX, &lines);
+    status = verb_number(&v, &flags[0], 0, 1000000000, &lines);
     if (status)
         return status;
     const char *what = flags[1].given ? "log" : "console", *name = v.words[0];
@@ -187,7 +187,7 @@ int cli_logs(char **args)
         status = verb_machine(&v, &m);
     }
     if (!status) {
-        if (lines != UINT64_MAX && text.len)
+        if (flags[0].given && text.len)
             keep_last_lines(&text, lines);
         status = print(&v, name, flags[1].given ? "messages" : "console", &text);
     }

@@ -1,8 +1,10 @@
 /* The `ringfort` command: finds the verb. */
 #include "cli/cli.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/clock.h"
 #include "base/log.h"
@@ -48,11 +50,26 @@ static int print_help(void)
     return cli_print(text);
 }
 
+/*
+ * Who was started without one of the three would open its next file (a lock, a disk) under that number, and messages and
+ * console output would go into it. What is put there instead reads as empty and cannot be written, which is then said.
+ */
+static void fill_standard_fds(void)
+{
+    int fd;
+
+    while ((fd = open("/dev/null", O_RDONLY)) >= 0 && fd <= STDERR_FILENO)
+        ;
+    if (fd >= 0)
+        close(fd);
+}
+
 int main(int argc, char **argv)
 {
     const char *names[ARRAY_SIZE(verbs) + 2] = {NULL};
     const char *name = argc > 1 ? argv[1] : "";
 
+    fill_standard_fds();
     tsc_frequency_begin();
     for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++) {
         names[i] = verbs[i].name;

@@ -93,7 +93,7 @@ static int cli_rate(const char *flag, const char *text, uint64_t *out)
     errno = 0;
     v = strtoull(text, &end, 10);
     unit = *end ? strchr(units, *end) : NULL;
-    if (errno || end == text || *text == '-' || (*end && (!unit || end[1])) ||
+    if (errno || end == text || *text == '-' || !v || (*end && (!unit || end[1])) ||
         (unit && v > (UINT64_MAX / 1000) >> (10 * (unit - units + 1)))) {
         log_error("%s: %s is not a number of bytes per second; did you mean %s 100M?", flag, config_quote(text), flag);
         return VM_STATUS_USAGE;
@@ -119,10 +119,8 @@ static int arguments(const struct verb *v, const struct verb_flag *flags, json_t
         log_error("migrate: --post-copy is auto, never or now, not %s", config_quote(flags[3].value));
         status = VM_STATUS_USAGE;
     }
-    if (!status && flags[4].given && !realpath(flags[4].value, tls)) {
-        log_error("migrate: --tls %s: %s", config_quote(flags[4].value), strerror(errno));
-        status = VM_STATUS_USAGE;
-    }
+    if (!status && flags[4].given)
+        status = verb_folder(v, &flags[4], tls);
     if (status)
         return status;
     json_object_set_new(args, "to", json_string(to));

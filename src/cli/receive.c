@@ -148,13 +148,13 @@ int cli_receive(char **args)
                                  { .name = "--engine", .form = "ENGINE" },    { .name = "--console", .form = "CONSOLE" },
                                  { .name = "--net", .form = "KIND" },         { .name = "--log-level", .form = "LEVEL" },
                                  { 0 } };
-    struct verb v = { .name = "receive", .min_words = 1, .max_words = 1, .what = "NAME", .help = help, .flags = flags };
+    struct verb v = { .name = "receive", .min_words = 1, .max_words = 1, .what = "NAME --listen ADDRESS", .help = help, .flags = flags };
     const char *given[ARRAY_SIZE(flags)][2] = { { NULL } };
     struct vm_reception_options opt = { .flags = (const char *const (*)[2])given };
     struct detach detach = { .ready_fd = -1 };
     char error[CHANNEL_ERROR_MAX];
     struct vm_config config;
-    char disks[PATH_MAX];
+    char disks[PATH_MAX], tls[PATH_MAX];
     unsigned n = 0;
     int status;
 
@@ -189,11 +189,12 @@ int cli_receive(char **args)
         return status;
     opt.name = v.words[0];
     opt.target.listen = flags[0].value;
-    opt.target.tls_dir = flags[1].given ? flags[1].value : NULL;
-    if (flags[3].given && !realpath(flags[3].value, disks)) {
-        log_error("receive: --disks %s: %s", config_quote(flags[3].value), strerror(errno));
-        return VM_STATUS_USAGE;
-    }
+    opt.target.tls_dir = flags[1].given ? tls : NULL;
+    status = flags[3].given ? verb_folder(&v, &flags[3], disks) : 0;
+    if (!status && flags[1].given)
+        status = verb_folder(&v, &flags[1], tls);
+    if (status)
+        return status;
     opt.disks = flags[3].given ? disks : NULL;
     if (flags[2].given && detach_begin(&detach, v.words[0], &status))
         return status;

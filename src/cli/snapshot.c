@@ -12,6 +12,7 @@
 #include "vm/config.h"
 #include "vm/config_value.h"
 #include "vm/snapshot.h"
+#include "vm/snapshot_store.h"
 #include "vm/status.h"
 #include "vm/suggest.h"
 
@@ -70,7 +71,7 @@ static int save(char **args)
     char line[256];
     int status;
 
-    if (!verb_parse(&v, args, &status) ||
+    if (!verb_parse(&v, args, &status) || (status = vm_status_of(snapshot_check_name(v.words[1]))) ||
         !verb_job(&v, "/v1/snapshot", json_pack("{s:s, s:b}", "name", v.words[1], "compress", (int)flags[0].given), &m, &answer,
                   &status))
         return status;

@@ -247,7 +247,7 @@ int cli_top(char **args)
         return status;
     status = verb_number(&v, &flags[0], 1, 3600, &interval);
     if (!status)
-        status = verb_number(&v, &flags[1], 1, UINT64_MAX, &count);
+        status = verb_number(&v, &flags[1], 1, 1000000000, &count);
     if (status)
         return status;
     bool live = !v.json && isatty(STDOUT_FILENO), endless = live && !flags[1].given;

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "base/log.h"
 #include "base/util.h"
@@ -112,6 +113,16 @@ int verb_number(const struct verb *v, const struct verb_flag *f, uint64_t min, u
     }
     *out = n;
     return 0;
+}
+
+int verb_folder(const struct verb *v, const struct verb_flag *f, char out[PATH_MAX])
+{
+    struct stat st;
+    int err = !realpath(f->value, out) || stat(out, &st) < 0 ? -errno : S_ISDIR(st.st_mode) ? 0 : -ENOTDIR;
+
+    if (err)
+        log_error("%s: %s %s: %s; give a folder", v->name, f->name, config_quote(f->value), strerror(-err));
+    return vm_status_of(err);
 }
 
 int verb_machine(const struct verb *v, struct registry_entry *out)

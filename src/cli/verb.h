@@ -7,6 +7,7 @@
 #define RINGFORT_CLI_VERB_H
 
 #include <jansson.h>
+#include <limits.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -38,6 +39,8 @@ struct verb {
 bool verb_parse(struct verb *v, char **args, int *status);
 /* A flag's value as a number in min...max; *out keeps its value when the flag was not given. 0 or the exit status (logged). */
 int verb_number(const struct verb *v, const struct verb_flag *f, uint64_t min, uint64_t max, uint64_t *out);
+/* The absolute name of the folder that the flag, which is given, names. 0 or the exit status (logged). */
+int verb_folder(const struct verb *v, const struct verb_flag *f, char out[PATH_MAX]);
 /* The machine that words[0] means. 0 or the exit status (logged). */
 int verb_machine(const struct verb *v, struct registry_entry *out);
 

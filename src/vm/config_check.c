@@ -4,7 +4,6 @@
  */
 #include "vm/config.h"
 
-#include <ctype.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,7 +19,6 @@
 #include "device/serial.h"
 #include "device/testdev.h"
 #include "vm/config_value.h"
-#include "vm/control/registry.h"
 
 /* One use of a file. */
 struct file_use {
@@ -261,24 +259,6 @@ static void fill_macs(struct vm_config *c)
     }
 }
 
-/* The nearest name that is one. */
-static void suggest_name(const char *name, char out[REGISTRY_MAX_NAME + 1])
-{
-    size_t n = 0;
-    for (; *name && n < REGISTRY_MAX_NAME; name++) {
-        bool good = isalnum((unsigned char)*name) || (n && strchr("._-", *name));
-        if (good)
-            out[n++] = *name;
-        else if (n && out[n - 1] != '-')
-            out[n++] = '-';
-    }
-    while (n && out[n - 1] == '-')
-        n--;
-    out[n] = 0;
-    if (!n)
-        strcpy(out, "vm");
-}
-
 int vm_config_finish(struct vm_config *c)
 {
     unsigned pci = c->disk_count + c->net_count;
@@ -294,14 +274,6 @@ int vm_config_finish(struct vm_config *c)
     if (!c->name && asprintf(&c->name, "vm-%d", (int)getpid()) < 0) {
         c->name = NULL;
         return -ENOMEM;
-    }
-    if (!registry_name_valid(c->name)) {
-        char fixed[REGISTRY_MAX_NAME + 1];
-        suggest_name(c->name, fixed);
-        log_error("--name: %s is not a name of 1...%d letters, digits, '.', '_' and '-', the first a letter or "
-                  "digit; did you mean --name %s?",
-                  config_quote(c->name), REGISTRY_MAX_NAME, fixed);
-        return -EINVAL;
     }
     fill_macs(c);
     int r = check_files(c);

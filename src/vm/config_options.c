@@ -9,6 +9,7 @@
 #include "vm/config_options.h"
 
 #include <assert.h>
+#include <ctype.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +20,7 @@
 #include "engine/engine.h"
 #include "engine/interp/trace_options.h"
 #include "isa/x86/cpuid.h"
+#include "vm/control/registry.h"
 
 #define MAX_NAMES 24
 
@@ -88,20 +90,32 @@ STRING_OPTION(kernel, false)
 STRING_OPTION(cmdline, true)
 STRING_OPTION(stats, false)
 
+/* The nearest name that is one. */
+static void suggest_name(const char *name, char out[REGISTRY_MAX_NAME + 1])
+{
+    size_t n = 0;
+    for (; *name && n < REGISTRY_MAX_NAME; name++) {
+        bool good = isalnum((unsigned char)*name) || (n && strchr("._-", *name));
+        if (good)
+            out[n++] = *name;
+        else if (n && out[n - 1] != '-')
+            out[n++] = '-';
+    }
+    while (n && out[n - 1] == '-')
+        n--;
+    out[n] = 0;
+    if (!n)
+        strcpy(out, "server1");
+}
+
 static int set_name(struct vm_config *c, const struct config_origin *o, const json_t *v)
 {
     const char *text = json_string_value(v);
-    static const char allowed[] =
-        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-";
-    if (text && (!*text || strlen(text) > 64 || text[strspn(text, allowed)])) {
-        char form[65];
-        size_t n = 0;
-        for (; *text && n < 64; text++)
-            form[n++] = strchr(allowed, *text) ? *text : '-';
-        form[n] = 0;
-        return config_bad(
-            o, "a name is 1 to 64 letters, digits, dots, dashes and underscores; did you mean %s?",
-            config_form(o, n ? form : "server1"));
+    if (text && !registry_name_valid(text)) {
+        char fixed[REGISTRY_MAX_NAME + 1];
+        suggest_name(text, fixed);
+        return config_bad(o, "%s is not a name of 1...%d letters, digits, '.', '_' and '-', the first a letter or digit; "
+                          "did you mean %s?", config_quote(text), REGISTRY_MAX_NAME, config_form(o, fixed));
     }
     c->name_given = true;
     return config_string(o, v, false, &c->name);

@@ -101,12 +101,21 @@ int config_string(const struct config_origin *o, const json_t *v, bool empty, ch
     return 0;
 }
 
+/* Several values where there is one, as in "tier=1,tier=2": true (logged). */
+static bool several_values(const struct config_origin *o, const char *sub, const json_t *v)
+{
+    if (!sub || !json_is_array(v))
+        return false;
+    config_bad(o, "%s takes one value; leave the others out", sub);
+    return true;
+}
+
 int config_choice(const struct config_origin *o, const char *sub, const json_t *v, const char *what,
                   const char *const *names, unsigned *out)
 {
     const char *text = json_string_value(v);
     if (!text)
-        return config_bad(o, "%s is not %s", shown(sub, v), what);
+        return several_values(o, sub, v) ? -EINVAL : config_bad(o, "%s is not %s", shown(sub, v), what);
     for (unsigned i = 0; names[i]; i++) {
         if (strcmp(text, names[i]) == 0) {
             *out = i;
@@ -133,7 +142,7 @@ int config_bool(const struct config_origin *o, const char *sub, const json_t *v,
     else if (text && strcmp(text, "off") == 0)
         *out = false;
     else
-        return config_bad(o, "%s is neither on nor off; did you mean %s=on?", shown(sub, v), sub);
+        return several_values(o, sub, v) ? -EINVAL : config_bad(o, "%s is neither on nor off; did you mean %s=on?", shown(sub, v), sub);
     return 0;
 }
 
@@ -163,6 +172,8 @@ int config_uint(const struct config_origin *o, const char *sub, const json_t *v,
         *out = value;
         return 0;
     }
+    if (several_values(o, sub, v))
+        return -EINVAL;
     char nearest[64], range[64];
     /* Ports have hexadecimal numbers, times and counts have not. */
     bool port = sub && strcmp(sub, "iobase") == 0;
@@ -286,11 +297,11 @@ int config_only_keys(const struct config_origin *o, const json_t *object, const 
         if (nearest)
             return config_bad(o, "%s has no option %s; did you mean %s?", what, config_quote(key),
                               nearest);
-        char all[128] = "";
+        char all[256] = "";
         for (size_t n = 0, k = 0; keys[k] && n < sizeof(all); k++)
             n += (size_t)snprintf(all + n, sizeof(all) - n, "%s%s", k ? ", " : "", keys[k]);
-        return config_bad(o, "%s has no option %s; there %s", what, config_quote(key),
-                          all[0] ? config_quote(all) : "are none");
+        return config_bad(o, "%s has no option %s; there are%s %s", what, config_quote(key), all[0] ? ":" : "",
+                          all[0] ? all : "none");
     }
     return 0;
 }
@@ -358,7 +369,8 @@ int config_object(const struct config_origin *o, const json_t *v, const char *wh
             if (!nearest && first)
                 nearest = keys[0];
             char form[256];
-            if (nearest && first)
+            /* A value without its name, and not a name without its value. */
+            if (nearest && first && *part && *part != ',' && !equals && strcmp(part, nearest) != 0)
                 snprintf(form, sizeof(form), "; did you mean %s=%.80s?", nearest, part);
             else if (nearest)
                 snprintf(form, sizeof(form), "; did you mean %s=...?", nearest);

@@ -886,7 +886,8 @@ int devtest_serve(struct machine *m, const char *path)
     int ret = 0, listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (listener < 0 || bind(listener, (struct sockaddr *)&addr, sizeof(addr)) || listen(listener, 1)) {
         ret = -errno;
-        log_error("cannot listen at %s: %s", path, strerror(-ret));
+        log_error("cannot listen at %s: %s%s", path, strerror(-ret),
+                  ret == -EADDRINUSE ? "; a file of that name is there: remove it, or give another path" : "");
         if (listener >= 0)
             close(listener);
         return ret;

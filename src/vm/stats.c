@@ -4,7 +4,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
-#include <libgen.h>
 #include <poll.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -56,6 +55,14 @@ static void on_timer(void *opaque, int fd, short revents)
         resident_note();
 }
 
+/* The figures are written under this name first, so that there are never half of them under the other. NULL: out of memory. */
+static char *temporary_name(const struct vm_stats *s)
+{
+    char *name;
+
+    return asprintf(&name, "%s.new-%d", s->file, (int)getpid()) < 0 ? NULL : name;
+}
+
 /* That the file can be written at the end: found out before the guest has run for a day. */
 static int check_file(struct vm_stats *s)
 {
@@ -68,12 +75,17 @@ static int check_file(struct vm_stats *s)
         else if (access(s->file, W_OK) < 0)
             r = -errno;
     } else {
-        char *copy = strdup(s->file);
-        if (!copy)
+        char *name = temporary_name(s);
+        if (!name)
             return -ENOMEM;
-        if (access(dirname(copy), W_OK | X_OK) < 0)
+        int fd = open(name, O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
+        if (fd < 0)
             r = -errno;
-        free(copy);
+        else
+            unlink(name);
+        if (fd >= 0)
+            close(fd);
+        free(name);
     }
     if (r < 0)
         log_error("--stats: cannot write %s: %s", s->file, strerror(-r));
@@ -220,13 +232,12 @@ static int write_all(int fd, const char *text, size_t len)
 
 static int write_file(const struct vm_stats *s, const char *text)
 {
-    char *name = NULL;
+    char *name = s->direct ? strdup(s->file) : temporary_name(s);
     int r;
-    if (s->direct ? !(name = strdup(s->file))
-                  : asprintf(&name, "%s.new-%d", s->file, (int)getpid()) < 0)
+    if (!name)
         return -ENOMEM;
-    int fd = open(name, s->direct ? O_WRONLY | O_CLOEXEC : O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC,
-                  0666);
+    /* A pipe that nobody reads must not hold up the end. */
+    int fd = open(name, s->direct ? O_WRONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY : O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     r = fd < 0 ? -errno : write_all(fd, text, strlen(text));
     if (fd >= 0 && close(fd) < 0 && r == 0)
         r = -errno;

@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import tempfile
+import time
 import unittest
 
 RINGFORT = os.environ["RINGFORT"]
@@ -74,6 +75,7 @@ class Usage(Surface):
             (["--print-config=yes"], "--print-config takes no value"),
             (["--cpus", "1", "--cpus", "2"], "--cpus: is given twice"),
             (["--config", "a", "--config", "b"], "--config: is given twice"),
+            (["--config", ""], "--config: needs a value that is not empty"),
             ([], "--kernel is missing"),
         ):
             self.refused(["run", *args], part)
@@ -82,6 +84,16 @@ class Usage(Surface):
         self.refused(["host", "-o", "yaml"], "did you mean -o json?")
         self.refused(["host", "--outptu", "json"], "did you mean --output?")
         self.refused(["devtest", "--scoket", "x"], "did you mean --socket?")
+        self.refused(["devtest", "--socket", ""], "--socket: needs a value that is not empty")
+        self.refused(["logs", "x", "-n", "-5"], "did you mean --lines 1000?")
+        self.refused(["top", "-n", "0"], "did you mean --count 1?")
+        self.refused(["engine", "x", "translat"], "did you mean --engine translate?")
+
+    def test_names(self):
+        for name, meant in (("", "server1"), ("/", "server1"), ("-x", "x"), ("a/b", "a-b"), ("ä", "server1"), ("x" * 65, "x" * 64)):
+            for args in (["run", "--kernel", "k", "--name", name], ["receive", name, "--listen", "unix:s"]):
+                if args[0] == "run" or not name.startswith("-"):
+                    self.refused(args, f"did you mean --name {meant}?")
 
     def test_snapshot(self):
         for args, part in (
@@ -95,6 +107,7 @@ class Usage(Surface):
             (["restore", "../x"], "cannot be the name of a snapshot"),
             (["restore", "x", "--naem", "y"], "did you mean --name?"),
             (["rm", "nothing-of-this-name"], "'ringfort snapshot ls' shows"),
+            (["save", "a", "b/c"], "'b/c' cannot be the name of a snapshot"),
         ):
             self.refused(["snapshot", *args], part)
         self.refused(["engine", "a"], "ringfort engine NAME ENGINE")
@@ -116,8 +129,24 @@ class Usage(Surface):
             (["--device", "isa-debugexit"], "did you mean --device isa-debug-exit?"),
             (["--console", "stdoi"], "did you mean stdio?"),
             (["--on-crash", "exti"], "did you mean --on-crash exit?"),
+            (["--translate", "tier=1,tier=2"], "tier takes one value"),
+            (["--translate", "chain=on,chain=off"], "chain takes one value"),
+            (["--translate", "tier"], "did you mean tier=...?"),
+            (["--translate", "xyz=1"], "there are: tier, threshold,"),
         ):
             self.refused(["run", "--kernel", "k", *args], part)
+
+    def test_addresses_and_folders(self):
+        file = self.file("file")
+        for args, part in (
+            (["receive", "r"], "--listen is missing"),
+            (["receive"], "ringfort receive NAME --listen ADDRESS"),
+            (["receive", "r", "--listen", "x"], "tcp:HOST:PORT or unix:PATH"),
+            (["receive", "r", "--listen", "unix:" + "x" * 108], "1 to 107 characters"),
+            (["receive", "r", "--listen", "unix:s", "--disks", file], "Not a directory; give a folder"),
+            (["receive", "r", "--listen", "unix:s", "--tls", "none"], "No such file or directory; give a folder"),
+        ):
+            self.refused(args, part)
 
     def test_two_users_of_one_resource(self):
         disk = self.file("d.img", bytes(512))
@@ -141,6 +170,37 @@ class Usage(Surface):
                 r = ringfort(*args, stdout=full)
                 self.assertEqual(r.returncode, 5, args)
                 self.assertIn("No space left", r.stderr)
+
+
+class Descriptors(Surface):
+    """Who starts it may have closed any of the three standard descriptors: files do not get into their places."""
+
+    def test_closed(self):
+        disk, sock = self.file("d.img", bytes(4096)), self.folder / "s"
+        for closed in ((0,), (1,), (2,), (0, 1, 2)):
+            p = subprocess.Popen([RINGFORT, "devtest", "--socket", str(sock), "--disk", f"path={disk}"],
+                                 preexec_fn=lambda: [os.close(fd) for fd in closed])
+            try:
+                with socket.socket(socket.AF_UNIX) as s:
+                    end = time.monotonic() + 30
+                    while s.connect_ex(str(sock)):
+                        self.assertIsNone(p.poll())
+                        self.assertLess(time.monotonic(), end)
+                        time.sleep(0.01)
+                    files = {int(f.name): os.readlink(f) for f in pathlib.Path(f"/proc/{p.pid}/fd").iterdir()}
+                    self.assertIn(disk, files.values())
+                    for fd in closed:
+                        self.assertEqual(files[fd], "/dev/null", closed)
+                    s.sendall(b"quit\n")
+                    self.assertEqual(p.wait(30), 0)
+            finally:
+                p.kill()
+                p.wait()
+
+    def test_output_closed(self):
+        r = subprocess.run(["sh", "-c", '"$0" version >&-', RINGFORT], stderr=subprocess.PIPE, text=True, timeout=60)
+        self.assertEqual(r.returncode, 5)
+        self.assertRegex(r.stderr, r"\Aringfort: cannot write to standard output: [^\n]*\n\Z")
 
 
 class Help(Surface):
@@ -335,6 +395,9 @@ class Machine(Surface):
             (["--kernel", self.kernel], self.kernel),
             (["--kernel", self.kernel, "--disk", "path=none.img"], "none.img"),
             (["--kernel", self.kernel, "--stats", "none/s.json"], "none/s.json"),
+            (["--kernel", self.kernel, "--stats", "s" * 300], "File name too long"),
+            (["--kernel", self.kernel, "--disk", "path=http://host/disk.img"], "nbd://HOST/EXPORT"),
+            (["--kernel", self.kernel, "--disk", "path=nbd+unix:///x?socket=none"], "No such file or directory"),
             (["--kernel", self.kernel, "--console", "file:none/log"], "none/log"),
         ):
             self.refused(["run", "--console", "none", *args] if "--console" not in args else ["run", *args], part)

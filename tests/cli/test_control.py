@@ -322,7 +322,7 @@ class Life(Machines):
         self.refused([*run, "--kernel", __file__], "test_control.py")
         self.refused([*run, "--kernel", self.guest, "--disk", "path=none.img"], "none.img")
         self.refused(["run", "--detach", "--kernel", self.guest, "--name", "a/b"], "did you mean --name a-b?")
-        self.refused(["run", "--detach", "--kernel", self.guest, "--name", "-"], "did you mean --name vm?")
+        self.refused(["run", "--detach", "--kernel", self.guest, "--name", "-"], "did you mean --name server1?")
         self.assertEqual(self.json("ls"), [])
         self.start("x")
         self.refused([*run, "--kernel", self.guest], "a machine named x runs already", status=3)

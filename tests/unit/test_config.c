@@ -213,7 +213,7 @@ static void test_numbers_and_names(void **state)
     refuse_flag("on-crash", "rest", "did you mean --on-crash reset?");
     refuse_flag("log-level", "verbose", "error, warn, info, debug");
     refuse_flag("name", "a b/c", "did you mean --name a-b-c?");
-    refuse_flag("name", "", "1 to 64 letters");
+    refuse_flag("name", "", "1...64 letters");
     refuse_flag("kernel", "", "not empty");
     refuse_json("{\"kernel\": 5}", "5 is not a string");
     refuse_flag("stats", "", "not empty");

@@ -456,6 +456,8 @@ static int open_file(struct block *b, const struct block_options *opt)
             hint = "; to use it without writing, add readonly=on";
         else if (err == EBUSY)
             hint = "; it is mounted or part of another device";
+        else if (err == ENOENT && strstr(opt->path, "://"))
+            hint = "; a disk is a file, a block device, or on an NBD server: nbd://HOST/EXPORT";
         log_error("disk %s: cannot open: %s%s", opt->path, strerror(err), hint);
         return -err;
     }

@@ -153,7 +153,8 @@ static struct nbd_handle *connect_begin(const struct nbd_disk *d, char error[ERR
     if (!r)
         return h;
     last_error(d, error);
-    *err = d->nbd->get_errno() ? -d->nbd->get_errno() : -EIO;
+    /* libnbd has no errno for what is wrong with the URI, as a host that nobody knows. */
+    *err = d->nbd->get_errno() ? -d->nbd->get_errno() : -ENOENT;
     if (h)
         d->nbd->close(h);
     return NULL;
