@@ -191,6 +191,10 @@ int cli_receive(char **args)
     opt.target.listen = flags[0].value;
     opt.target.tls_dir = flags[1].given ? tls : NULL;
     status = flags[3].given ? verb_folder(&v, &flags[3], disks) : 0;
+    if (!status && flags[3].given && access(disks, W_OK | X_OK) < 0) {
+        log_error("receive: --disks %s: no disks can be made there: %s", config_quote(flags[3].value), strerror(errno));
+        status = vm_status_of(-errno);
+    }
     if (!status && flags[1].given)
         status = verb_folder(&v, &flags[1], tls);
     if (status)

@@ -17,7 +17,7 @@
 #include "vm/suggest.h"
 
 static const char help[] =
-    "Usage: ringfort snapshot save NAME SNAPSHOT [-o text|json]\n"
+    "Usage: ringfort snapshot save NAME SNAPSHOT [--compress] [-o text|json]\n"
     "       ringfort snapshot ls [-o text|json]\n"
     "       ringfort snapshot restore SNAPSHOT [flag...]\n"
     "       ringfort snapshot rm SNAPSHOT [-o text|json]\n\n"

@@ -724,7 +724,7 @@ static json_t *get_log_level(const struct vm_config *c)
 }
 
 const struct config_option config_options[] = {
-    {{"name", "NAME", "name of the machine in messages (default vm-<process id>)", false},
+    {{"name", "NAME", "name of the machine, also for the other verbs (default vm-PID)", false},
      set_name,
      get_name,
      NULL},

@@ -344,10 +344,12 @@ static int choose(struct vm *vm)
 {
     const struct vm_config *c = vm->config;
     const char *missing;
+    int err;
 
     translate_options = c->translate;
-    if (trace_open(&(struct trace_options){c->trace_exec, c->trace_registers, c->trace_size, c->trace_files}))
-        return -EINVAL;
+    err = trace_open(&(struct trace_options){c->trace_exec, c->trace_registers, c->trace_size, c->trace_files});
+    if (err)
+        return err;
     vm->engine = strcmp(c->engine, "auto") == 0 ? engine_choose() : engine_find(c->engine);
     vm->model = x86_cpu_model_find(c->cpu_model);
     if (!vm->engine || !vm->model) {

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -179,6 +180,12 @@ static void test_bad_files(void **state)
     assert_int_equal(vm_stats_create(NULL, "/dev/full", &s), 0);
     assert_int_equal(vm_stats_write(s), -ENOSPC);
     vm_stats_destroy(s);
+    /* Nor does a pipe that nobody reads hold up the end. */
+    assert_int_equal(mkfifo(path, 0600), 0);
+    assert_int_equal(vm_stats_create(NULL, path, &s), 0);
+    assert_int_equal(vm_stats_write(s), -ENXIO);
+    vm_stats_destroy(s);
+    unlink(path);
     /* The old file stays whole until the new one takes its place. */
     int fd = open(path, O_WRONLY | O_CREAT, 0600);
     assert_int_equal(write(fd, "old", 3), 3);
