@@ -266,6 +266,64 @@ static void file_gets_all_output(void **state)
     assert_int_equal(expect, LINES);
 }
 
+/* A guest that prints byte by byte, a byte per round of the loop. */
+struct printer {
+    struct guest *g;
+    struct loop_call call;
+    unsigned left;
+};
+
+static void print_one(void *opaque)
+{
+    struct printer *p = opaque;
+    console_write(p->g->c, "x", 1);
+    if (--p->left)
+        loop_schedule(p->g->loop, &p->call);
+}
+
+static off_t size_of(const char *path)
+{
+    struct stat st;
+    return stat(path, &st) == 0 ? st.st_size : -1;
+}
+
+enum { PRINTED = 5000 };
+
+static bool all_is_printed(void *opaque)
+{
+    return size_of(((struct guest *)opaque)->path) == PRINTED;
+}
+
+/* write(2)s of this process so far; -1 where the kernel does not count them. */
+static long writes_made(void)
+{
+    FILE *f = fopen("/proc/self/io", "r");
+    char line[64];
+    long n = -1;
+    while (f && fgets(line, sizeof(line), f))
+        sscanf(line, "syscw: %ld", &n);
+    if (f)
+        fclose(f);
+    return n;
+}
+
+static void bytes_are_written_together(void **state)
+{
+    struct guest *g = *state;
+    char spec[128];
+    snprintf(spec, sizeof(spec), "file:%s", g->path);
+    open_console(g, spec);
+    struct printer p = {.g = g, .call = {.fn = print_one, .opaque = &p}, .left = PRINTED};
+    long before = writes_made();
+    loop_schedule(g->loop, &p.call);
+    assert_true(run_until(g->loop, all_is_printed, g, 10000)); /* the last ones, too */
+    assert_int_equal(p.left, 0);
+    long made = writes_made() - before;
+    if (before < 0)
+        skip();
+    assert_in_range(made, 1, PRINTED / 4);
+}
+
 /* Unix socket. */
 
 static int connect_to(const char *path)
@@ -759,6 +817,7 @@ int main(void)
         cmocka_unit_test(history_keeps_the_last_bytes),
         cmocka_unit_test_setup_teardown(others_read_and_type, setup, teardown),
         cmocka_unit_test_setup_teardown(file_gets_all_output, setup, teardown),
+        cmocka_unit_test_setup_teardown(bytes_are_written_together, setup, teardown),
         cmocka_unit_test_setup_teardown(socket_serves_one_client_after_another, setup, teardown),
         cmocka_unit_test_setup_teardown(without_a_reader_the_oldest_is_dropped, setup, teardown),
         cmocka_unit_test_setup_teardown(slow_reader_holds_the_writer, setup, teardown),

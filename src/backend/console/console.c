@@ -1,9 +1,10 @@
 /*
  * The core of all consoles: buffers between the device and two descriptors.
  *
- * Output goes into a buffer and is written by the event loop, so that a guest that prints byte
- * by byte costs a system call per burst, not per byte. Machine lock held everywhere; everything but
- * console_write() and console_can_write() runs in the event loop's thread or before it runs.
+ * Output goes into a buffer and is written by the event loop. The first byte after a rest is written
+ * at once, what follows in the next PACE_NS together: a guest that prints byte by byte does not wake the
+ * loop for each. Machine lock held everywhere; everything but console_write() and console_can_write()
+ * runs in the event loop's thread or before it runs.
  */
 #include "backend/console/console.h"
 
@@ -15,6 +16,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -24,6 +26,14 @@
 
 #define ESCAPE_KEY        0x1d /* Ctrl-] */
 #define CLOSE_PATIENCE_MS 1000
+#define PACE_NS           2000000
+
+static int64_t now_ns(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
+}
 
 static unsigned queue_used(const struct byte_queue *q)
 {
@@ -158,7 +168,34 @@ static void out_ready(void *opaque, int fd, short revents)
 
 static void flush_called(void *opaque)
 {
-    flush_and_tell(opaque);
+    struct console *c = opaque;
+    c->flushed_ns = now_ns();
+    flush_and_tell(c);
+}
+
+static void pace_over(void *opaque, int fd, short revents)
+{
+    struct console *c = opaque;
+    uint64_t count;
+    if (read(fd, &count, sizeof(count)) < 0)
+        return;
+    c->paced = false;
+    flush_called(c);
+}
+
+/* Sees to it that the loop writes what is there: soon, or at once if much is there. */
+static void flush_later(struct console *c)
+{
+    bool much = c->was_full || queue_used(&c->out) >= CONSOLE_OUT_SIZE / 8;
+    if (c->paced && !much)
+        return;
+    int64_t due = c->flushed_ns + PACE_NS;
+    if (!much && c->pace_fd >= 0 && now_ns() < due) {
+        struct itimerspec its = {.it_value = {due / 1000000000, due % 1000000000}};
+        c->paced = timerfd_settime(c->pace_fd, TFD_TIMER_ABSTIME, &its, NULL) == 0;
+    }
+    if (!c->paced || much)
+        loop_schedule(c->loop, &c->flush_call);
 }
 
 void console_write(struct console *c, const void *data, size_t len)
@@ -181,7 +218,7 @@ void console_write(struct console *c, const void *data, size_t len)
         len -= n;
     }
     if (c->out_fd >= 0 && !c->out_watch)
-        loop_schedule(c->loop, &c->flush_call);
+        flush_later(c);
 }
 
 bool console_can_write(const struct console *c)
@@ -428,7 +465,7 @@ int console_open(struct loop *loop, const char *spec, struct console **out)
     }
     c->kind = &none_kind;
     c->loop = loop;
-    c->in_fd = c->out_fd = c->listen_fd = c->timer_fd = c->resize_fd = -1;
+    c->in_fd = c->out_fd = c->listen_fd = c->timer_fd = c->resize_fd = c->pace_fd = -1;
     c->flush_call = (struct loop_call){.fn = flush_called, .opaque = c};
     c->kick_call = (struct loop_call){.fn = kick_called, .opaque = c};
     c->feed_call = (struct loop_call){.fn = feed_called, .opaque = c};
@@ -445,6 +482,13 @@ int console_open(struct loop *loop, const char *spec, struct console **out)
     if (!c->history || !alloc_queue(&c->in, CONSOLE_IN_SIZE) ||
         !alloc_queue(&c->out, CONSOLE_OUT_SIZE) || !alloc_queue(&c->fed, CONSOLE_FEED_SIZE)) {
         log_error("out of memory");
+        ret = -ENOMEM;
+        goto out;
+    }
+    c->pace_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    c->pace_watch = c->pace_fd < 0 ? NULL : loop_fd_add(loop, c->pace_fd, POLLIN, pace_over, c);
+    if (!c->pace_watch) {
+        log_error("console: cannot make its timer: %s", c->pace_fd < 0 ? strerror(errno) : "out of memory");
         ret = -ENOMEM;
         goto out;
     }
@@ -472,24 +516,17 @@ out:
     return 0;
 }
 
-static int64_t now_ms(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
 /* The last words of a guest are the ones people want to read: wait a little for a slow reader. */
 static void flush_for_good(struct console *c)
 {
-    int64_t end = now_ms() + CLOSE_PATIENCE_MS;
+    int64_t end = now_ns() + CLOSE_PATIENCE_MS * 1000000ll;
     while (c->out_fd >= 0 && !c->out_broken && queue_used(&c->out)) {
         flush(c);
-        int64_t left = end - now_ms();
-        if (!c->out_watch || left <= 0)
+        int64_t left_ms = (end - now_ns()) / 1000000;
+        if (!c->out_watch || left_ms <= 0)
             return;
         struct pollfd p = {.fd = c->out_fd, .events = POLLOUT};
-        poll(&p, 1, (int)left);
+        poll(&p, 1, (int)left_ms);
     }
 }
 
@@ -506,6 +543,9 @@ void console_close(struct console *c)
     loop_fd_remove(c->listen_watch);
     loop_fd_remove(c->timer_watch);
     loop_fd_remove(c->resize_watch);
+    loop_fd_remove(c->pace_watch);
+    if (c->pace_fd >= 0)
+        close(c->pace_fd);
     if (c->listen_fd >= 0)
         close(c->listen_fd);
     if (c->timer_fd >= 0)

@@ -51,6 +51,10 @@ struct console {
     struct loop_fd *in_watch, *out_watch; /* out_watch: only while the host takes no more */
     struct byte_queue in, out;
     struct loop_call flush_call, kick_call;
+    int pace_fd;            /* a timer: more output so soon after the last waits for it */
+    struct loop_fd *pace_watch;
+    int64_t flushed_ns;     /* CLOCK_MONOTONIC: when the loop last wrote */
+    bool paced;             /* the timer runs */
     struct history *history; /* NULL: "none" */
     /* Input by console_feed() on its way into in. feed_lock is a leaf. */
     pthread_mutex_t feed_lock;

@@ -5,10 +5,10 @@
  */
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/random.h>
 #include <unistd.h>
 #include <x86intrin.h>
 
-#include "base/clock.h"
 #include "base/log.h"
 #include "device/machine.h"
 #include "engine/translate/direct_internal.h"
@@ -279,8 +279,10 @@ enum interp_user direct_run(struct interp *it)
         return give_up(d, s);
     direct_bind(d, s);
     direct_catch_up(d, s);
-    if (s->lingers && !s->cpuid_stops)
+    if (s->lingers && !s->cpuid_stops) {
         s->cpuid_stops = sandbox_stop_at_cpuid(s->box, true) == 0;
+        s->switch_cost = 0;
+    }
     if (s->touched)
         direct_grant(d, s, s->touched);
     s->touched = 0;
@@ -395,10 +397,14 @@ int direct_create(struct translator *t)
     d = calloc(1, sizeof(*d));
     if (!d)
         return -ENOMEM;
+    if (getrandom(&d->secret, sizeof(d->secret), 0) != sizeof(d->secret)) {
+        free(d);
+        return 0;
+    }
     d->t = t;
     d->always = t->options.direct == TRANSLATE_DIRECT_ALWAYS;
     d->same_components = host_xcr0() == t->it.cpu.model->xcr0_allowed;
-    d->tick = MAX(tsc_frequency_hz() / 1000000, 1ul);
+    direct_judge_begin(d);
     t->direct = d;
     t->it.run_user = direct_run;
     return 0;

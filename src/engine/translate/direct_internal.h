@@ -13,6 +13,7 @@
 #include "engine/translate/translate.h"
 
 #define DIRECT_PENDING 64u
+#define DIRECT_SEARCHED 16384u
 
 enum { CAN_READ = PROT_READ, CAN_WRITE = PROT_WRITE, CAN_EXECUTE = PROT_EXEC, CANS = 7, LARGE = 8, HUGE = 16 };
 
@@ -38,14 +39,15 @@ struct direct_space {
     bool lingers;               /* code that has to be kept from running there is in its way often */
     gva_t touched;              /* the page fault that went to the guest, to be mapped when it comes back; 0: none */
     int processor;              /* it is bound to, or -1 */
+    uint64_t switch_cost;       /* ticks that there and back took last; 0: not known */
     uint64_t cpu_ns, noted;     /* the sandbox's processor time when it was last looked at, and when that was */
     /* Whether it is worth it. */
     uint64_t judged_root;       /* what follows is about the program with these page tables */
     uint64_t total, average;    /* ticks in user code by translation; per stay */
     uint64_t not_before;        /* tried again from then on, */
     uint64_t backoff;           /* after this long */
-    uint64_t ran;               /* ticks natively, and stops, of the window */
-    unsigned stops, detours;
+    uint64_t ran;               /* of the window: ticks natively, with switches */
+    unsigned switches, stops, detours;  /* all, and those that are not the first touch of a page */
     unsigned all_detours;       /* of former windows in which there were many */
 };
 
@@ -55,8 +57,13 @@ struct direct {
     bool always;                /* without asking whether it pays (tests) */
     bool same_components;       /* XCR0 of host and guest agree where all that the guest may have is on */
     int file[MEMORY_MAX_REGIONS];
+    /* Pages of code that were searched: a hash of what is in them, and in bit 0 whether it must not run natively. */
+    uint64_t searched[DIRECT_SEARCHED];
+    uint64_t secret;            /* of the hash */
     uint64_t entered;           /* TSC when user code was entered; 0: it is the supervisor's turn */
     uint64_t tick;              /* TSC ticks of a microsecond */
+    uint64_t switch_cost;       /* what it was last in a space where CPUID does not stop; a guess if that is long ago */
+    uint64_t measured;          /* when: TSC */
     pid_t thread;               /* whom the sandboxes answer to */
     /* Processors. */
     cpu_set_t allowed;
@@ -103,6 +110,7 @@ bool direct_grant(struct direct *d, struct direct_space *s, gva_t va);
 bool direct_runs_wrongly_at(struct direct *d, struct direct_space *s, gva_t address);
 
 /* ---- direct_judge.c ---- */
+void direct_judge_begin(struct direct *d);
 /* Puts the vCPU's thread and the sandbox on one processor; lets the thread go where it may again. */
 void direct_bind(struct direct *d, struct direct_space *s);
 void direct_unbind(struct direct *d);

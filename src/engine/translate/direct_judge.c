@@ -4,16 +4,36 @@
  */
 #include <x86intrin.h>
 
+#include "base/clock.h"
 #include "base/util.h"
 #include "engine/translate/direct_internal.h"
 
+/* ---- what a switch costs ---- */
+
+/*
+ * Some 6 µs; but many times as much where the host is itself a guest, or somebody traces or profiles us. So it is measured again and
+ * again, for what it is: a trip into the sandbox that does nothing. The better of two, for others interrupt us.
+ */
+static void measure_switch(struct direct *d, struct direct_space *s)
+{
+    uint64_t first = sandbox_trip(s->box), second = sandbox_trip(s->box);
+
+    s->switch_cost = MIN(first, second);
+    if (s->cpuid_stops)
+        return;
+    d->switch_cost = s->switch_cost;
+    d->measured = __rdtsc();
+}
+
+static void guess_switch(struct direct *d) { d->switch_cost = 6 * d->tick; }
+
+void direct_judge_begin(struct direct *d)
+{
+    d->tick = MAX(tsc_frequency_hz() / 1000000, 1ul);
+    guess_switch(d);
+}
+
 /* ---- processors ---- */
-
-/* µs that switching to a sandbox and back costs. */
-#define SWITCH 6u
-#define SWITCH_CPUID 30u
-
-static unsigned switch_cost(const struct direct_space *s) { return s->cpuid_stops ? SWITCH_CPUID : SWITCH; }
 
 /*
  * The vCPU's thread and the sandbox take turns, so they belong on one processor: to wake an idle one costs twenty times as much as to
@@ -69,7 +89,7 @@ void direct_judge_processor(struct direct *d, struct direct_space *s)
         return;
     had = sandbox_time(s->box) - d->watched_time;
     d->watched_time += had;
-    had += d->watched_runs * switch_cost(s) * 1000;
+    had += d->watched_runs * s->switch_cost * 1000 / d->tick;
     d->watched_ran = d->watched_runs = 0;
     /* By lot, or two vCPUs on one processor would move together. */
     if (!d->bound || had > ran - ran / 4 || (__rdtsc() >> 5 & 1))
@@ -82,19 +102,25 @@ void direct_judge_processor(struct direct *d, struct direct_space *s)
 
 /* ---- whether it pays ---- */
 
-#define STAY 20u                /* µs that user code by translation is to run between entries of the kernel, on average, */
-#define TRIAL 20000u            /* …after so many in all */
+#define TRIAL 20000u            /* µs of user code by translation after which it may be */
 #define WINDOW 256u             /* stops that are judged together */
-#define WORTH 4u                /* µs natively for each of them, without the switch */
 #define DETOURS_MAX 500u        /* a program asks for the processor's features when it starts, and that is that */
 #define DETOUR 4u               /* stops that an excursion of the interpreter's counts as */
 #define BACKOFF_MIN 50000u
+
+/* How long user code has to run between two entries of the kernel, on average: by translation to begin, and natively to go on. */
+static uint64_t long_stay(const struct direct *d) { return d->switch_cost * 10 / 3; }
+static uint64_t worth(const struct direct_space *s) { return s->switch_cost * 2 / 3; }
+/* Longer than this it may have been others that ran: where they take turns with us, no single time is to decide. */
+static uint64_t believed(uint64_t ran, uint64_t switch_cost) { return MIN(ran, switch_cost * 64); }
+
+static void begin_window(struct direct_space *s) { s->ran = s->switches = s->stops = s->detours = 0; }
 
 void direct_demote(struct direct *d, struct direct_space *s, uint64_t now, uint64_t backoff)
 {
     s->backoff = backoff;
     s->not_before = now + backoff * d->tick;
-    s->ran = s->stops = s->detours = 0;
+    begin_window(s);
     d->t->native_space = NULL;
     d->demotions++;
 }
@@ -104,14 +130,18 @@ void direct_judge(struct direct *d, struct direct_space *s, uint64_t ran, uint64
     d->ticks += ran;
     d->watched_ran += ran;
     d->watched_runs++;
-    s->ran += ran - MIN(ran, switch_cost(s) * d->tick);
+    if (!s->switch_cost)
+        measure_switch(d, s);
+    s->ran += believed(ran, s->switch_cost);
+    s->switches++;
     if (first || d->always || ++s->stops < WINDOW)
         return;
-    if (s->ran < (uint64_t)s->stops * WORTH * d->tick) {
+    measure_switch(d, s);
+    if (s->ran < s->switches * s->switch_cost + s->stops * worth(s)) {
         if (s->detours * DETOUR > s->stops / 2 && !s->lingers) {
             s->all_detours += s->detours;
             s->lingers = s->all_detours > DETOURS_MAX;
-            s->ran = s->stops = s->detours = 0;
+            begin_window(s);
             return;
         }
         direct_demote(d, s, now, MIN(MAX(s->backoff * 2, BACKOFF_MIN), DIRECT_BACKOFF_MAX));
@@ -119,7 +149,7 @@ void direct_judge(struct direct *d, struct direct_space *s, uint64_t ran, uint64
     }
     if (s->backoff)
         s->backoff /= 2;
-    s->ran = s->stops = s->detours = 0;
+    begin_window(s);
 }
 
 static bool wanted(struct direct *d, uint64_t now)
@@ -128,7 +158,7 @@ static bool wanted(struct direct *d, uint64_t now)
 
     if (d->always)
         return direct_eligible(d);
-    return s->average > STAY * d->tick && s->total > TRIAL * d->tick && now >= s->not_before && direct_eligible(d);
+    return s->average > long_stay(d) && s->total > TRIAL * d->tick && now >= s->not_before && direct_eligible(d);
 }
 
 void direct_entered(struct translator *t, bool user)
@@ -144,8 +174,11 @@ void direct_entered(struct translator *t, bool user)
             s->judged_root = root;
             s->total = s->average = s->backoff = s->not_before = 0;
             s->all_detours = 0;
-            s->ran = s->stops = s->detours = 0;
+            begin_window(s);
         }
+        /* Before it is measured there, a program has to begin. */
+        if (now > d->measured + DIRECT_BACKOFF_MAX * d->tick)
+            guess_switch(d);
         d->entered = now;
         d->t->native_space = wanted(d, now) ? t->it.cpu.space : NULL;
         if (!d->t->native_space)
@@ -155,6 +188,7 @@ void direct_entered(struct translator *t, bool user)
 
         d->entered = 0;
         s->total += stay;
+        stay = believed(stay, d->switch_cost);
         s->average += (int64_t)(stay - s->average) / 8;
     }
 }

@@ -47,6 +47,7 @@ void direct_forget(struct direct_space *s)
     if (s->cpuid_stops)
         sandbox_stop_at_cpuid(s->box, false);
     s->cpuid_stops = s->lingers = false;
+    s->switch_cost = 0;
     memset(s->hash, 0, sizeof(*s->hash) << HASH_BITS);
     s->pages = s->pendings = 0;
     s->large = s->huge = false;
@@ -81,14 +82,24 @@ static bool runs_wrongly(const struct direct *d, const struct direct_space *s, c
     }
 }
 
-/* Whether an opcode of theirs may begin here. */
-static bool suspicious(const uint8_t *p)
+/* Whether an opcode of theirs may begin here; state: XGETBV, XSAVE and those for FS and GS are among them. */
+static bool suspicious(const uint8_t *p, bool state)
 {
+    unsigned reg = p[2] >> 3 & 7;
+
     if (likely(p[0] != 0x0f))
         return p[0] == 0xcd && p[1] == 0x80;
     switch (p[1]) {
-    case 0x00: case 0x01: case 0x02: case 0x03: case 0x34: case 0xa2: case 0xae: case 0xc7:
+    case 0x00:                              /* SLDT, STR, VERR, VERW */
+        return reg < 2 || reg == 4 || reg == 5;
+    case 0x01:                              /* SGDT, SIDT, SMSW; XGETBV */
+        return p[2] < 0xc0 ? reg < 2 || reg == 4 : reg == 4 || (state && p[2] == 0xd0);
+    case 0x02: case 0x03: case 0x34: case 0xa2:
         return true;
+    case 0xae:
+        return state;
+    case 0xc7:
+        return state || p[2] >= 0xf8;       /* RDPID */
     default:
         return false;
     }
@@ -105,12 +116,14 @@ static bool suspicious(const uint8_t *p)
  * Whether one of those instructions is in the page. Not seen are those that begin it or cross its end, code that is
  * written later, and code that is jumped into askew: what they show then is the host's.
  */
-static bool page_runs_wrongly(const struct direct *d, const struct direct_space *s, const uint8_t *bytes)
+static bool search_page(const struct direct *d, const struct direct_space *s, const uint8_t *bytes)
 {
     unsigned at = 0, began = 0; /* an instruction begins at the first, found by decoding from the second on */
 
+    const bool state = !d->same_components || !(d->t->it.cpu.s.cr4 & CR4_FSGSBASE);
+
     for (unsigned i = SYNC_MIN; i < GUEST_PAGE_SIZE - 2; i++) {
-        if (likely(!suspicious(bytes + i)))
+        if (likely(!suspicious(bytes + i, state)))
             continue;
         if (i > at + SYNC)
             at = began = i - SYNC;
@@ -128,6 +141,34 @@ static bool page_runs_wrongly(const struct direct *d, const struct direct_space 
         }
     }
     return false;
+}
+
+/* Of a page's bytes, with a secret: a guest cannot make two pages that look alike. */
+static uint64_t content(const struct direct *d, const uint8_t *bytes)
+{
+    uint64_t lane[4] = { d->secret, d->secret ^ 1, d->secret ^ 2, d->secret ^ 3 }, word[4];
+
+    for (unsigned i = 0; i < GUEST_PAGE_SIZE; i += sizeof(word)) {
+        memcpy(word, bytes + i, sizeof(word));
+        for (unsigned k = 0; k < 4; k++) {
+            lane[k] = (lane[k] ^ word[k]) * 0x9e3779b97f4a7c15ull;
+            lane[k] ^= lane[k] >> 32;
+        }
+    }
+    for (unsigned k = 1; k < 4; k++)
+        lane[0] = (lane[0] ^ lane[k]) * 0x9e3779b97f4a7c15ull ^ lane[0] >> 29;
+    return lane[0];
+}
+
+/* Programs share most of their code, so what was found is remembered. */
+static bool page_runs_wrongly(struct direct *d, const struct direct_space *s, const uint8_t *bytes)
+{
+    unsigned kind = s->cpuid_stops | (d->t->it.cpu.s.cr4 & CR4_FSGSBASE ? 2u : 0);
+    uint64_t key = (content(d, bytes) & ~7ull) | kind << 1, *known = &d->searched[key >> 32 & (DIRECT_SEARCHED - 1)];
+
+    if ((*known & ~1ull) != key)
+        *known = key | search_page(d, s, bytes);
+    return *known & 1;
 }
 
 /* ---- the shadow ---- */

@@ -31,6 +31,7 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#include <x86intrin.h>
 
 #include "base/util.h"
 
@@ -635,6 +636,15 @@ enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address)
     if (WSTOPSIG(status) == (SIGTRAP | 0x80))
         return SANDBOX_SYSCALL;
     return stop_of_signal(s, WSTOPSIG(status), address);
+}
+
+uint64_t sandbox_trip(struct sandbox *s)
+{
+    struct user_regs_struct regs = { .rip = s->base + PROGRAM_AT + ONCE_END - 1, .eflags = 2 };
+    uint64_t before = __rdtsc();
+
+    run_program(s, &regs);
+    return __rdtsc() - before;
 }
 
 void sandbox_interrupt(pid_t pid)

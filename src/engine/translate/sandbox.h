@@ -82,6 +82,8 @@ int sandbox_set_vectors(struct sandbox *s);
  * faults.
  */
 enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address);
+/* Into the page of ours and back: what sandbox_run() costs besides what guest code does, in ticks of the TSC. */
+uint64_t sandbox_trip(struct sandbox *s);
 /* Makes sandbox_run() return soon; when it does not run, the next one. */
 void sandbox_interrupt(pid_t pid);
 /* -1: gone. */
