@@ -69,6 +69,7 @@ void vm_config_destroy(struct vm_config *c)
     free(c->stats);
     free(c->cpuid);
     free(c->trace_exec);
+    free(c->file);
     memset(c, 0, sizeof(*c));
 }
 
@@ -174,7 +175,9 @@ int vm_config_load_file(struct vm_config *c, const char *file)
         r = -EINVAL;
         goto out;
     }
-    r = vm_config_load_json(c, text, len, file);
+    free(c->file);
+    c->file = strdup(file);
+    r = c->file ? vm_config_load_json(c, text, len, file) : -ENOMEM;
 out:
     free(text);
     if (fd >= 0)

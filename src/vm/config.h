@@ -72,6 +72,7 @@ enum vm_on_crash {
 };
 
 struct vm_config {
+    char *file; /* where it was read from, which nothing of the machine may write to; NULL: no file */
     char *name; /* never NULL after vm_config_finish(); "vm-<pid>" when not given */
     bool name_given;
     char *kernel;   /* never NULL for vm_create() */

@@ -59,12 +59,14 @@ static void use_console(struct file_use *list, unsigned *n, const char *flag, co
 
 static int check_files(const struct vm_config *c)
 {
-    unsigned n = 0, most = 3 + c->initrd_count + c->disk_count + c->device_count;
+    unsigned n = 0, most = 5 + c->initrd_count + c->disk_count + c->device_count;
     struct file_use *list = calloc(most, sizeof(*list));
     int r = 0;
     if (!list)
         return -ENOMEM;
 
+    if (c->file)
+        use_file(list, &n, "config", c->file, false);
     if (c->kernel)
         use_file(list, &n, "kernel", c->kernel, false);
     for (unsigned i = 0; i < c->initrd_count; i++)
@@ -77,6 +79,8 @@ static int check_files(const struct vm_config *c)
             use_console(list, &n, "device", c->devices[i].console);
     if (c->stats)
         use_file(list, &n, "stats", c->stats, true);
+    if (c->trace_exec)
+        use_file(list, &n, "trace-exec", c->trace_exec, true);
 
     for (unsigned i = 0; r == 0 && i < n; i++) {
         for (unsigned k = 0; r == 0 && k < i; k++) {
