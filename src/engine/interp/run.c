@@ -13,19 +13,14 @@
 /*
  * Decoded code of one vCPU. A kernel's boot is content with 8 MiB, but a server's start goes through programs of
  * all kinds: it decodes 4.6 million blocks with 24 MiB, most of them again and again. So a vCPU gets what the memory
- * limits leave (64 MiB beyond guest RAM for the interpreter, 192 MiB for the translator), and several share it.
+ * limits leave (64 MiB beyond guest RAM for the interpreter, 192 MiB for the translator, with one vCPU). Each of several gets as
+ * much, if it comes to need it: with half, a compiler on each of two took three times as long.
  * Translations are dear, and go with the blocks that they belong to.
  */
-#define ARENA_BUDGET MIB(32)
-#define ARENA_BUDGET_TRANSLATED MIB(112)
-#define ARENA_MIN MIB(8)
+#define ARENA_SIZE MIB(32)
+#define ARENA_SIZE_TRANSLATED MIB(112)
 
-static size_t arena_size(const struct interp *it, unsigned vcpus)
-{
-    size_t budget = it->block_hooks ? ARENA_BUDGET_TRANSLATED : ARENA_BUDGET;
-
-    return MAX(budget / MAX(vcpus, 1u), ARENA_MIN);
-}
+static size_t arena_size(const struct interp *it) { return it->block_hooks ? ARENA_SIZE_TRANSLATED : ARENA_SIZE; }
 
 static void drop_code(struct x86_cpu *cpu, gpa_t gpa, unsigned len) { block_invalidate(interp_of(cpu), gpa, len); }
 
@@ -64,7 +59,7 @@ int interp_setup(struct interp *it, struct vcpu *vcpu, const struct x86_engine_h
     it->cpu.engine = it;
     it->soft.drop_code = drop_code;
     it->soft.drop_all = drop_all;
-    err = block_cache_init(it, arena_size(it, vcpu->count));
+    err = block_cache_init(it, arena_size(it));
     return err ? err : soft_join(vcpu->group, &it->soft, &it->cpu);
 }
 
