@@ -58,6 +58,9 @@ struct direct {
     uint64_t entered;           /* TSC when user code was entered; 0: it is the supervisor's turn */
     uint64_t tick;              /* TSC ticks of a microsecond */
     pid_t thread;               /* whom the sandboxes answer to */
+    /* Of other threads that want something of the vCPU: direct_requested(). */
+    _Atomic int running;        /* handle of the sandbox that is about to run, or runs; -1: none */
+    _Atomic unsigned interrupting;      /* how many threads use that handle just now */
     /* Processors. */
     cpu_set_t allowed;
     bool bound;

@@ -261,11 +261,14 @@ static void flushed(struct x86_cpu *cpu, const struct x86_tlb_space *space, gva_
 
 static void writes_dropped(struct x86_cpu *cpu) { direct_writes_dropped(translator_of(cpu)); }
 
+static void requested(struct x86_cpu *cpu) { direct_requested(translator_of(cpu)); }
+
 static const struct x86_engine_hooks cpu_hooks = {
     .code_written = interp_code_stored,
     .mapping_changed = mapping_changed,
     .flushed = flushed,
     .writes_dropped = writes_dropped,
+    .requested = requested,
 };
 
 /* ---- the engine ---- */
@@ -276,9 +279,9 @@ static void translate_destroy(struct vcpu *vcpu)
 
     if (!t)
         return;
-    direct_destroy(t);
     lockstep_destroy(t);
     interp_teardown(&t->it);
+    direct_destroy(t);          /* when no other vCPU can reach this one's TLB any more */
     code_destroy(&t->code);
     translate_returns_destroy(t);
     free(t->jumps);
