@@ -386,10 +386,17 @@ static void translate_probe(struct engine_report *r)
         return;
     }
     r->usable = true;
-    if (sandbox_abilities()->usable)
-        snprintf(r->text, sizeof(r->text), "binary translation of kernel code; user code runs natively in sandboxed processes where that pays");
+    snprintf(r->text, sizeof(r->text), "binary translation");
+}
+
+static void translate_describe(char *text, size_t size)
+{
+    const struct sandbox_abilities *a = sandbox_abilities();
+
+    if (a->usable)
+        snprintf(text, size, "binary translation of kernel code; user code runs natively in sandboxed processes where that pays");
     else
-        snprintf(r->text, sizeof(r->text), "binary translation of all code; not natively in sandboxed processes: %s", sandbox_abilities()->text);
+        snprintf(text, size, "binary translation of all code; not natively in sandboxed processes: %s", a->text);
 }
 
 static void translate_counters(const struct vcpu *vcpu, struct engine_counters *c)
@@ -420,6 +427,7 @@ const struct engine translate_engine = {
     .summary = "binary translator on top of the interpreter",
     .checks_pages = true,
     .probe = translate_probe,
+    .describe = translate_describe,
     .vcpu_create = translate_create,
     .vcpu_destroy = translate_destroy,
     .run = translate_run,
