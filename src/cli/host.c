@@ -119,6 +119,8 @@ static json_t *look(void)
     for (unsigned i = 0; (engine = engine_at(i)); i++) {
         struct engine_report report = {0};
         engine->probe(&report);
+        if (report.usable && engine->describe)
+            engine->describe(report.text, sizeof(report.text));
         json_object_set_new(engines, engine->name,
                             json_pack("{s:b, s:b, s:s, s:s}", "usable", (int)report.usable, "fast",
                                       (int)report.fast, "summary", engine->summary, "text",

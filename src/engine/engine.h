@@ -8,6 +8,7 @@
 #define RINGFORT_ENGINE_ENGINE_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "device/irqchip/irqchip.h"
@@ -70,6 +71,11 @@ struct engine {
     const char *summary;
     bool checks_pages;          /* a vCPU looks at the flags of a page before it writes it (memory.h) */
     void (*probe)(struct engine_report *);
+    /*
+     * For people who ask what this host can do: how the engine, which is usable, does here; size bytes. May cost some ms and a process. NULL:
+     * the report's text says it all.
+     */
+    void (*describe)(char *text, size_t size);
     /* See engine_offer(). NULL: all that the host's processor can run (x86_cpu_model_usable()). */
     const struct x86_cpu_model *(*offer)(const struct x86_cpu_model *m, bool exact, const char **missing);
     /* Power-on state until import_state. 0 or a negative errno (logged). */

@@ -15,7 +15,6 @@
 #include "base/log.h"
 #include "base/util.h"
 #include "device/machine.h"
-#include "engine/translate/sandbox.h"
 
 /* Which vCPUs hold decoded code of a page: an open-addressing table from page number to a mask. */
 struct code_users {
@@ -159,13 +158,11 @@ static long futex(_Atomic uint32_t *word, int op, uint32_t value)
 
 void soft_request(struct x86_cpu *cpu, uint32_t bits)
 {
-    /* Only a vCPU that waits, or runs user code natively, has request 0 and does not look: only the change from 0 can have to wake. */
+    /* A vCPU that waits, or is where its engine's hook knows, has seen request 0 and does not look: only the change from 0 can have to wake. */
     if (atomic_fetch_or(&cpu->request, bits) == 0) {
-        int native = atomic_load(&cpu->native);
-
         futex(&cpu->request, FUTEX_WAKE, 1);
-        if (native)
-            sandbox_interrupt(native);
+        if (cpu->hooks->requested)
+            cpu->hooks->requested(cpu);
     }
 }
 

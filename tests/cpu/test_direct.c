@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <time.h>
 
 #include "engine/translate/options.h"
@@ -364,6 +365,22 @@ static void processor_time(void **state)
     assert_true(c.native_cpu_ns < c.native_ns + 20000000);
 }
 
+/* Who starts a machine asks which engine to take, and does not want to pay for what it may not use. */
+static void probe_is_cheap(void **state)
+{
+    struct engine_report report;
+    struct rusage before, after;
+    char text[256] = "";
+
+    getrusage(RUSAGE_CHILDREN, &before);
+    translate_engine.probe(&report);
+    getrusage(RUSAGE_CHILDREN, &after);
+    assert_true(report.usable);
+    assert_memory_equal(&before, &after, sizeof(before));
+    translate_engine.describe(text, sizeof(text));
+    assert_non_null(strstr(text, "natively"));
+}
+
 static int setup(void **state)
 {
     translate_options.direct = TRANSLATE_DIRECT_ALWAYS;
@@ -388,13 +405,17 @@ static int teardown(void **state)
 
 int main(int argc, char **argv)
 {
+    int failed;
+
+    const struct CMUnitTest first[] = { cmocka_unit_test(probe_is_cheap) };     /* before anybody asks for sandboxes */
     const struct CMUnitTest tests[] = { cmocka_unit_test(same), cmocka_unit_test(page_tables), cmocka_unit_test(processor_time) };
 
     if (argc > 1)
         seeds = strtoul(argv[1], NULL, 0);
+    failed = cmocka_run_group_tests(first, NULL, NULL);
     if (!sandbox_abilities()->usable) {
         fprintf(stderr, "skipped: %s\n", sandbox_abilities()->text);
-        return 77;
+        return failed ? 1 : 77;
     }
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return failed + cmocka_run_group_tests(tests, setup, teardown);
 }

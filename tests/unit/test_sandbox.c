@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <linux/sched.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -777,7 +778,7 @@ static void signals(void **state)
     /* All at once, while guest code computes and attacks, and pages come and go. */
     read_maps(b, maps, sizeof(maps));
     assert_int_equal(pthread_create(&thread, NULL, storm, &s), 0);
-    for (unsigned i = 0; i < 300; i++) {
+    for (unsigned i = 0; i < 300 || (!interrupted && i < 4000); i++) {
         const uint64_t va = 0x50000000 + (i & 7) * PAGE;
         enum sandbox_stop stop;
 
@@ -816,9 +817,9 @@ static void interrupt_before(void **state)
     struct box *b = *state;
 
     START(b, spins);
-    sandbox_interrupt(sandbox_pid(b->s));
+    sandbox_interrupt(sandbox_handle(b->s));
     assert_int_equal(run(b), SANDBOX_INTERRUPTED);
-    sandbox_interrupt(sandbox_pid(b->s));
+    sandbox_interrupt(sandbox_handle(b->s));
     sandbox_map(b->s, 0x50000000, PAGE, 0, 0, PROT_READ);
     assert_int_equal(sandbox_commit(b->s), 0);
     assert_int_equal(run(b), SANDBOX_INTERRUPTED);
@@ -842,7 +843,7 @@ static void *when_it_runs(void *opaque)
     if (o->signal)
         kill(sandbox_pid(o->b->s), o->signal);
     else
-        sandbox_interrupt(sandbox_pid(o->b->s));
+        sandbox_interrupt(sandbox_handle(o->b->s));
     return NULL;
 }
 
@@ -903,30 +904,57 @@ static void killed(void **state)
     assert_gone(b);
 }
 
-/* In namespaces of its own, since a mistake would kill everything else. */
-static int interrupt_gone_child(void)
+/* The first process of a namespace, whose others have the numbers that it gives them. */
+static int number_reused_child(void)
+{
+    struct box b = { 0 };
+    struct other o = { &b, SIGKILL };
+    pthread_t thread;
+    pid_t number, other;
+    int status;
+
+    b.file = make_file(&b.ram);
+    if (b.file < 0 || sandbox_create(&b.s, &b.file, 1))
+        return 1;
+    number = sandbox_pid(b.s);
+    sandbox_map(b.s, CODE, PAGE, 0, 0, PROT_READ | PROT_EXEC);
+    sandbox_map(b.s, DATA, PAGE, 0, PAGE, PROT_READ | PROT_WRITE);
+    START(&b, tells);
+    if (sandbox_commit(b.s) || pthread_create(&thread, NULL, when_it_runs, &o) || run(&b) != SANDBOX_GONE || pthread_join(thread, NULL))
+        return 2;
+    other = (pid_t)syscall(SYS_clone3, &(struct clone_args){ .exit_signal = SIGCHLD, .set_tid = (uintptr_t)&number, .set_tid_size = 1 },
+                           sizeof(struct clone_args));
+    if (other == 0)
+        for (;;)
+            pause();
+    if (other != number)
+        return 3;
+    errno = 77;
+    sandbox_interrupt(sandbox_handle(b.s));
+    sandbox_interrupt(-1);
+    if (errno != 77)
+        return 4;
+    sandbox_destroy(b.s);
+    /* A signal from there would have ended it before this one does. */
+    kill(other, SIGTERM);
+    return waitpid(other, &status, 0) == other && WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM ? 0 : 5;
+}
+
+static int number_reused_parent(void)
 {
     int status;
-    pid_t first, other;
+    pid_t first;
 
     if (unshare(CLONE_NEWPID))
         return 0;               /* not allowed here; as root it is */
     first = fork();
-    if (first == 0) {
-        other = fork();
-        if (other == 0)
-            for (;;)
-                pause();
-        sandbox_interrupt(-1);
-        sandbox_interrupt(0);
-        /* A signal to all would have been taken before this one. */
-        kill(other, SIGTERM);
-        _exit(waitpid(other, &status, 0) == other && WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM ? 0 : 1);
-    }
-    return waitpid(first, &status, 0) == first ? status : 1;
+    if (first == 0)
+        _exit(number_reused_child());
+    return waitpid(first, &status, 0) == first ? WEXITSTATUS(status) : 1;
 }
 
-static void interrupt_gone(void **state) { in_child(interrupt_gone_child); }
+/* A sandbox is gone, and another process has its number. */
+static void number_reused(void **state) { in_child(number_reused_parent); }
 
 /* ---- life and death ---- */
 
@@ -1071,10 +1099,10 @@ static int few_files_child(void)
 
     if (setrlimit(RLIMIT_NOFILE, &limit))
         return 1;
-    /* All that there are are used but three: guest RAM, and what making a sandbox takes. */
+    /* All that there are are used but four: guest RAM, and what making a sandbox takes. */
     while (dup(2) >= 0)
         ;
-    close(20), close(21), close(22);
+    close(20), close(21), close(22), close(23);
     b.file = make_file(&b.ram);
     if (b.file < 0 || sandbox_create(&b.s, &b.file, 1) || files_of(sandbox_pid(b.s)) > 1)
         return 2;
@@ -1123,7 +1151,7 @@ static int ignores_children_child(void)
     signal(SIGUSR1, SIG_IGN);
     if (!open_box(&b) || !works(&b))
         return 1;
-    sandbox_interrupt(sandbox_pid(b.s));
+    sandbox_interrupt(sandbox_handle(b.s));
     START(&b, spins);
     if (run(&b) != SANDBOX_INTERRUPTED)
         return 2;
@@ -1220,7 +1248,7 @@ int main(void)
         WITH_BOX(stops), WITH_BOX(registers), WITH_BOX(flags), WITH_BOX(refused), WITH_BOX(vectors), WITH_BOX(mapping), WITH_BOX(many_mappings),
         WITH_BOX(clearing), WITH_BOX(over_ours), WITH_BOX(failing), WITH_BOX(confined), WITH_BOX(system_calls), WITH_BOX(filter), WITH_BOX(ours_is_not_written),
         WITH_BOX(signals), WITH_BOX(interrupt_before), WITH_BOX(interrupt_running), WITH_BOX(killed),
-        cmocka_unit_test(interrupt_gone), cmocka_unit_test(dies_with_thread), cmocka_unit_test(dies_with_process), cmocka_unit_test(destroyed_by_other), cmocka_unit_test(many),
+        cmocka_unit_test(number_reused), cmocka_unit_test(dies_with_thread), cmocka_unit_test(dies_with_process), cmocka_unit_test(destroyed_by_other), cmocka_unit_test(many),
         cmocka_unit_test(no_leaks), cmocka_unit_test(few_files), cmocka_unit_test(no_stdio), cmocka_unit_test(missing_file),
         cmocka_unit_test(ignored_signals), cmocka_unit_test(many_threads), cmocka_unit_test(stopped_at_birth),
     };

@@ -64,8 +64,30 @@ static void note_time(struct direct *d, struct direct_space *s, uint64_t now)
     s->noted = now;
 }
 
+/*
+ * Who makes a request and who runs a sandbox meet like this: the one sets the request, then looks whether one runs; the other says that
+ * one runs, then looks for a request. So one of them sees the other, or both do. And a handle that somebody has seen here stays
+ * good until he has done with it, for a sandbox is destroyed only when it is not named here and nobody is in between.
+ */
+void direct_requested(struct translator *t)
+{
+    struct direct *d = t->direct;
+    int handle;
+
+    if (!d || atomic_load(&d->running) < 0)
+        return;
+    atomic_fetch_add(&d->interrupting, 1);
+    handle = atomic_load(&d->running);
+    if (handle >= 0)
+        sandbox_interrupt(handle);
+    atomic_fetch_sub(&d->interrupting, 1);
+}
+
+/* The sandbox does not run. */
 static void drop_box(struct direct *d, struct direct_space *s)
 {
+    while (atomic_load(&d->interrupting))       /* for the time of a system call */
+        sched_yield();
     note_time(d, s, 0);
     sandbox_destroy(s->box);
     s->box = NULL;
@@ -300,17 +322,17 @@ enum interp_user direct_run(struct interp *it)
         uint64_t before, now;
         gva_t address = 0;
 
-        /* Either we see the request, or who makes it sees that it has to stop the sandbox. */
-        atomic_store(&cpu->native, sandbox_pid(s->box));
+        /* See direct_requested(). */
+        atomic_store(&d->running, sandbox_handle(s->box));
         if (atomic_load(&cpu->request)) {
-            atomic_store(&cpu->native, 0);
+            atomic_store(&d->running, -1);
             stop = SANDBOX_INTERRUPTED;
             break;
         }
         before = __rdtsc();
         stop = sandbox_run(s->box, &address);
         now = __rdtsc();
-        atomic_store(&cpu->native, 0);
+        atomic_store(&d->running, -1);
         if (stop == SANDBOX_GONE)
             return lost(d);
         if (stop == SANDBOX_DEAD || stop == SANDBOX_REFUSED) {
@@ -402,6 +424,7 @@ int direct_create(struct translator *t)
         return 0;
     }
     d->t = t;
+    atomic_init(&d->running, -1);
     d->always = t->options.direct == TRANSLATE_DIRECT_ALWAYS;
     d->same_components = host_xcr0() == t->it.cpu.model->xcr0_allowed;
     direct_judge_begin(d);

@@ -31,6 +31,8 @@ void direct_lingers(struct translator *t);
 /* interp.run_user. */
 enum interp_user direct_run(struct interp *it);
 
+/* Hook of the vCPU, see cpu.h: makes user code that runs natively come out. Any thread, signal handlers too. */
+void direct_requested(struct translator *t);
 /* Hooks of the soft TLB: see cpu.h. The second one: any thread that has the right to change the vCPU's TLB. */
 void direct_flushed(struct translator *t, const struct x86_tlb_space *space, gva_t va, bool all);
 void direct_writes_dropped(struct translator *t);

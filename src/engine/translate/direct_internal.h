@@ -65,6 +65,9 @@ struct direct {
     uint64_t switch_cost;       /* what it was last in a space where CPUID does not stop; a guess if that is long ago */
     uint64_t measured;          /* when: TSC */
     pid_t thread;               /* whom the sandboxes answer to */
+    /* Of other threads that want something of the vCPU: direct_requested(). */
+    _Atomic int running;        /* handle of the sandbox that is about to run, or runs; -1: none */
+    _Atomic unsigned interrupting;      /* how many threads use that handle just now */
     /* Processors. */
     cpu_set_t allowed;
     bool bound;

@@ -261,11 +261,14 @@ static void flushed(struct x86_cpu *cpu, const struct x86_tlb_space *space, gva_
 
 static void writes_dropped(struct x86_cpu *cpu) { direct_writes_dropped(translator_of(cpu)); }
 
+static void requested(struct x86_cpu *cpu) { direct_requested(translator_of(cpu)); }
+
 static const struct x86_engine_hooks cpu_hooks = {
     .code_written = interp_code_stored,
     .mapping_changed = mapping_changed,
     .flushed = flushed,
     .writes_dropped = writes_dropped,
+    .requested = requested,
 };
 
 /* ---- the engine ---- */
@@ -276,9 +279,9 @@ static void translate_destroy(struct vcpu *vcpu)
 
     if (!t)
         return;
-    direct_destroy(t);
     lockstep_destroy(t);
     interp_teardown(&t->it);
+    direct_destroy(t);          /* when no other vCPU can reach this one's TLB any more */
     code_destroy(&t->code);
     translate_returns_destroy(t);
     free(t->jumps);
@@ -383,10 +386,17 @@ static void translate_probe(struct engine_report *r)
         return;
     }
     r->usable = true;
-    if (sandbox_abilities()->usable)
-        snprintf(r->text, sizeof(r->text), "binary translation of kernel code; user code runs natively in sandboxed processes where that pays");
+    snprintf(r->text, sizeof(r->text), "binary translation");
+}
+
+static void translate_describe(char *text, size_t size)
+{
+    const struct sandbox_abilities *a = sandbox_abilities();
+
+    if (a->usable)
+        snprintf(text, size, "binary translation of kernel code; user code runs natively in sandboxed processes where that pays");
     else
-        snprintf(r->text, sizeof(r->text), "binary translation of all code; not natively in sandboxed processes: %s", sandbox_abilities()->text);
+        snprintf(text, size, "binary translation of all code; not natively in sandboxed processes: %s", a->text);
 }
 
 static void translate_counters(const struct vcpu *vcpu, struct engine_counters *c)
@@ -417,6 +427,7 @@ const struct engine translate_engine = {
     .summary = "binary translator on top of the interpreter",
     .checks_pages = true,
     .probe = translate_probe,
+    .describe = translate_describe,
     .vcpu_create = translate_create,
     .vcpu_destroy = translate_destroy,
     .run = translate_run,

@@ -8,7 +8,7 @@
  * otherwise, and comes back before guest code runs again. A seccomp filter refuses all else, from anywhere else, too. Signals never
  * reach it. It dies with the thread that traces it.
  *
- * The thread that makes a sandbox is the one that uses it. sandbox_interrupt() and sandbox_destroy(): any thread, the latter when no other uses it.
+ * The thread that makes a sandbox is the one that uses it. sandbox_destroy(): any thread, when no other uses it or its handle.
  */
 #ifndef RINGFORT_ENGINE_TRANSLATE_SANDBOX_H
 #define RINGFORT_ENGINE_TRANSLATE_SANDBOX_H
@@ -84,8 +84,16 @@ int sandbox_set_vectors(struct sandbox *s);
 enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address);
 /* Into the page of ours and back: what sandbox_run() costs besides what guest code does, in ticks of the TSC. */
 uint64_t sandbox_trip(struct sandbox *s);
-/* Makes sandbox_run() return soon; when it does not run, the next one. */
-void sandbox_interrupt(pid_t pid);
+/*
+ * For other threads: a descriptor that means this process and no other, also when it is gone and its number is somebody else's. It is the
+ * sandbox's, open until sandbox_destroy().
+ */
+int sandbox_handle(const struct sandbox *s);
+/*
+ * Makes sandbox_run() return soon; when it does not run, the next one. Does nothing to one that is gone. Any thread, signal handlers too;
+ * errno stays.
+ */
+void sandbox_interrupt(int handle);
 /* -1: gone. */
 pid_t sandbox_pid(const struct sandbox *s);
 /* Its processor time in ns. */

@@ -97,6 +97,11 @@ struct x86_engine_hooks {
      */
     void (*flushed)(struct x86_cpu *cpu, const struct x86_tlb_space *space, gva_t va, bool all);
     void (*writes_dropped)(struct x86_cpu *cpu);
+    /*
+     * For engines whose vCPU may be where it does not look at its requests (NULL for others): there are some now, and there were none
+     * before. Any thread that may make requests. It does not block.
+     */
+    void (*requested)(struct x86_cpu *cpu);
 };
 
 struct x86_cpu {
@@ -105,7 +110,6 @@ struct x86_cpu {
     /* Arithmetic flags as LAHF and SETO leave them: bits 15:8 SF ZF 0 AF 0 PF 1 CF, bit 0 OF. */
     uint32_t arith;
     _Atomic uint32_t request;
-    _Atomic int native;         /* process that runs its user code natively just now, and is to be interrupted with a request; 0: none */
     uint64_t next_rip;
     uint64_t zero;              /* always 0: stands for an absent register in an address */
 
