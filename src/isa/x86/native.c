@@ -516,10 +516,10 @@ void native_check_masked(struct x86_cpu *cpu, const struct x86_insn *insn, unsig
 
     if (!x86_canonical(cpu, first))
         x86_raise_non_canonical(cpu, first);
-    if (misaligned && cpu->tlb == &x86_checking_set)
-        x86_raise_error(cpu, X86_AC, 0);
     if (!x86_canonical(cpu, last))
         x86_raise_non_canonical(cpu, last);
+    if (misaligned && cpu->tlb == &x86_checking_set)
+        x86_raise_error(cpu, X86_AC, 0);
     if (write && ((first ^ last) & GUEST_PAGE_MASK)) {
         x86_probe_write_in(cpu, set, first, 1);
         x86_probe_write_in(cpu, set, last, 1);
@@ -625,6 +625,8 @@ static __attribute__((noinline, cold)) bool stores_nothing(struct x86_cpu *cpu, 
 static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, const struct native_insn *n)
 {
     uint64_t wanted = n->masked ? wanted_elements(cpu, insn, n) : 1;
+    /* To Intel's processors a scalar that the mask wants is stored like any other: CR2, and #AC before the operand's end. */
+    bool masked = n->masked && !(wanted && n->mem_write && n->mem_size == n->element && !cpu->amd);
     gva_t va;
     void *p;
 
@@ -648,7 +650,7 @@ static void run_with_memory(struct x86_cpu *cpu, const struct x86_insn *insn, co
         if (unlikely(va & (n->mem_size - 1u)))
             x86_raise_error(cpu, X86_GP, 0);
     }
-    if (n->masked) {
+    if (masked) {
         /* All of it there: nothing to suppress. Otherwise the faults of the elements decide. */
         p = NULL;
         if (cpu->code_size == 8 && !n->compressed)

@@ -48,8 +48,8 @@ native_special_fn *native_special(const struct x86_insn *insn);
 void native_fx_load(struct x86_cpu *cpu);
 void native_fx_store(struct x86_cpu *cpu);
 /*
- * What Intel's processors find out of a masked operand, or VMASKMOV's, before its elements: non-canonical ends; misaligned, told
- * if alignment is checked; of a store over the end of a page, a fault of its last byte before others in that page. mask: of
+ * What Intel's processors find out of a masked operand, or VMASKMOV's, before its elements: non-canonical ends; then misaligned,
+ * told if alignment is checked; of a store over the end of a page, a fault of its last byte before others in that page. mask: of
  * elements, not 0.
  */
 void native_check_masked(struct x86_cpu *cpu, const struct x86_insn *insn, unsigned element, uint64_t mask, bool write,
