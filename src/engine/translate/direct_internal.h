@@ -12,7 +12,7 @@
 #include "engine/translate/sandbox.h"
 #include "engine/translate/translate.h"
 
-#define DIRECT_PENDING 64u
+#define DIRECT_PENDING 64u       /* addresses, or places, that are looked at one by one */
 
 enum { CAN_READ = PROT_READ, CAN_WRITE = PROT_WRITE, CAN_EXECUTE = PROT_EXEC, CANS = 7, LARGE = 8, HUGE = 16 };
 
@@ -33,7 +33,9 @@ struct direct_space {
     gva_t pending[DIRECT_PENDING];
     unsigned pendings;
     bool stale;
-    bool writes_dropped;
+    /* Places whose writes are to be seen again since then; more than fit: all. */
+    uint64_t dropped[DIRECT_PENDING];
+    unsigned drops;
     bool cpuid_stops;           /* CPUID stops the sandbox: its code need not be kept from running there, but switching is dearer */
     bool lingers;               /* code that has to be kept from running there is in its way often */
     gva_t touched;              /* the page fault that went to the guest, to be mapped when it comes back; 0: none */

@@ -48,9 +48,8 @@ void direct_forget(struct direct_space *s)
         sandbox_stop_at_cpuid(s->box, false);
     s->cpuid_stops = s->lingers = false;
     memset(s->hash, 0, sizeof(*s->hash) << HASH_BITS);
-    s->pages = s->pendings = 0;
-    s->large = s->huge = false;
-    s->stale = s->writes_dropped = false;
+    s->pages = s->pendings = s->drops = 0;
+    s->large = s->huge = s->stale = false;
     sandbox_clear(s->box);
 }
 
@@ -204,6 +203,17 @@ static void check_page(struct direct *d, struct direct_space *s, struct direct_p
         show(d, s, e, &p);
 }
 
+/* Whether writes to the page are to be seen again. */
+static bool is_dropped(const struct direct_space *s, const struct direct_page *e)
+{
+    if (s->drops > DIRECT_PENDING)
+        return true;
+    for (unsigned i = 0; i < s->drops; i++)
+        if (s->dropped[i] == e->place)
+            return true;
+    return false;
+}
+
 void direct_catch_up(struct direct *d, struct direct_space *s)
 {
     uint64_t root = direct_root(d);
@@ -225,12 +235,12 @@ void direct_catch_up(struct direct *d, struct direct_space *s)
                 check_page(d, s, e);
         }
     }
-    if (s->writes_dropped && !s->stale)
+    if (s->drops && !s->stale)
         for (unsigned i = 0; i < s->pages; i++)
-            if (s->page[i].va & CAN_WRITE)
+            if ((s->page[i].va & CAN_WRITE) && is_dropped(s, &s->page[i]))
                 check_page(d, s, &s->page[i]);
-    s->stale = s->writes_dropped = false;
-    s->pendings = 0;
+    s->stale = false;
+    s->pendings = s->drops = 0;
 }
 
 bool direct_grant(struct direct *d, struct direct_space *s, gva_t va)
@@ -282,8 +292,34 @@ void direct_flushed(struct translator *t, const struct x86_tlb_space *space, gva
         s->pending[s->pendings++] = va;
 }
 
-void direct_writes_dropped(struct translator *t)
+/* The place of a page of our view of guest RAM; false: it is none. */
+static bool place_of(const struct memory *m, const void *host_page, uint64_t *place)
 {
-    for (unsigned i = 0; t->direct && i < X86_TLB_SPACES; i++)
-        t->direct->space[i].writes_dropped = true;
+    for (unsigned i = 0; i < m->regions; i++) {
+        uint64_t offset = (uintptr_t)host_page - (uintptr_t)m->region[i].host;
+
+        if (offset < m->region[i].size) {
+            *place = offset | i;
+            return true;
+        }
+    }
+    return false;
+}
+
+void direct_writes_dropped(struct translator *t, const void *host_page)
+{
+    uint64_t place;
+
+    if (!t->direct)
+        return;
+    for (unsigned i = 0; i < X86_TLB_SPACES; i++) {
+        struct direct_space *s = &t->direct->space[i];
+
+        if (!s->pages)
+            continue;
+        if (s->drops < DIRECT_PENDING && host_page && place_of(t->it.cpu.mem, host_page, &place))
+            s->dropped[s->drops++] = place;
+        else
+            s->drops = DIRECT_PENDING + 1;
+    }
 }
