@@ -59,6 +59,7 @@ struct direct {
     int file[MEMORY_MAX_REGIONS];
     uint64_t entered;           /* TSC when user code was entered; 0: it is the supervisor's turn */
     uint64_t tick;              /* TSC ticks of a microsecond */
+    bool ran_now;               /* since it was entered, user code has run natively */
     pid_t thread;               /* whom the sandboxes answer to */
     /* Of other threads that want something of the vCPU: direct_requested(). */
     _Atomic int running;        /* handle of the sandbox that is about to run, or runs; -1: none */
