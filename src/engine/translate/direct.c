@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <x86intrin.h>
 
@@ -98,23 +99,23 @@ static void drop_box(struct direct *d, struct direct_space *s)
 static bool make_box(struct direct *d, struct direct_space *s)
 {
     const struct memory *m = direct_cpu(d)->mem;
-    int err;
+    int files[MEMORY_MAX_REGIONS], err;
 
     for (unsigned i = 0; i < m->regions; i++) {
-        if (m->region[i].fd < 0)
+        files[i] = m->region[i].fd;
+        if (files[i] < 0)
             return false;       /* private to this process */
-        if (s->box && d->file[i] != m->region[i].fd)
-            drop_box(d, s);     /* memory is another one since the machine was reset */
     }
     if (s->box)
         return true;
     if (!s->page && !direct_make_tables(s))
         return false;
-    for (unsigned i = 0; i < m->regions; i++)
-        d->file[i] = m->region[i].fd;
-    err = sandbox_create(&s->box, d->file, m->regions);
+    err = sandbox_create(&s->box, files, m->regions);
     if (err) {
-        log_debug("no sandbox for vCPU %u: %s", direct_cpu(d)->index, strerror(-err));
+        s->box = NULL;
+        if (!d->told)
+            log_warn("vCPU %u: user code is translated, which is slower, until a process can be made to run it: %s", direct_cpu(d)->index, strerror(-err));
+        d->told = true;
         return false;
     }
     direct_forget(s);
@@ -297,7 +298,7 @@ static bool prepare(struct direct *d, struct direct_space *s)
     s->touched = 0;
     err = sandbox_commit(s->box);
     if (err == -ENOMEM && s->pages) {
-        direct_forget(s);        /* more mappings than the kernel gives it */
+        direct_forget_all(d, s);        /* more mappings than the kernel gives it */
         err = sandbox_commit(s->box);
     }
     if (err < 0 || put_vectors(cpu, s->box) < 0)
@@ -332,7 +333,7 @@ static enum sandbox_stop run_once(struct direct *d, struct direct_space *s, gva_
 }
 
 /* A page fault: true if only the sandbox lacked the page, and has it now. Else it is the guest's, or a detour begins. */
-static bool supply_page(struct direct *d, struct direct_space *s, gva_t address, enum sandbox_stop *stop)
+static bool supply_page(struct direct *d, struct direct_space *s, gva_t address)
 {
     d->faults++;
     s->touched = address;
@@ -340,8 +341,7 @@ static bool supply_page(struct direct *d, struct direct_space *s, gva_t address,
         s->touched = 0;
         if (sandbox_commit(s->box) == 0)
             return true;
-        direct_forget(s);
-        *stop = SANDBOX_INTERRUPTED;
+        direct_forget_all(d, s);        /* the interpreter goes on for one instruction, so something goes on */
     } else if (direct_runs_wrongly_at(d, s, address)) {
         s->touched = 0;
         d->t->detour = address & GUEST_PAGE_MASK;
@@ -359,7 +359,7 @@ static enum sandbox_stop stay(struct direct *d, struct direct_space *s)
         enum sandbox_stop stop = run_once(d, s, &address);
 
         if (stop == SANDBOX_PAGE_FAULT) {
-            if (!supply_page(d, s, address, &stop))
+            if (!supply_page(d, s, address))
                 return stop;
             if (!d->t->native_space)
                 return SANDBOX_INTERRUPTED;
@@ -477,14 +477,33 @@ void direct_destroy(struct translator *t)
     t->direct = NULL;
 }
 
+/*
+ * Whether guest RAM is in the same files as before. It changes only while no vCPU runs: a machine that is restored or reset gets other
+ * ones, which may have the descriptors' numbers of the former.
+ */
+static bool same_memory(struct direct *d)
+{
+    const struct memory *m = direct_cpu(d)->mem;
+    bool same = true;
+
+    for (unsigned i = 0; i < MEMORY_MAX_REGIONS; i++) {
+        struct stat st;
+        ino_t file = i < m->regions && m->region[i].fd >= 0 && fstat(m->region[i].fd, &st) == 0 ? st.st_ino : 0;
+
+        same = same && d->file[i] == file;
+        d->file[i] = file;
+    }
+    return same;
+}
+
 void direct_attach(struct translator *t)
 {
     struct direct *d = t->direct;
 
     if (!d)
         return;
-    /* Sandboxes obey the thread that made them, and die with it. */
-    if (d->thread != gettid())
+    /* Sandboxes obey the thread that made them, and die with it; and they have the memory that was there then. */
+    if (!same_memory(d) || d->thread != gettid())
         for (unsigned i = 0; i < X86_TLB_SPACES; i++)
             drop_box(d, &d->space[i]);
     d->thread = gettid();

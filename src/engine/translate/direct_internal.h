@@ -7,6 +7,7 @@
 
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/types.h>
 
 #include "engine/translate/direct.h"
 #include "engine/translate/sandbox.h"
@@ -56,7 +57,8 @@ struct direct {
     struct direct_space space[X86_TLB_SPACES];
     bool always;                /* without asking whether it pays (tests) */
     bool same_components;       /* XCR0 of host and guest agree where all that the guest may have is on */
-    int file[MEMORY_MAX_REGIONS];
+    ino_t file[MEMORY_MAX_REGIONS];     /* that hold the memory which sandboxes have; 0: none */
+    bool told;                  /* that no sandbox can be made */
     uint64_t entered;           /* TSC when user code was entered; 0: it is the supervisor's turn */
     uint64_t tick;              /* TSC ticks of a microsecond */
     bool ran_now;               /* since it was entered, user code has run natively */
@@ -101,6 +103,8 @@ bool direct_make_tables(struct direct_space *s);
 struct direct_page *direct_page(struct direct_space *s, gva_t page, bool make);
 /* Nothing is mapped any more, with the next commit. */
 void direct_forget(struct direct_space *s);
+/* The kernel has refused a mapping: the same; and demoted, if that cannot help because there were few. */
+void direct_forget_all(struct direct *d, struct direct_space *s);
 /* Makes the sandbox agree with what happened since user code ran in it. */
 void direct_catch_up(struct direct *d, struct direct_space *s);
 /* Maps the page at va and those around it that the guest has used. True if that gives the page rights that it had not. */

@@ -4,11 +4,13 @@
  * Rules: docs/direct.md. In the vCPU's thread, except direct_writes_dropped(), which takes from whoever may change the vCPU's TLB.
  */
 #include <stdlib.h>
+#include <x86intrin.h>
 
 #include "engine/translate/direct_internal.h"
 #include "isa/x86/mmu.h"
 
 #define PAGES 60000u            /* the kernel gives a process some 65,000 mappings */
+#define PAGES_MIN 8192u         /* with less it does not pay to begin again and again */
 #define HASH_BITS 17
 #define AROUND 16u              /* pages that are looked at around one that is touched, */
 #define AROUND_LARGE 128u       /* …if that is part of a large one */
@@ -51,6 +53,15 @@ void direct_forget(struct direct_space *s)
     s->pages = s->pendings = s->drops = 0;
     s->large = s->huge = s->stale = false;
     sandbox_clear(s->box);
+}
+
+void direct_forget_all(struct direct *d, struct direct_space *s)
+{
+    bool few = s->pages < PAGES_MIN;
+
+    direct_forget(s);
+    if (few)
+        direct_demote(d, s, __rdtsc(), DIRECT_BACKOFF_MAX);
 }
 
 /* ---- code ---- */
