@@ -7,11 +7,17 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <cmocka.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "engine/translate/options.h"
 #include "engine/translate/sandbox.h"
@@ -365,6 +371,132 @@ static void processor_time(void **state)
     assert_true(c.native_cpu_ns < c.native_ns + 20000000);
 }
 
+static struct engine_guest *new_guest(void)
+{
+    struct engine_guest *g = aligned_alloc(64, align_up(sizeof(*g), 64));
+
+    memset(g, 0, sizeof(*g));
+    engine_guest_init(g, "translate", "host");
+    map(g);
+    return g;
+}
+
+GUEST(adds_up, "mov $0x610000, %ebx; incq (%rbx); mov (%rbx), %rsi; hlt");
+
+/* Natively; but not all of it if something is refused. */
+static void run_adds_up(struct engine_guest *g)
+{
+    static const struct snippet p = { "adds_up", adds_up, adds_up_end };
+
+    run_one(g, &p, result[0]);
+    assert_int_equal(result[0]->end, GUEST_ENDED);
+    assert_true(result[0]->runs > 0);
+    assert_int_equal(result[0]->state.gpr[RSI], 1);
+}
+
+/* The machine gets other memory, in a file with the same descriptor: what runs natively has that, too. */
+static void other_memory(void **state)
+{
+    struct engine_guest *g = new_guest();
+    struct memory_region *r = memory_find(&g->machine.memory, DATA_GPA);
+    uint8_t *copy = malloc(r->size);
+    int fd;
+
+    run_adds_up(g);
+    fd = memfd_create("other", MFD_CLOEXEC);
+    memcpy(copy, r->host, r->size);
+    assert_int_equal(ftruncate(fd, (off_t)r->size), 0);
+    assert_ptr_equal(mmap(r->host, r->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0), r->host);
+    memcpy(r->host, copy, r->size);
+    assert_int_equal(dup3(fd, r->fd, O_CLOEXEC), r->fd);
+    close(fd);
+    free(copy);
+    run_adds_up(g);
+    engine_guest_destroy(g);
+    free(g);
+}
+
+/* The number of our only child: the sandbox. */
+static pid_t sandbox_number(void)
+{
+    char path[64];
+    int pid = 0;
+    FILE *f;
+
+    snprintf(path, sizeof(path), "/proc/self/task/%d/children", (int)gettid());
+    f = fopen(path, "r");
+    assert_non_null(f);
+    assert_int_equal(fscanf(f, "%d", &pid), 1);
+    fclose(f);
+    return pid;
+}
+
+/* The kernel refuses the sandbox all mappings: the interpreter goes on, an instruction at least each time. */
+static void no_room(void **state)
+{
+    struct engine_guest *g = new_guest();
+
+    run_adds_up(g);
+    assert_int_equal(prlimit(sandbox_number(), RLIMIT_AS, &(struct rlimit){ 0, 0 }, NULL), 0);
+    /* Data lies elsewhere now, which would have to be mapped. */
+    for (unsigned i = 1; i <= 3; i++) {
+        engine_guest_map(g, DATA, DATA_GPA + i * 0x10000, PTE_U | PTE_W | PTE_NX);
+        memory_fill(&g->machine.memory, DATA_GPA + i * 0x10000, 0, GUEST_PAGE_SIZE);
+        run_adds_up(g);
+    }
+    engine_guest_destroy(g);
+    free(g);
+}
+
+/* ---- threads ---- */
+
+struct kicker {
+    struct engine_guest *g;
+    atomic_bool stop;
+};
+
+static void *kick(void *opaque)
+{
+    struct kicker *k = opaque;
+
+    while (!atomic_load(&k->stop)) {
+        k->g->engine->signal(&k->g->vcpu, LAPIC_NMI, 0);
+        sched_yield();
+    }
+    return NULL;
+}
+
+static void *run_in_thread(void *g)
+{
+    run_adds_up(g);
+    return NULL;
+}
+
+/* Each time in another thread, so that sandboxes come and go, while another one wants something of the vCPU without end. */
+static void other_threads(void **state)
+{
+    struct engine_guest *g = new_guest();
+    struct kicker k = { .g = g };
+    pthread_t kicking, running;
+    uint64_t before;
+    struct engine_counters c = { 0 };
+
+    engine_guest_ignore_nmi(g);
+    g->engine->counters(&g->vcpu, &c);
+    before = c.native_sandboxes;
+    assert_int_equal(pthread_create(&kicking, NULL, kick, &k), 0);
+    for (unsigned i = 0; i < 30; i++) {
+        assert_int_equal(pthread_create(&running, NULL, run_in_thread, g), 0);
+        pthread_join(running, NULL);
+    }
+    atomic_store(&k.stop, true);
+    pthread_join(kicking, NULL);
+    g->engine->counters(&g->vcpu, &c);
+    assert_true(c.native_sandboxes >= before + 30);
+    engine_guest_destroy(g);
+    free(g);
+}
+
 /* Who starts a machine asks which engine to take, and does not want to pay for what it may not use. */
 static void probe_is_cheap(void **state)
 {
@@ -408,7 +540,8 @@ int main(int argc, char **argv)
     int failed;
 
     const struct CMUnitTest first[] = { cmocka_unit_test(probe_is_cheap) };     /* before anybody asks for sandboxes */
-    const struct CMUnitTest tests[] = { cmocka_unit_test(same), cmocka_unit_test(page_tables), cmocka_unit_test(processor_time) };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(same), cmocka_unit_test(page_tables), cmocka_unit_test(processor_time),
+                                        cmocka_unit_test(other_memory), cmocka_unit_test(no_room), cmocka_unit_test(other_threads) };
 
     if (argc > 1)
         seeds = strtoul(argv[1], NULL, 0);

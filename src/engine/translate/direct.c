@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/random.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <x86intrin.h>
 
@@ -98,23 +99,23 @@ static void drop_box(struct direct *d, struct direct_space *s)
 static bool make_box(struct direct *d, struct direct_space *s)
 {
     const struct memory *m = direct_cpu(d)->mem;
-    int err;
+    int files[MEMORY_MAX_REGIONS], err;
 
     for (unsigned i = 0; i < m->regions; i++) {
-        if (m->region[i].fd < 0)
+        files[i] = m->region[i].fd;
+        if (files[i] < 0)
             return false;       /* private to this process */
-        if (s->box && d->file[i] != m->region[i].fd)
-            drop_box(d, s);     /* memory is another one since the machine was reset */
     }
     if (s->box)
         return true;
     if (!s->page && !direct_make_tables(s))
         return false;
-    for (unsigned i = 0; i < m->regions; i++)
-        d->file[i] = m->region[i].fd;
-    err = sandbox_create(&s->box, d->file, m->regions);
+    err = sandbox_create(&s->box, files, m->regions);
     if (err) {
-        log_debug("no sandbox for vCPU %u: %s", direct_cpu(d)->index, strerror(-err));
+        s->box = NULL;
+        if (!d->told)
+            log_warn("vCPU %u: user code is translated, which is slower, until a process can be made to run it: %s", direct_cpu(d)->index, strerror(-err));
+        d->told = true;
         return false;
     }
     direct_forget(s);
@@ -280,25 +281,14 @@ static enum interp_user give_up(struct direct *d, struct direct_space *s)
     return INTERP_USER_BLOCK;
 }
 
-enum interp_user direct_run(struct interp *it)
+/* Makes the sandbox what the guest is: memory and registers. False: that cannot be. */
+static bool prepare(struct direct *d, struct direct_space *s)
 {
-    struct translator *t = (struct translator *)it;
-    struct direct *d = t->direct;
-    struct x86_cpu *cpu = &it->cpu;
-    struct direct_space *s;
-    enum sandbox_stop stop;
-    bool ran = false;
+    struct x86_cpu *cpu = direct_cpu(d);
     int err;
 
-    if (t->native_space != cpu->space || t->interpret_once)
-        return INTERP_USER_BLOCK;
-    if (!direct_eligible(d) || !memory_complete(cpu->mem)) {
-        t->native_space = NULL;
-        return INTERP_USER_BLOCK;
-    }
-    s = direct_space_now(d);
     if (!make_box(d, s))
-        return give_up(d, s);
+        return false;
     direct_bind(d, s);
     direct_catch_up(d, s);
     if (s->lingers && !s->cpuid_stops) {
@@ -310,70 +300,84 @@ enum interp_user direct_run(struct interp *it)
     s->touched = 0;
     err = sandbox_commit(s->box);
     if (err == -ENOMEM && s->pages) {
-        direct_forget(s);        /* more mappings than the kernel gives it */
+        direct_forget_all(d, s);        /* more mappings than the kernel gives it */
         err = sandbox_commit(s->box);
     }
     if (err < 0 || put_vectors(cpu, s->box) < 0)
-        return give_up(d, s);
+        return false;
     put_registers(cpu, sandbox_regs(s->box));
-    d->runs++;
-    d->entered = 0;             /* no stay of translated code */
-    for (;;) {
-        uint64_t before, now;
-        gva_t address = 0;
+    return true;
+}
 
-        /* See direct_requested(). */
-        atomic_store(&d->running, sandbox_handle(s->box));
-        if (atomic_load(&cpu->request)) {
-            atomic_store(&d->running, -1);
-            stop = SANDBOX_INTERRUPTED;
-            break;
-        }
-        before = __rdtsc();
-        stop = sandbox_run(s->box, &address);
-        now = __rdtsc();
+/* Runs the sandbox until it stops by itself or for a request; address is for page faults. */
+static enum sandbox_stop run_once(struct direct *d, struct direct_space *s, gva_t *address)
+{
+    enum sandbox_stop stop = SANDBOX_INTERRUPTED;
+    uint64_t before = __rdtsc(), now;
+
+    /* See direct_requested(). */
+    atomic_store(&d->running, sandbox_handle(s->box));
+    if (atomic_load(&direct_cpu(d)->request)) {
         atomic_store(&d->running, -1);
-        if (stop == SANDBOX_GONE)
-            return lost(d);
-        if (stop == SANDBOX_DEAD || stop == SANDBOX_REFUSED) {
-            if (!ran)
-                return give_up(d, s);
-            /* It is another one's fault; or the code's, which loaded what it cannot be continued with from outside. */
-            stop = SANDBOX_INTERRUPTED;
-            break;
-        }
-        ran = true;
-        direct_judge(d, s, now - before, now, stop == SANDBOX_PAGE_FAULT && !direct_page(s, address & GUEST_PAGE_MASK, false));
-        direct_judge_processor(d, s);
-        if (now - s->noted > NOTE * d->tick)
-            note_time(d, s, now);
-        if (stop == SANDBOX_PAGE_FAULT) {
-            d->faults++;
-            s->touched = address;
-            if (direct_grant(d, s, address)) {
-                s->touched = 0;
-                err = sandbox_commit(s->box);
-                if (err == 0 && t->native_space && can_go_on(sandbox_regs(s->box)))
-                    continue;
-                if (err)
-                    direct_forget(s);
-                stop = SANDBOX_INTERRUPTED;
-            } else if (direct_runs_wrongly_at(d, s, address)) {
-                s->touched = 0;
-                t->detour = address & GUEST_PAGE_MASK;
-                t->detour_blocks = 0;
-                direct_judge_detour(s);
-            }
-        } else if (stop == SANDBOX_INTERRUPTED && !atomic_load(&cpu->request) && can_go_on(sandbox_regs(s->box))) {
-            continue;
-        }
-        break;
+        return stop;
     }
-    if (!ran)
-        return INTERP_USER_AGAIN;
-    if (!take_back(d, s))
-        return lost(d);
-    get_segments(cpu, sandbox_regs(s->box));
+    stop = sandbox_run(s->box, address);
+    atomic_store(&d->running, -1);
+    if (stop == SANDBOX_GONE || stop == SANDBOX_DEAD || stop == SANDBOX_REFUSED)
+        return stop;
+    now = __rdtsc();
+    d->ran_now = true;
+    direct_judge(d, s, now - before, now, stop == SANDBOX_PAGE_FAULT && !direct_page(s, *address & GUEST_PAGE_MASK, false));
+    direct_judge_processor(d, s);
+    if (now - s->noted > NOTE * d->tick)
+        note_time(d, s, now);
+    return stop;
+}
+
+/* A page fault: true if only the sandbox lacked the page, and has it now. Else it is the guest's, or a detour begins. */
+static bool supply_page(struct direct *d, struct direct_space *s, gva_t address)
+{
+    d->faults++;
+    s->touched = address;
+    if (direct_grant(d, s, address)) {
+        s->touched = 0;
+        if (sandbox_commit(s->box) == 0)
+            return true;
+        direct_forget_all(d, s);        /* the interpreter goes on for one instruction, so something goes on */
+    } else if (direct_runs_wrongly_at(d, s, address)) {
+        s->touched = 0;
+        d->t->detour = address & GUEST_PAGE_MASK;
+        d->t->detour_blocks = 0;
+        direct_judge_detour(s);
+    }
+    return false;
+}
+
+/* Runs it as long as it stops for nothing that concerns the guest. */
+static enum sandbox_stop stay(struct direct *d, struct direct_space *s)
+{
+    for (;;) {
+        gva_t address = 0;
+        enum sandbox_stop stop = run_once(d, s, &address);
+
+        if (stop == SANDBOX_PAGE_FAULT) {
+            if (!supply_page(d, s, address))
+                return stop;
+            if (!d->t->native_space)
+                return SANDBOX_INTERRUPTED;
+        } else if (stop != SANDBOX_INTERRUPTED || atomic_load(&direct_cpu(d)->request)) {
+            return stop;
+        }
+        if (!can_go_on(sandbox_regs(s->box)))
+            return SANDBOX_INTERRUPTED;
+    }
+}
+
+/* What the guest does on account of the stop. Its state is here again. */
+static enum interp_user follow(struct direct *d, struct direct_space *s, enum sandbox_stop stop)
+{
+    struct x86_cpu *cpu = direct_cpu(d);
+
     switch (stop) {
     case SANDBOX_SYSCALL:
         cpu->s.gpr[RAX] = sandbox_regs(s->box)->orig_rax;
@@ -383,15 +387,46 @@ enum interp_user direct_run(struct interp *it)
     case SANDBOX_STEPPED:
         cpu->s.dr6 |= 0x4000;
         x86_raise(cpu, X86_DB);
-    case SANDBOX_INTERRUPTED:
+    case SANDBOX_INTERRUPTED: case SANDBOX_DEAD: case SANDBOX_REFUSED:
         return INTERP_USER_AGAIN;
     default:
         break;
     }
-    if (t->detour != NO_DETOUR)
+    if (d->t->detour != NO_DETOUR)
         return INTERP_USER_BLOCK;
     d->steps++;
     return INTERP_USER_STEP;
+}
+
+enum interp_user direct_run(struct interp *it)
+{
+    struct translator *t = (struct translator *)it;
+    struct direct *d = t->direct;
+    struct direct_space *s;
+    enum sandbox_stop stop;
+
+    if (t->native_space != it->cpu.space || t->interpret_once)
+        return INTERP_USER_BLOCK;
+    if (!direct_eligible(d) || !memory_complete(it->cpu.mem)) {
+        t->native_space = NULL;
+        return INTERP_USER_BLOCK;
+    }
+    s = direct_space_now(d);
+    if (!prepare(d, s))
+        return give_up(d, s);
+    d->runs++;
+    d->entered = 0;             /* no stay of translated code */
+    d->ran_now = false;
+    stop = stay(d, s);
+    if (stop == SANDBOX_GONE)
+        return lost(d);
+    /* Somebody killed it, or it has what it cannot be continued with from outside, as code itself can load: what it computed before counts. */
+    if (!d->ran_now)
+        return stop == SANDBOX_INTERRUPTED ? INTERP_USER_AGAIN : give_up(d, s);
+    if (!take_back(d, s))
+        return lost(d);
+    get_segments(&it->cpu, sandbox_regs(s->box));
+    return follow(d, s, stop);
 }
 
 /* ---- life ---- */
@@ -448,14 +483,33 @@ void direct_destroy(struct translator *t)
     t->direct = NULL;
 }
 
+/*
+ * Whether guest RAM is in the same files as before. It changes only while no vCPU runs: a machine that is restored or reset gets other
+ * ones, which may have the descriptors' numbers of the former.
+ */
+static bool same_memory(struct direct *d)
+{
+    const struct memory *m = direct_cpu(d)->mem;
+    bool same = true;
+
+    for (unsigned i = 0; i < MEMORY_MAX_REGIONS; i++) {
+        struct stat st;
+        ino_t file = i < m->regions && m->region[i].fd >= 0 && fstat(m->region[i].fd, &st) == 0 ? st.st_ino : 0;
+
+        same = same && d->file[i] == file;
+        d->file[i] = file;
+    }
+    return same;
+}
+
 void direct_attach(struct translator *t)
 {
     struct direct *d = t->direct;
 
     if (!d)
         return;
-    /* Sandboxes obey the thread that made them, and die with it. */
-    if (d->thread != gettid())
+    /* Sandboxes obey the thread that made them, and die with it; and they have the memory that was there then. */
+    if (!same_memory(d) || d->thread != gettid())
         for (unsigned i = 0; i < X86_TLB_SPACES; i++)
             drop_box(d, &d->space[i]);
     d->thread = gettid();

@@ -35,7 +35,7 @@ enum interp_user direct_run(struct interp *it);
 void direct_requested(struct translator *t);
 /* Hooks of the soft TLB: see cpu.h. The second one: any thread that has the right to change the vCPU's TLB. */
 void direct_flushed(struct translator *t, const struct x86_tlb_space *space, gva_t va, bool all);
-void direct_writes_dropped(struct translator *t);
+void direct_writes_dropped(struct translator *t, const void *host_page);
 
 void direct_counters(const struct translator *t, struct engine_counters *c);
 

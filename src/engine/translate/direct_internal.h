@@ -7,12 +7,13 @@
 
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/types.h>
 
 #include "engine/translate/direct.h"
 #include "engine/translate/sandbox.h"
 #include "engine/translate/translate.h"
 
-#define DIRECT_PENDING 64u
+#define DIRECT_PENDING 64u       /* addresses, or places, that are looked at one by one */
 #define DIRECT_SEARCHED 16384u
 
 enum { CAN_READ = PROT_READ, CAN_WRITE = PROT_WRITE, CAN_EXECUTE = PROT_EXEC, CANS = 7, LARGE = 8, HUGE = 16 };
@@ -34,7 +35,9 @@ struct direct_space {
     gva_t pending[DIRECT_PENDING];
     unsigned pendings;
     bool stale;
-    bool writes_dropped;
+    /* Places whose writes are to be seen again since then; more than fit: all. */
+    uint64_t dropped[DIRECT_PENDING];
+    unsigned drops;
     bool cpuid_stops;           /* CPUID stops the sandbox: its code need not be kept from running there, but switching is dearer */
     bool lingers;               /* code that has to be kept from running there is in its way often */
     gva_t touched;              /* the page fault that went to the guest, to be mapped when it comes back; 0: none */
@@ -56,12 +59,14 @@ struct direct {
     struct direct_space space[X86_TLB_SPACES];
     bool always;                /* without asking whether it pays (tests) */
     bool same_components;       /* XCR0 of host and guest agree where all that the guest may have is on */
-    int file[MEMORY_MAX_REGIONS];
+    ino_t file[MEMORY_MAX_REGIONS];     /* that hold the memory which sandboxes have; 0: none */
+    bool told;                  /* that no sandbox can be made */
     /* Pages of code that were searched: a hash of what is in them, and in bit 0 whether it must not run natively. */
     uint64_t searched[DIRECT_SEARCHED];
     uint64_t secret;            /* of the hash */
     uint64_t entered;           /* TSC when user code was entered; 0: it is the supervisor's turn */
     uint64_t tick;              /* TSC ticks of a microsecond */
+    bool ran_now;               /* since it was entered, user code has run natively */
     uint64_t switch_cost;       /* what it was last in a space where CPUID does not stop; a guess if that is long ago */
     uint64_t measured;          /* when: TSC */
     pid_t thread;               /* whom the sandboxes answer to */
@@ -105,6 +110,8 @@ bool direct_make_tables(struct direct_space *s);
 struct direct_page *direct_page(struct direct_space *s, gva_t page, bool make);
 /* Nothing is mapped any more, with the next commit. */
 void direct_forget(struct direct_space *s);
+/* The kernel has refused a mapping: the same; and demoted, if that cannot help because there were few. */
+void direct_forget_all(struct direct *d, struct direct_space *s);
 /* Makes the sandbox agree with what happened since user code ran in it. */
 void direct_catch_up(struct direct *d, struct direct_space *s);
 /* Maps the page at va and those around it that the guest has used. True if that gives the page rights that it had not. */

@@ -4,11 +4,13 @@
  * Rules: docs/direct.md. In the vCPU's thread, except direct_writes_dropped(), which takes from whoever may change the vCPU's TLB.
  */
 #include <stdlib.h>
+#include <x86intrin.h>
 
 #include "engine/translate/direct_internal.h"
 #include "isa/x86/mmu.h"
 
 #define PAGES 60000u            /* the kernel gives a process some 65,000 mappings */
+#define PAGES_MIN 8192u         /* with less it does not pay to begin again and again */
 #define HASH_BITS 17
 #define AROUND 16u              /* pages that are looked at around one that is touched, */
 #define AROUND_LARGE 128u       /* …if that is part of a large one */
@@ -49,10 +51,18 @@ void direct_forget(struct direct_space *s)
     s->cpuid_stops = s->lingers = false;
     s->switch_cost = 0;
     memset(s->hash, 0, sizeof(*s->hash) << HASH_BITS);
-    s->pages = s->pendings = 0;
-    s->large = s->huge = false;
-    s->stale = s->writes_dropped = false;
+    s->pages = s->pendings = s->drops = 0;
+    s->large = s->huge = s->stale = false;
     sandbox_clear(s->box);
+}
+
+void direct_forget_all(struct direct *d, struct direct_space *s)
+{
+    bool few = s->pages < PAGES_MIN;
+
+    direct_forget(s);
+    if (few)
+        direct_demote(d, s, __rdtsc(), DIRECT_BACKOFF_MAX);
 }
 
 /* ---- code ---- */
@@ -245,6 +255,17 @@ static void check_page(struct direct *d, struct direct_space *s, struct direct_p
         show(d, s, e, &p);
 }
 
+/* Whether writes to the page are to be seen again. */
+static bool is_dropped(const struct direct_space *s, const struct direct_page *e)
+{
+    if (s->drops > DIRECT_PENDING)
+        return true;
+    for (unsigned i = 0; i < s->drops; i++)
+        if (s->dropped[i] == e->place)
+            return true;
+    return false;
+}
+
 void direct_catch_up(struct direct *d, struct direct_space *s)
 {
     uint64_t root = direct_root(d);
@@ -266,12 +287,12 @@ void direct_catch_up(struct direct *d, struct direct_space *s)
                 check_page(d, s, e);
         }
     }
-    if (s->writes_dropped && !s->stale)
+    if (s->drops && !s->stale)
         for (unsigned i = 0; i < s->pages; i++)
-            if (s->page[i].va & CAN_WRITE)
+            if ((s->page[i].va & CAN_WRITE) && is_dropped(s, &s->page[i]))
                 check_page(d, s, &s->page[i]);
-    s->stale = s->writes_dropped = false;
-    s->pendings = 0;
+    s->stale = false;
+    s->pendings = s->drops = 0;
 }
 
 bool direct_grant(struct direct *d, struct direct_space *s, gva_t va)
@@ -323,8 +344,34 @@ void direct_flushed(struct translator *t, const struct x86_tlb_space *space, gva
         s->pending[s->pendings++] = va;
 }
 
-void direct_writes_dropped(struct translator *t)
+/* The place of a page of our view of guest RAM; false: it is none. */
+static bool place_of(const struct memory *m, const void *host_page, uint64_t *place)
 {
-    for (unsigned i = 0; t->direct && i < X86_TLB_SPACES; i++)
-        t->direct->space[i].writes_dropped = true;
+    for (unsigned i = 0; i < m->regions; i++) {
+        uint64_t offset = (uintptr_t)host_page - (uintptr_t)m->region[i].host;
+
+        if (offset < m->region[i].size) {
+            *place = offset | i;
+            return true;
+        }
+    }
+    return false;
+}
+
+void direct_writes_dropped(struct translator *t, const void *host_page)
+{
+    uint64_t place;
+
+    if (!t->direct)
+        return;
+    for (unsigned i = 0; i < X86_TLB_SPACES; i++) {
+        struct direct_space *s = &t->direct->space[i];
+
+        if (!s->pages)
+            continue;
+        if (s->drops < DIRECT_PENDING && host_page && place_of(t->it.cpu.mem, host_page, &place))
+            s->dropped[s->drops++] = place;
+        else
+            s->drops = DIRECT_PENDING + 1;
+    }
 }

@@ -259,7 +259,7 @@ static void flushed(struct x86_cpu *cpu, const struct x86_tlb_space *space, gva_
     direct_flushed(translator_of(cpu), space, va, all);
 }
 
-static void writes_dropped(struct x86_cpu *cpu) { direct_writes_dropped(translator_of(cpu)); }
+static void writes_dropped(struct x86_cpu *cpu, const void *host_page) { direct_writes_dropped(translator_of(cpu), host_page); }
 
 static void requested(struct x86_cpu *cpu) { direct_requested(translator_of(cpu)); }
 

@@ -153,7 +153,7 @@ static bool wait_stop(struct sandbox *s, int *status)
     pid_t pid;
 
     do
-        pid = waitpid(s->pid, status, __WALL);
+        pid = waitpid(s->pid, status, __WALL | WUNTRACED);
     while (pid < 0 && errno == EINTR);
     if (pid == s->pid && WIFSTOPPED(*status))
         return true;
@@ -346,13 +346,16 @@ static int wait_born(struct sandbox *s)
     for (;;) {
         if (!wait_stop(s, &status))
             return -EPERM;
-        if (ptrace(PTRACE_GETREGS, s->pid, NULL, &regs))
-            return -ESRCH;
-        if (regs.rip == s->base + PROGRAM_AT)
-            break;
-        /* SIGSTOP from somebody: nothing can block that. */
-        if (ptrace(PTRACE_CONT, s->pid, NULL, NULL))
-            return -ESRCH;
+        if (ptrace(PTRACE_GETREGS, s->pid, NULL, &regs) == 0) {
+            if (regs.rip == s->base + PROGRAM_AT)
+                break;
+            /* SIGSTOP from somebody: nothing can block that. */
+            if (ptrace(PTRACE_CONT, s->pid, NULL, NULL))
+                return -errno;
+        } else if (errno != ESRCH || WSTOPSIG(status) == SIGTRAP || send_signal(s->handle, SIGCONT)) {
+            return -errno;
+        }
+        /* Else such a one before it was traced, which stopped it for good. */
     }
     if (ptrace(PTRACE_SETOPTIONS, s->pid, NULL, PTRACE_O_EXITKILL | PTRACE_O_TRACESYSGOOD) ||
         ptrace(PTRACE_SETSIGMASK, s->pid, (void *)sizeof(none), &none))
@@ -388,6 +391,22 @@ static int give_birth(struct sandbox *s, int program_fd, int list_fd, const int 
     return err;
 }
 
+/*
+ * What all depends on: a system call is reported, and not made. Where it is made all the same, the filter raises a signal in its place. Each
+ * turn of the loop takes somebody's signal.
+ */
+static int try_emulation(struct sandbox *s)
+{
+    enum sandbox_stop stop;
+    uint64_t address;
+
+    do {
+        s->regs = (struct user_regs_struct){ .rip = s->base + PROGRAM_AT + ONCE, .rax = SYS_getpid, .eflags = 2, .cs = 0x33, .ss = 0x2b };
+        stop = sandbox_run(s, &address);
+    } while (stop == SANDBOX_INTERRUPTED);
+    return stop == SANDBOX_SYSCALL && s->regs.orig_rax == SYS_getpid ? 0 : -EPERM;
+}
+
 static int furnish(struct sandbox *s)
 {
     struct iovec io = { s->vectors, sizeof(s->vectors) };
@@ -415,7 +434,7 @@ static int furnish(struct sandbox *s)
     if (ptrace(PTRACE_GETREGSET, s->pid, (void *)NT_X86_XSTATE, &io))
         return -errno;
     s->vectors_size = io.iov_len;
-    return 0;
+    return try_emulation(s);
 }
 
 int sandbox_create(struct sandbox **out, const int *files, unsigned count)
@@ -478,6 +497,18 @@ void sandbox_destroy(struct sandbox *s)
 
 static struct sandbox_abilities abilities;
 
+static const char *advice(int err)
+{
+    switch (err) {
+    case EPERM: return ": ptrace or seccomp; look at the container's seccomp profile, and whether kernel.yama.ptrace_scope is 3";
+    case EACCES: return ": an executable memfd; vm.memfd_noexec has to be less than 2";
+    case ENOSYS: return ": Linux 5.2 or a later one is needed";
+    case EAGAIN: return ": a process; look at RLIMIT_NPROC and the control group's pids.max";
+    case EMFILE: case ENFILE: return ": look at RLIMIT_NOFILE and fs.file-max";
+    default: return "";
+    }
+}
+
 static void find_abilities(void)
 {
     struct sandbox *s;
@@ -485,7 +516,7 @@ static void find_abilities(void)
 
     abilities.usable = err >= 0;
     if (err < 0)
-        snprintf(abilities.text, sizeof(abilities.text), "no sandbox can be made here: %s", strerror(-err));
+        snprintf(abilities.text, sizeof(abilities.text), "%s%s", strerror(-err), advice(-err));
     else
         sandbox_destroy(s);
 }
@@ -639,7 +670,9 @@ enum sandbox_stop sandbox_run(struct sandbox *s, uint64_t *address)
     s->regs.orig_rax = (unsigned long long)-1;
     if (ptrace(PTRACE_SETREGS, s->pid, NULL, &s->regs))
         return errno == ESRCH ? SANDBOX_DEAD : SANDBOX_REFUSED;
-    if (ptrace(PTRACE_SYSEMU, s->pid, NULL, NULL) || !wait_stop(s, &status) || ptrace(PTRACE_GETREGS, s->pid, NULL, &s->regs))
+    if (ptrace(PTRACE_SYSEMU, s->pid, NULL, NULL))
+        return SANDBOX_DEAD;    /* or not to be continued for another reason: the registers are as they were */
+    if (!wait_stop(s, &status) || ptrace(PTRACE_GETREGS, s->pid, NULL, &s->regs))
         return SANDBOX_GONE;
     s->flags = s->regs.eflags;
     if (WSTOPSIG(status) == (SIGTRAP | 0x80))

@@ -29,7 +29,7 @@ struct sandbox;
 /* What the host lets us do; asked once, costs a process. */
 struct sandbox_abilities {
     bool usable;
-    char text[128];             /* why not usable */
+    char text[160];             /* why not usable, and what to do */
 };
 const struct sandbox_abilities *sandbox_abilities(void);
 
@@ -45,7 +45,7 @@ enum sandbox_stop {
     SANDBOX_STEPPED,            /* guest code set RFLAGS.TF: RIP is behind an instruction */
     SANDBOX_INTERRUPTED,
     SANDBOX_REFUSED,            /* it has not run: the kernel takes no such segments or bases as the registers have, which code itself can load */
-    SANDBOX_DEAD,               /* it has not run: somebody killed it before */
+    SANDBOX_DEAD,               /* it has not run: somebody killed it before, or the kernel does not continue it any more */
     SANDBOX_GONE,               /* somebody killed it while it ran: what it had in registers is lost */
 };
 

@@ -93,10 +93,11 @@ struct x86_engine_hooks {
     void (*mapping_changed)(struct x86_cpu *cpu, const struct x86_tlb_space *space);
     /*
      * For engines that keep translations of user addresses besides the soft TLB's (NULL for others): the guest invalidated va, or all
-     * of the space; writes are to be seen again, from where x86_tlb_drop_writes() may be called.
+     * of the space; writes to that page of the host's view of memory (NULL: to any) are to be seen again, from where
+     * x86_tlb_drop_writes() may be called.
      */
     void (*flushed)(struct x86_cpu *cpu, const struct x86_tlb_space *space, gva_t va, bool all);
-    void (*writes_dropped)(struct x86_cpu *cpu);
+    void (*writes_dropped)(struct x86_cpu *cpu, const void *host_page);
     /*
      * For engines whose vCPU may be where it does not look at its requests (NULL for others): there are some now, and there were none
      * before. Any thread that may make requests. It does not block.

@@ -290,15 +290,15 @@ void x86_tlb_invpcid(struct x86_cpu *cpu, unsigned type, unsigned pcid, gva_t va
     }
 }
 
-static void writes_dropped(struct x86_cpu *cpu)
+static void writes_dropped(struct x86_cpu *cpu, const void *host_page)
 {
     if (cpu->hooks && cpu->hooks->writes_dropped)
-        cpu->hooks->writes_dropped(cpu);
+        cpu->hooks->writes_dropped(cpu, host_page);
 }
 
 void x86_tlb_drop_writes_to(struct x86_cpu *cpu, const void *host_page)
 {
-    writes_dropped(cpu);
+    writes_dropped(cpu, host_page);
     if (cpu->tlbs->kernel.dirty)
         tlb_drop_writes_to(&cpu->tlbs->kernel.set, host_page);
     if (cpu->tlbs->kernel_ac.dirty)
@@ -310,7 +310,7 @@ void x86_tlb_drop_writes_to(struct x86_cpu *cpu, const void *host_page)
 
 void x86_tlb_drop_writes(struct x86_cpu *cpu)
 {
-    writes_dropped(cpu);
+    writes_dropped(cpu, NULL);
     if (cpu->tlbs->kernel.dirty)
         tlb_drop_writes(&cpu->tlbs->kernel.set);
     if (cpu->tlbs->kernel_ac.dirty)
