@@ -77,6 +77,13 @@ struct return_site {
     struct return_site *next;
 };
 
+/* Checked C code may use vector registers wherever it likes: then translated code calls none without leaving. */
+#if defined(__SANITIZE_ADDRESS__)
+#define TRANSLATE_SANITIZED 1
+#else
+#define TRANSLATE_SANITIZED 0
+#endif
+
 /* Instructions that translate_quick() does: sensitive ones that are frequent, and strings. */
 enum translate_quick {
     QUICK_NONE, QUICK_CLI, QUICK_STI, QUICK_STAC, QUICK_CLAC, QUICK_SWAPGS, QUICK_PUSHF, QUICK_RDTSC, QUICK_RDTSCP,
