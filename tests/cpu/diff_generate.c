@@ -332,6 +332,16 @@ static bool names_components(uint16_t mnemonic)
     }
 }
 
+/* Their stack holds no selectors but by chance, so they all fault. Only where they are asked for. */
+static bool returns_far(const struct x86_insn *insn)
+{
+    switch (insn->mnemonic) {
+    case ZYDIS_MNEMONIC_IRET: case ZYDIS_MNEMONIC_IRETD: case ZYDIS_MNEMONIC_IRETQ: return true;
+    case ZYDIS_MNEMONIC_RET: return x86_is_far(insn);
+    default: return false;
+    }
+}
+
 static bool acceptable(const struct generator *g, const struct x86_insn *insn)
 {
     switch (insn->mnemonic) {
@@ -340,6 +350,8 @@ static bool acceptable(const struct generator *g, const struct x86_insn *insn)
     case ZYDIS_MNEMONIC_RDRAND: case ZYDIS_MNEMONIC_RDSEED:
         return false;
     }
+    if (g->options->only && !g->options->kernel && returns_far(insn))
+        return true;
     if (x86_classify(insn) != X86_INNOCUOUS && !(g->options->kernel ? same_in_kernel(insn) : user_visible(insn)))
         return false;
     /* A Zen 5 broadcasts RSP as it was before the POP in front. */

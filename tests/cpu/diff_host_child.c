@@ -5,6 +5,9 @@
  * from the signal frame and puts the next case's state into the same frame, and the return from the handler
  * enters it. So state is loaded and read by the kernel, exactly and completely, for two kernel entries a case.
  *
+ * Behind the entry no sanitizer is at work: this file is compiled without, its memory of bookkeeping lies where cases expect none and is
+ * unmapped, and nothing is called that a sanitizer intercepts.
+ *
  * System calls are forbidden to the cases by a filter; a timer finds endless loops. Of this process's memory a case can reach
  * everything, but it does not know where it is; what lies at the top, where interesting addresses are, is unmapped.
  */
@@ -26,11 +29,16 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#include "base/util.h"
+
 #define TICK_US 4000            /* a case that sees two ticks is taken for endless */
 #define SELECTOR_CODE64 0x33
 #define SELECTOR_CODE32 0x23
 #define SELECTOR_DATA 0x2b
 #define USER_END 0x800000000000ul
+/* Where AddressSanitizer keeps what it knows about memory; without it nothing is there at first. */
+#define SHADOW_START 0x7fff8000ul
+#define SHADOW_END 0x10007fff8000ul
 #define FRAME_KERNEL_BYTES 464  /* of the legacy area: what follows up to 512 is the kernel's */
 
 static struct host_shared *shared;
@@ -74,6 +82,16 @@ __asm__(".text\n"
         "ret\n"
         ".size host_entry, . - host_entry\n");
 
+static void copy(void *to, const void *from, size_t n)
+{
+    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(n) : : "memory");
+}
+
+static void fill(void *to, int value, size_t n)
+{
+    __asm__ volatile("rep stosb" : "+D"(to), "+c"(n) : "a"(value) : "memory");
+}
+
 static long futex(_Atomic uint32_t *word, int op, uint32_t value)
 {
     return syscall(SYS_futex, word, op, value, NULL, NULL, 0);
@@ -109,13 +127,13 @@ static bool equal_line(const uint8_t *a, const uint8_t *b)
 /* Takes what changed, and undoes it. */
 static void collect_data(struct host_slot *s)
 {
-    memset(s->changed, 0, sizeof(s->changed));
+    fill(s->changed, 0, sizeof(s->changed));
     for (unsigned i = 0; i < DATA_LINES; i++) {
         if (equal_line(data_view + i * LINE, shared->data + i * LINE))
             continue;
         s->changed[i / 64] |= 1ull << (i % 64);
-        memcpy(s->line[i], data_view + i * LINE, LINE);
-        memcpy(data_view + i * LINE, shared->data + i * LINE, LINE);
+        copy(s->line[i], data_view + i * LINE, LINE);
+        copy(data_view + i * LINE, shared->data + i * LINE, LINE);
     }
 }
 
@@ -125,15 +143,15 @@ static void store_case(const ucontext_t *u)
 {
     struct host_slot *s = &shared->slot[position];
 
-    memcpy(s->gregs, u->uc_mcontext.gregs, sizeof(s->gregs));
+    copy(s->gregs, u->uc_mcontext.gregs, sizeof(s->gregs));
     s->fs_base = host_case_fs;
     s->gs_base = host_case_gs;
-    memcpy(s->image, u->uc_mcontext.fpregs, shared->image_size);
+    copy(s->image, u->uc_mcontext.fpregs, shared->image_size);
     collect_data(s);
     if (shared->writes_code)
-        memset(code_view, CODE_FILL, CODE_SIZE);
+        fill(code_view, CODE_FILL, CODE_SIZE);
     else
-        memset(code_view + s->start, CODE_FILL, s->bytes);
+        fill(code_view + s->start, CODE_FILL, s->bytes);
 }
 
 static void load_case(ucontext_t *u)
@@ -145,11 +163,11 @@ static void load_case(ucontext_t *u)
     uint64_t stack = s->code_size == 2 ? SEL_DATA16 : SELECTOR_DATA;
 
     atomic_store(&shared->current, position);
-    memcpy(code_view + s->start, s->code, s->bytes);
-    memcpy(g, s->gregs, (REG_EFL + 1) * sizeof(greg_t));
+    copy(code_view + s->start, s->code, s->bytes);
+    copy(g, s->gregs, (REG_EFL + 1) * sizeof(greg_t));
     g[REG_CSGSFS] = (greg_t)(code | stack << 48);
-    memcpy(image, s->image, FRAME_KERNEL_BYTES);
-    memcpy(image + 512, s->image + 512, shared->image_size - 512);
+    copy(image, s->image, FRAME_KERNEL_BYTES);
+    copy(image + 512, s->image + 512, shared->image_size - 512);
     host_case_fs = s->fs_base;
     host_case_gs = s->gs_base;
 }
@@ -160,8 +178,8 @@ static uint32_t frame_image_size(const ucontext_t *u)
     const uint8_t *image = (const uint8_t *)u->uc_mcontext.fpregs;
     uint32_t magic, size;
 
-    memcpy(&magic, image + 464, 4);
-    memcpy(&size, image + 480, 4);
+    magic = load_le32(image + 464);
+    size = load_le32(image + 480);
     return magic == 0x46505853 && size <= IMAGE_SIZE ? size : 0;
 }
 
@@ -186,7 +204,7 @@ static void forbid_system_calls(void)
     };
     struct sock_fprog program = { .len = sizeof(filter) / sizeof(filter[0]), .filter = filter };
 
-    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program))
+    if (syscall(SYS_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || syscall(SYS_prctl, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program))
         fail("seccomp");
 }
 
@@ -194,7 +212,7 @@ void host_handle(int number, siginfo_t *info, ucontext_t *u)
 {
     if (number == SIGUSR1) {            /* from ourselves: the beginning; nothing returns to the first stack */
         for (unsigned i = 0; i < tops; i++)
-            munmap((void *)top[i].start, top[i].end - top[i].start);
+            syscall(SYS_munmap, top[i].start, top[i].end - top[i].start);
         forbid_system_calls();
         shared->image_size = frame_image_size(u);
         position = shared->count = 0;
@@ -223,9 +241,15 @@ static void find_top(void)
     char line[512];
 
     while (maps && fgets(line, sizeof(line), maps) && tops < sizeof(top) / sizeof(top[0])) {
-        if (!strstr(line, "[stack]") && !strstr(line, "[v"))
+        char access[5];
+        bool shadow;
+
+        if (sscanf(line, "%lx-%lx %4s", &top[tops].start, &top[tops].end, access) != 3)
             continue;
-        if (sscanf(line, "%lx-%lx", &top[tops].start, &top[tops].end) == 2 && top[tops].end <= USER_END)
+        shadow = top[tops].start < SHADOW_END && top[tops].end > SHADOW_START;
+        if (shadow && access[0] == '-')         /* the gap in it, where pages around 4 GiB are to be */
+            munmap((void *)top[tops].start, top[tops].end - top[tops].start);
+        else if (shadow || ((strstr(line, "[stack]") || strstr(line, "[v")) && top[tops].end <= USER_END))
             tops++;
     }
     if (!maps)
@@ -268,6 +292,7 @@ void host_child(const struct host_memory *memory)
 
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     shared = memory->shared;
+    find_top();
     code_view = map(0, CODE_SIZE, PROT_READ | PROT_WRITE, memory->code_fd, 0);
     data_view = map(0, DATA_SIZE, PROT_READ | PROT_WRITE, memory->data_fd, 0);
     memset(code_view, CODE_FILL, CODE_SIZE);
@@ -290,7 +315,6 @@ void host_child(const struct host_memory *memory)
     }
     __asm__ volatile("movl %0, %%ds\n\tmovl %0, %%es" : : "r"(shared->code16 ? SEL_DATA16 : shared->null_segments ? 0 : SELECTOR_DATA));
     __asm__ volatile("rdfsbase %0\n\trdgsbase %1" : "=r"(host_own_fs), "=r"(host_own_gs));
-    find_top();
     if (setitimer(ITIMER_PROF, &timer, NULL))
         fail("setitimer");
     raise(SIGUSR1);

@@ -360,7 +360,8 @@ unsigned block_fetch(const struct block *b, unsigned offset, uint8_t bytes[X86_M
     unsigned second = b->host2 ? MIN((unsigned)b->second, X86_MAX_INSN - first) : 0;
 
     memcpy(bytes, page + offset, first);
-    memcpy(bytes + first, b->host2, second);
+    if (second)
+        memcpy(bytes + first, b->host2, second);
     return first + second;
 }
 

@@ -7,6 +7,8 @@
 static const void *leave(struct translator *t, const struct translate_site *site)
 {
     t->interpret_once = 1;
+    if (site->behind_sti)
+        t->it.cpu.s.interrupt_shadow = t->sti_shadow;
     t->it.cpu.s.rip = page_rip(&t->it.cpu, site->offset);
     return NULL;
 }

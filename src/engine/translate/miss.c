@@ -148,11 +148,15 @@ static bool set_ac(struct x86_cpu *cpu, bool ac)
     return true;
 }
 
-/* Where nothing waits for it. The instruction behind it comes before the next look for requests: the interrupt shadow. */
+/*
+ * Where nothing waits for it. The interrupt shadow is that the instruction behind it comes before the next look for requests; who leaves
+ * in front of that instruction takes sti_shadow along.
+ */
 static bool enable_interrupts(struct translator *t)
 {
     struct x86_cpu *cpu = &t->it.cpu;
 
+    t->sti_shadow = 0;
     if (cpu->s.rflags & RFLAGS_IF)
         return true;
     /* The local APIC's part is compiled as all C code is. */
@@ -160,6 +164,7 @@ static bool enable_interrupts(struct translator *t)
         lapic_pending(cpu->lapic) >= 0)
         return false;
     cpu->s.rflags |= RFLAGS_IF;
+    t->sti_shadow = 1;
     return true;
 }
 

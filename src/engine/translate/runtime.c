@@ -16,12 +16,6 @@ static const uint8_t mapped[][2] = {
 };
 #define CHANGED_BY_C 7
 
-#if defined(__SANITIZE_ADDRESS__)
-#define SANITIZED 1             /* checked C code may use vector registers wherever it likes */
-#else
-#define SANITIZED 0
-#endif
-
 static void spill_registers(struct assembler *a, unsigned from, unsigned to)
 {
     for (unsigned i = from; i < to; i++)
@@ -221,7 +215,7 @@ static uint8_t *call_jump(struct assembler *a)
 {
     uint8_t *none, *found, *out;
 
-    if (SANITIZED)
+    if (TRANSLATE_SANITIZED)
         return asm_jmp(a);
     asm_store_gs(a, H_R10, T_GS(site_va));
     spill_registers(a, 0, CHANGED_BY_C);
@@ -475,7 +469,7 @@ void translate_emit_runtime(struct translator *t)
     spill_registers(&a, 0, CHANGED_BY_C);
     spill_flags(&a);
     to_host_stack(&a);
-    if (!SANITIZED) {
+    if (!TRANSLATE_SANITIZED) {
         asm_load_gs(&a, H_RDI, T_GS(self));
         asm_mov(&a, H_RSI, H_R11);
         call_c(&a, translate_quick);
@@ -507,7 +501,7 @@ void translate_emit_runtime(struct translator *t)
     spill_registers(&a, 0, CHANGED_BY_C);
     spill_flags(&a);
     to_host_stack(&a);
-    if (!SANITIZED) {
+    if (!TRANSLATE_SANITIZED) {
         asm_load_gs(&a, H_RDI, T_GS(self));
         asm_mov(&a, H_RSI, H_R11);
         asm_mov(&a, H_RDX, H_R10);

@@ -77,6 +77,13 @@ struct return_site {
     struct return_site *next;
 };
 
+/* Checked C code may use vector registers wherever it likes: then translated code calls none without leaving. */
+#if defined(__SANITIZE_ADDRESS__)
+#define TRANSLATE_SANITIZED 1
+#else
+#define TRANSLATE_SANITIZED 0
+#endif
+
 /* Instructions that translate_quick() does: sensitive ones that are frequent, and strings. */
 enum translate_quick {
     QUICK_NONE, QUICK_CLI, QUICK_STI, QUICK_STAC, QUICK_CLAC, QUICK_SWAPGS, QUICK_PUSHF, QUICK_RDTSC, QUICK_RDTSCP,
@@ -96,6 +103,7 @@ struct translate_site {
     uint8_t length, align;      /* of the instruction; of the address when aligned */
     bool group, aligned;
     bool repeats;               /* QUICK_MOVS, QUICK_STOS: REP */
+    bool behind_sti;            /* which is in line: leaving in front of this instruction leaves in STI's shadow */
     uint8_t quick;              /* enum translate_quick */
 };
 
@@ -129,6 +137,7 @@ struct translator {
     uint8_t vectors_loaded;
     uint8_t vectors_reload;
     uint8_t interpret_once;     /* the next block is not to be entered by its translation, which would come back at once */
+    uint8_t sti_shadow;         /* behind an STI in line: what cpu.s.interrupt_shadow is until the next instruction is done */
     uint8_t simd_trap;          /* cpu.simd_trap that translations were made for */
     struct unit *work;          /* the unit being translated */
     uint64_t host_rsp;

@@ -285,16 +285,36 @@ static unsigned stack_width(const struct x86_cpu *cpu, const struct x86_seg *cs,
     return cpu->long_mode && (cs->attr & SEG_L) ? 8 : ss->attr & SEG_DB ? 4 : 2;
 }
 
+/*
+ * What a far return pops, n values from RSP upward. Where they are not all there, Intel's processors miss the last one first, and of the
+ * selector they look at no more than its two bytes.
+ */
+static void pop_frame(struct x86_cpu *cpu, struct x86_stack *st, unsigned size, uint64_t *value, unsigned n)
+{
+    for (unsigned k = 0; k < n; k++) {
+        unsigned i = cpu->amd ? k : n - 1 - k;
+        uint64_t sp = st->sp;
+
+        x86_stack_skip(st, (uint64_t)i * size);
+        value[i] = x86_stack_pop(cpu, st, i == 1 && !cpu->amd ? 2 : size);
+        st->sp = sp;
+    }
+    x86_stack_skip(st, (uint64_t)n * size);
+}
+
 void x86_insn_ret_far(struct x86_cpu *cpu, const struct x86_insn *insn)
 {
     unsigned size = insn->op_size;
     uint16_t release =
         insn->visible && insn->operand[0].kind == OPERAND_IMM ? (uint16_t)insn->imm[0] : 0;
     struct x86_stack st;
+    uint64_t frame[2], rip;
+    uint16_t selector;
 
     x86_stack_current(cpu, &st);
-    uint64_t rip = x86_stack_pop(cpu, &st, size);
-    uint16_t selector = (uint16_t)x86_stack_pop(cpu, &st, size);
+    pop_frame(cpu, &st, size, frame, 2);
+    rip = frame[0];
+    selector = (uint16_t)frame[1];
 
     if (!protected_mode(cpu)) {
         struct x86_seg cs = cpu->s.seg[SEG_CS];
@@ -382,10 +402,13 @@ void x86_insn_iret(struct x86_cpu *cpu, const struct x86_insn *insn)
     }
 
     struct x86_stack st;
+    uint64_t frame[3];
+
     x86_stack_current(cpu, &st);
-    uint64_t rip = x86_stack_pop(cpu, &st, size);
-    uint16_t selector = (uint16_t)x86_stack_pop(cpu, &st, size);
-    uint64_t flags = x86_stack_pop(cpu, &st, size);
+    pop_frame(cpu, &st, size, frame, 3);
+
+    uint64_t rip = frame[0], flags = frame[2];
+    uint16_t selector = (uint16_t)frame[1];
     if ((flags & RFLAGS_VM) && size == 4 && !cpu->long_mode && cpu->cpl == 0)
         x86_raise_error(cpu, X86_GP, 0);
 

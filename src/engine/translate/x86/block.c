@@ -25,12 +25,23 @@ struct stub *unit_stub(struct unit *x, enum stub_kind kind, uint8_t *jump)
     return s;
 }
 
+bool unit_behind_sti(const struct unit *x, unsigned k)
+{
+    return k > 0 && x->insn[k - 1].form == FORM_QUICK && x->insn[k - 1].insn.mnemonic == ZYDIS_MNEMONIC_STI;
+}
+
+void unit_keep_shadow(struct unit *x)
+{
+    asm_gs(&x->a, false, 0x0fb6, T, T_GS(sti_shadow));
+    asm_gs(&x->a, false, 0x88, T, CPU_GS(s.interrupt_shadow));
+}
+
 struct translate_site *unit_site(struct unit *x, unsigned k)
 {
     struct translate_site *site = block_alloc(&x->t->it, sizeof(*site));
 
     *site = (struct translate_site){ .block = x->b, .apart = code_exec(&x->t->code, x->t->run_and_go), .offset = x->insn[k].offset, .index = (uint16_t)k,
-                                      .length = x->insn[k].insn.length };
+                                      .length = x->insn[k].insn.length, .behind_sti = unit_behind_sti(x, k) };
     return site;
 }
 
@@ -126,6 +137,8 @@ static void emit_stub(struct unit *x, struct stub *s)
         asm_gs_imm8(a, 0xc6, 0, T_GS(interpret_once), 1);
         /* fall through */
     case STUB_AT:
+        if (s->behind_sti)
+            unit_keep_shadow(x);
         unit_set_rip(x, s->target);
         asm_jmp_to(a, t->exit_null);
         break;

@@ -145,15 +145,16 @@ void unit_goto(struct unit *x, uint64_t target, uint16_t live, bool backward)
     far_to(x, asm_jmp(&x->a), target);
 }
 
-/* Leaves to the interpreter unless RCX is 0; flags stay. RCX is in its slot. */
-static void unless_zero(struct unit *x, uint64_t target)
+/* Leaves to the interpreter, in front of instruction k, unless RCX is 0; flags stay. RCX is in its slot. */
+static void unless_zero(struct unit *x, unsigned k)
 {
     uint8_t *zero = asm_jrcxz(&x->a);
     struct stub *s = unit_stub(x, STUB_INTERPRET, asm_jmp(&x->a));
 
     if (s) {
         s->restore_rcx = true;
-        s->target = target;
+        s->behind_sti = unit_behind_sti(x, k);
+        s->target = x->insn[k].offset;
     }
     asm_set_short(zero, x->a.at);
 }
@@ -161,7 +162,6 @@ static void unless_zero(struct unit *x, uint64_t target)
 void unit_cross(struct unit *x, unsigned k)
 {
     struct assembler *a = &x->a;
-    uint64_t offset = x->insn[k].offset;
 
     unit_take_a(x, k);
     unit_target(x, GUEST_PAGE_SIZE);
@@ -172,12 +172,12 @@ void unit_cross(struct unit *x, unsigned k)
     asm_lea(a, A, H_RCX, A, 3, 0);
     asm_mem(a, true, 0x8b, H_RCX, A, H_NONE, 0, (int32_t)(offsetof(struct tlb_entry, tag) + TLB_EXEC * 8));
     asm_lea(a, H_RCX, H_RCX, T, 0, 0);
-    unless_zero(x, offset);
+    unless_zero(x, k);
     asm_mem(a, true, 0x8b, A, A, H_NONE, 0, offsetof(struct tlb_entry, addend));
     asm_lea(a, A, A, T, 0, 0);
     asm_mov_imm(a, H_RCX, -(uint64_t)(uintptr_t)x->b->host2);
     asm_lea(a, H_RCX, H_RCX, A, 0, 0);
-    unless_zero(x, offset);
+    unless_zero(x, k);
     unit_restore_rcx(x);
 }
 
@@ -364,6 +364,8 @@ static void emit_end(struct unit *x, unsigned k)
             return;
         }
     }
+    if (unit_behind_sti(x, k))
+        unit_keep_shadow(x);
     unit_set_rip(x, i->offset);
     asm_jmp_to(a, x->t->exit_null);
 }

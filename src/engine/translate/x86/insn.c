@@ -338,17 +338,21 @@ bool unit_may_clobber(struct unit *x, unsigned k)
 
 void unit_flags_of(struct unit *x, int source)
 {
-    const struct x86_insn *insn = &x->insn[source == UNIT_ASIDE ? 0 : source].insn;
-    const struct x86_operand *d = &insn->operand[0], *s = &insn->operand[1];
+    const struct x86_insn *insn;
+    const struct x86_operand *d, *s;
     struct assembler *a = &x->a;
-    unsigned to = unit_host_of[d->reg], from = s->kind == OPERAND_GPR ? unit_host_of[s->reg] : H_NONE;
-    bool w = d->size == 8, adds = insn->mnemonic == ZYDIS_MNEMONIC_ADD;
+    unsigned to, from;
+    bool w, adds;
     struct renamed r;
 
     if (source == UNIT_ASIDE) {
         take_back(x);
         return;
     }
+    insn = &x->insn[source].insn;
+    d = &insn->operand[0], s = &insn->operand[1];
+    to = unit_host_of[d->reg], from = s->kind == OPERAND_GPR ? unit_host_of[s->reg] : H_NONE;
+    w = d->size == 8, adds = insn->mnemonic == ZYDIS_MNEMONIC_ADD;
     switch (insn->mnemonic) {
     case ZYDIS_MNEMONIC_ADD: case ZYDIS_MNEMONIC_SUB:           /* back, and again */
         for (unsigned n = 0; n < 2; n++, adds = !adds)
@@ -520,6 +524,11 @@ static void push_value(struct unit *x, unsigned k, unsigned n)
 
 static void emit_pushf(struct unit *x, unsigned k)
 {
+    /* The interpreter would do all of it, the push too. */
+    if (TRANSLATE_SANITIZED) {
+        unit_op(x, k);
+        return;
+    }
     unit_quick(x, k, QUICK_PUSHF);
     push_value(x, k, 0);
 }

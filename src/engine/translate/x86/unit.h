@@ -132,6 +132,7 @@ struct stub {
     uint8_t tag;                /* STUB_FILL: offset of the tag in the entry that T has in it; 0xff: none */
     bool restore_rcx;           /* from its slot */
     bool restore_flags;         /* from the return stack */
+    bool behind_sti;            /* STUB_AT, STUB_INTERPRET: target is the instruction behind an STI in line */
     int8_t lost;                /* as struct unit's */
     struct translate_site *site;
     uint64_t target;            /* guest address, from cpu->code_page on */
@@ -264,6 +265,10 @@ void unit_body(struct unit *x, unsigned k);
 struct stub *unit_stub(struct unit *x, enum stub_kind kind, uint8_t *jump);
 /* A place in guest code for the runtime; see translate.h. */
 struct translate_site *unit_site(struct unit *x, unsigned k);
+/* The instruction in front of k is an STI in line, so none comes between. */
+bool unit_behind_sti(const struct unit *x, unsigned k);
+/* For leaving in front of the instruction behind an STI: its shadow goes along. T is lost, flags stay. */
+void unit_keep_shadow(struct unit *x);
 /* Saves RCX in its slot and restores it: for sequences around JRCXZ. */
 void unit_save_rcx(struct unit *x);
 void unit_restore_rcx(struct unit *x);
