@@ -52,7 +52,7 @@ __asm__(
     "   fld1; faddp\n"
     "   dec %rcx; jnz 1b\n"
     "   movdqu %xmm1, 0x800(%rdi); fistpll 0x810(%rdi)\n"
-    "   int3\n"
+    "   ud2\n"                              /* not INT3: see docs/kvm.md */
     /* Ring 0, with an x2APIC: counts interrupts of LOW_VECTOR until there are RBX, between which it halts. */
     "ticks:\n"
     "   sti; hlt; cli\n"
@@ -449,27 +449,32 @@ static void test_compute(void **state)
 {
     static uint64_t memory[259];
     gpa_t user_code = CODE_GPA, user_data = DATA_GPA;
-    unsigned switches;
+    unsigned switches = 0;
     uint64_t rbx = expected(memory);
 
     engine_guest_map(guest, 0x10000000, user_code, PTE_U);
     engine_guest_map(guest, 0x20000000, user_data, PTE_U | PTE_W | PTE_NX);
-    s->seg[SEG_CS] = engine_guest_segment(guest, SEL_CODE64);
-    s->seg[SEG_SS] = engine_guest_segment(guest, SEL_DATA);
-    s->rip = 0x10000000 + (uint64_t)(compute - code);
-    s->gpr[RAX] = 1;
-    s->gpr[RBX] = 2;
-    s->gpr[RCX] = ROUNDS;
-    s->gpr[RDI] = 0x20000000;
-    s->gpr[R8] = MULTIPLIER;
-    s->gpr[R9] = INCREMENT;
-    switches = run_kicked(in_handler);
-    assert_true(in_handler());
-    if (last.vector != 3)
-        fail_msg("%s: exception %u, error %x, at %llx after %u switches", engines[turn], last.vector, last.error,
-                 (unsigned long long)last.rip, switches);
-    assert_int_equal(s->gpr[RBX], rbx);
-    assert_memory_equal(guest->ram + DATA_GPA, memory, sizeof(memory));
+    /* On a busy host it may be done before it has been interrupted. */
+    for (unsigned attempt = 0; attempt < 20 && switches <= 2; attempt++) {
+        memset(guest->ram + DATA_GPA, 0, sizeof(memory));
+        s->seg[SEG_CS] = engine_guest_segment(guest, SEL_CODE64);
+        s->seg[SEG_SS] = engine_guest_segment(guest, SEL_DATA);
+        s->rip = 0x10000000 + (uint64_t)(compute - code);
+        s->gpr[RAX] = 1;
+        s->gpr[RBX] = 2;
+        s->gpr[RCX] = ROUNDS;
+        s->gpr[RDI] = 0x20000000;
+        s->gpr[R8] = MULTIPLIER;
+        s->gpr[R9] = INCREMENT;
+        memset(s->fpu.zmm, 0, sizeof(s->fpu.zmm));
+        switches = run_kicked(in_handler);
+        assert_true(in_handler());
+        if (last.vector != X86_UD)
+            fail_msg("%s: exception %u, error %x, at %llx after %u switches", engines[turn], last.vector, last.error,
+                     (unsigned long long)last.rip, switches);
+        assert_int_equal(s->gpr[RBX], rbx);
+        assert_memory_equal(guest->ram + DATA_GPA, memory, sizeof(memory));
+    }
     printf("%u rounds, %u switches\n", ROUNDS, switches);
     assert_true(switches > 2);
 }
