@@ -78,6 +78,10 @@ GUEST(to_32_bit_and_back, BEGIN "movl $0x400080, (%rsp); movl $0x23, 4(%rsp); lj
       ".balign 128, 0x90; .code64; mov $0x123456789abcdef, %r9; incq 0x611008; syscall");
 GUEST(to_kernel_segment, BEGIN "movl $0x400080, (%rsp); movl $0x13, 4(%rsp); ljmp *(%rsp)");
 GUEST(writes_itself, BEGIN "lea 1f(%rip), %rdx; mov $20, %edi; 2: incb 1(%rdx); 1: mov $0, %al; add %al, %r8b; dec %edi; jnz 2b; hlt");
+/* A stop with one MXCSR, then the default one with AVX's component in use and SSE's not. */
+GUEST(default_mxcsr, BEGIN "movl $0x5f80, (%rbx); ldmxcsr (%rbx); rdtsc; lea 0x400(%rbx), %rdi; xor %eax, %eax; mov $8, %ecx; rep stosq;"
+      "movl $0x1f80, 0x218(%rbx); movl $4, 0x400(%rbx); mov $6, %eax; xor %edx, %edx; xrstor 0x200(%rbx); rdtsc; xor %eax, %eax; xor %edx, %edx;"
+      "stmxcsr 8(%rbx); hlt");
 GUEST(port, BEGIN "in $0x10, %al");
 GUEST(privileged, BEGIN "wbinvd");
 GUEST(random_stack, BEGIN "mov $0x612004, %esp; push %rax");
@@ -91,7 +95,7 @@ static const struct snippet snippets[] = {
     S(syscall_), S(int80), S(sysenter_), S(int3_), S(int_3), S(int1_), S(into_kernel), S(far_up), S(far_down), S(jump_to_kernel), { "jump_to_vsyscall", jump_to_vsyscall, jump_to_vsyscall_end, .loses_rax = true },
     S(ds_of_other_level), S(null_selectors), S(segments), S(bad_selector), S(kernel_fs_base), S(kernel_gs_base), S(bases), S(flags_back_and_forth),
     S(alignment), S(steps), S(steps_into_syscall), S(cpuid_), S(tables), S(xgetbv_), S(to_32_bit), S(to_32_bit_and_back), S(to_kernel_segment),
-    S(writes_itself), S(port), S(privileged), S(random_stack), { "no_syscall", syscall_, syscall__end, .no_syscall = true, .not_direct = true },
+    S(writes_itself), S(default_mxcsr), S(port), S(privileged), S(random_stack), { "no_syscall", syscall_, syscall__end, .no_syscall = true, .not_direct = true },
     { "no_vectors", vector, vector_end, .cr0 = CR0_TS, .not_direct = true }, { "no_x87", x87, x87_end, .cr0 = CR0_EM, .not_direct = true },
     { "no_time", reads_time, reads_time_end, .cr4 = CR4_TSD, .not_direct = true },
 };

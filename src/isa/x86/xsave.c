@@ -29,6 +29,11 @@ static struct {
     bool aligned;               /* to 64 bytes in the compacted format */
 } component[XSTATE_COUNT];
 static uint64_t host_components;
+/*
+ * How Linux saves what it hands out: by XSAVES or XSAVEC where there is one. Those have MXCSR in SSE's component alone, and where that is in its
+ * initial configuration they write none: what an image has there is of another time.
+ */
+static bool kernel_compacts;
 
 /* What the architecture fixes; the offsets of AVX-512 parts differ by vendor. */
 static const uint32_t known_size[XSTATE_COUNT] = {
@@ -47,6 +52,7 @@ static void find_layout(void)
     host_components = BIT(XSTATE_X87) | BIT(XSTATE_SSE);
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1))
         return;
+    kernel_compacts = __get_cpuid_count(0xd, 1, &a, &b, &c, &d) && (a & 0xa);     /* XSAVEC, XSAVES */
     for (unsigned i = XSTATE_AVX; i < XSTATE_COUNT; i++) {
         if (!known_size[i] || !(host_xcr0() >> i & 1) || !__get_cpuid_count(0xd, i, &a, &b, &c, &d))
             continue;
@@ -331,12 +337,14 @@ void x86_fpu_to_image(const struct x86_fpu *f, uint64_t components, uint8_t imag
 
 void x86_fpu_from_image(struct x86_fpu *f, const uint8_t image[XSAVE_MAX_SIZE])
 {
-    uint64_t in_use = load_le64(image + XSAVE_LEGACY_SIZE);
+    uint64_t in_use = load_le64(image + XSAVE_LEGACY_SIZE), with_mxcsr;
 
     x86_fpu_init_components(f, ~0ull, 16);
     if (in_use & BIT(XSTATE_X87))
         get_x87(f, image, true);
-    f->mxcsr = in_use & (BIT(XSTATE_SSE) | BIT(XSTATE_AVX)) ? load_le32(image + 24) & MXCSR_MASK : MXCSR_DEFAULT;
+    pthread_once(&once, find_layout);
+    with_mxcsr = kernel_compacts ? BIT(XSTATE_SSE) : BIT(XSTATE_SSE) | BIT(XSTATE_AVX);
+    f->mxcsr = in_use & with_mxcsr ? load_le32(image + 24) & MXCSR_MASK : MXCSR_DEFAULT;
     if (in_use & BIT(XSTATE_SSE))
         get_component(f, 16, XSTATE_SSE, image + component_offset(XSTATE_SSE, 0));
     for (unsigned i = XSTATE_AVX; i < XSTATE_COUNT; i++)
