@@ -164,7 +164,7 @@ def migrate_disks(report, folder):
             def refused(why, *prefix):
                 name, _ = journey.receive(ENGINE, prefix=prefix)
                 done = journey.migrate(name, status=1)
-                for side, said in (("source", done.stderr), ("target", journey.messages(name))):
+                for side, said in (("source", done.stderr), ("target", journey.said(name))):
                     lines = [s for s in said.splitlines() if "ended with status" not in s]
                     check(len(lines) == 1 and why in lines[0], f"the {side} does not say {why!r} in a line, but {said!r}")
                 check("in stage reservation" in done.stderr, f"not before pre-copy: {done.stderr}")
@@ -209,8 +209,9 @@ def migrate_disks(report, folder):
             server.stop()
             name, _ = journey.receive(ENGINE)
             done = journey.migrate(name, status=1)
+            said = journey.said(name)
             check("in stage reservation" in done.stderr and "No such file" in done.stderr and
-                  "No such file" in journey.messages(name), f"the source says {done.stderr}, the target {journey.messages(name)}")
+                  "No such file" in said, f"the source says {done.stderr}, the target {said}")
             server.start()
             journey.goes_on()
             # Nothing to be copied: it is where it is.

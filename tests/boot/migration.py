@@ -67,6 +67,13 @@ class Journey:
     def messages(self, name):
         return self.run("logs", name, "--messages", status=None).stdout
 
+    def said(self, name):
+        """Its messages, of which there will be some: of a refusal the source may hear first."""
+        deadline = time.monotonic() + 10 * patience()
+        while not self.messages(name) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.messages(name)
+
     def next_name(self):
         self.count += 1
         return f"m{self.count}"
