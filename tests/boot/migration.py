@@ -69,7 +69,7 @@ class Journey:
 
     def said(self, name):
         """Its messages, of which there will be some: of a refusal the source may hear first."""
-        deadline = time.monotonic() + 10 * patience()
+        deadline = time.monotonic() + 10 * machine.patience()
         while not self.messages(name) and time.monotonic() < deadline:
             time.sleep(0.05)
         return self.messages(name)
