@@ -58,7 +58,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 #define MUST(condition) \
     do { \
         if (!(condition)) { \
-            fprintf(stderr, "fuzz_receive: not so: %s (line %d)\n", #condition, __LINE__); \
+            printf("fuzz_receive: not so: %s (line %d)\n", #condition, __LINE__); \
+            fflush(stdout); \
             abort(); \
         } \
     } while (0)
@@ -364,7 +365,7 @@ static void step(struct play *p)
 static void hung(int number)
 {
     static const char text[] = "fuzz_receive: it does not end\n";
-    ssize_t ignored = write(STDERR_FILENO, text, sizeof(text) - 1);
+    ssize_t ignored = write(STDOUT_FILENO, text, sizeof(text) - 1);
 
     (void)ignored;
     abort();
