@@ -359,6 +359,7 @@ static void number_reused(void **state) { in_child(number_reused_parent); }
 
 struct stopper {
     pid_t parent;
+    bool continues;             /* else nobody but who makes the sandbox lets it go on */
     atomic_bool stop;
     unsigned stopped;
 };
@@ -382,16 +383,18 @@ static void *stop_children(void *opaque)
             pid = (pid_t)strtol(text, NULL, 10);
             s->stopped += pid > 0 && kill(pid, SIGSTOP) == 0;
             /* Before it is traced that really stops it. */
-            if (pid > 0)
+            if (pid > 0 && s->continues)
                 kill(pid, SIGCONT);
+            else
+                sched_yield();
         }
     }
     return NULL;
 }
 
-static void stopped_at_birth(void **state)
+static void be_born(bool continues)
 {
-    struct stopper s = { .parent = gettid() };
+    struct stopper s = { .parent = gettid(), .continues = continues };
     pthread_t thread;
 
     assert_int_equal(pthread_create(&thread, NULL, stop_children, &s), 0);
@@ -406,11 +409,16 @@ static void stopped_at_birth(void **state)
     print_message("stopped %u times\n", s.stopped);
 }
 
+static void stopped_at_birth(void **state) { be_born(true); }
+
+static void stopped_for_good(void **state) { be_born(false); }
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         WITH_BOX(confined), WITH_BOX(system_calls), WITH_BOX(filter), WITH_BOX(ours_is_not_written), WITH_BOX(signals),
         WITH_BOX(killed), cmocka_unit_test(number_reused), cmocka_unit_test(stopped_at_birth),
+        cmocka_unit_test(stopped_for_good),
     };
 
     if (!sandbox_abilities()->usable) {

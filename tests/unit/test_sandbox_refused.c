@@ -8,10 +8,8 @@
 #include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
-#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -228,61 +226,11 @@ static void no_room(void **state)
     assert_true(works(b));
 }
 
-/* ---- stopped for good before it is traced ---- */
-
-struct stopper {
-    pid_t parent;
-    atomic_bool stop;
-    unsigned stopped;
-};
-
-static void *stop_children(void *opaque)
-{
-    struct stopper *s = opaque;
-    char path[64], text[256];
-
-    snprintf(path, sizeof(path), "/proc/self/task/%d/children", (int)s->parent);
-    while (!atomic_load(&s->stop)) {
-        int fd = open(path, O_RDONLY | O_CLOEXEC);
-        ssize_t n = fd < 0 ? 0 : read(fd, text, sizeof(text) - 1);
-
-        if (fd >= 0)
-            close(fd);
-        if (n > 0) {
-            pid_t pid;
-
-            text[n] = 0;
-            pid = (pid_t)strtol(text, NULL, 10);
-            s->stopped += pid > 0 && kill(pid, SIGSTOP) == 0;
-            sched_yield();
-        }
-    }
-    return NULL;
-}
-
-/* And nobody but who made it lets it go on. */
-static void stopped_for_good(void **state)
-{
-    struct stopper s = { .parent = gettid() };
-    pthread_t thread;
-
-    assert_int_equal(pthread_create(&thread, NULL, stop_children, &s), 0);
-    for (unsigned i = 0; i < 60; i++) {
-        struct sandbox *box;
-
-        assert_int_equal(sandbox_create(&box, NULL, 0), 0);
-        sandbox_destroy(box);
-    }
-    atomic_store(&s.stop, true);
-    pthread_join(thread, NULL);
-    print_message("stopped %u times\n", s.stopped);
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(while_it_is_made), cmocka_unit_test(while_it_is_used), cmocka_unit_test(not_continued), cmocka_unit_test(no_processes),
-        cmocka_unit_test(no_files), cmocka_unit_test(no_executable), WITH_BOX(no_room), cmocka_unit_test(stopped_for_good),
+        cmocka_unit_test(no_files), cmocka_unit_test(no_executable), WITH_BOX(no_room),
     };
     struct sandbox *s;
 

@@ -190,7 +190,7 @@ static void flush_later(struct console *c)
     if (c->paced && !much)
         return;
     int64_t due = c->flushed_ns + PACE_NS;
-    if (!much && c->pace_fd >= 0 && now_ns() < due) {
+    if (!much && now_ns() < due) {
         struct itimerspec its = {.it_value = {due / 1000000000, due % 1000000000}};
         c->paced = timerfd_settime(c->pace_fd, TFD_TIMER_ABSTIME, &its, NULL) == 0;
     }

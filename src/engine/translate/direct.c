@@ -454,7 +454,7 @@ int direct_create(struct translator *t)
     d = calloc(1, sizeof(*d));
     if (!d)
         return -ENOMEM;
-    if (getrandom(&d->secret, sizeof(d->secret), 0) != sizeof(d->secret)) {
+    if (getrandom(d->secret, sizeof(d->secret), 0) != sizeof(d->secret)) {
         free(d);
         return 0;
     }

@@ -63,7 +63,7 @@ struct direct {
     bool told;                  /* that no sandbox can be made */
     /* Pages of code that were searched: a hash of what is in them, and in bit 0 whether it must not run natively. */
     uint64_t searched[DIRECT_SEARCHED];
-    uint64_t secret;            /* of the hash */
+    uint64_t secret[4];         /* of the hash */
     uint64_t entered;           /* TSC when user code was entered; 0: it is the supervisor's turn */
     uint64_t tick;              /* TSC ticks of a microsecond */
     bool ran_now;               /* since it was entered, user code has run natively */

@@ -153,21 +153,24 @@ static bool search_page(const struct direct *d, const struct direct_space *s, co
     return false;
 }
 
-/* Of a page's bytes, with a secret: a guest cannot make two pages that look alike. */
+static uint64_t fold(uint64_t a, uint64_t b)
+{
+    unsigned __int128 product = (unsigned __int128)a * b;
+
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
+
+/* Of a page's bytes. Which pages look alike depends on the secret: a guest that does not know it cannot tell. */
 static uint64_t content(const struct direct *d, const uint8_t *bytes)
 {
-    uint64_t lane[4] = { d->secret, d->secret ^ 1, d->secret ^ 2, d->secret ^ 3 }, word[4];
+    uint64_t lane[2] = { d->secret[0], d->secret[1] }, word[4];
 
     for (unsigned i = 0; i < GUEST_PAGE_SIZE; i += sizeof(word)) {
         memcpy(word, bytes + i, sizeof(word));
-        for (unsigned k = 0; k < 4; k++) {
-            lane[k] = (lane[k] ^ word[k]) * 0x9e3779b97f4a7c15ull;
-            lane[k] ^= lane[k] >> 32;
-        }
+        lane[0] = fold(word[0] ^ d->secret[2], word[1] ^ lane[0]);
+        lane[1] = fold(word[2] ^ d->secret[3], word[3] ^ lane[1]);
     }
-    for (unsigned k = 1; k < 4; k++)
-        lane[0] = (lane[0] ^ lane[k]) * 0x9e3779b97f4a7c15ull ^ lane[0] >> 29;
-    return lane[0];
+    return fold(lane[0] ^ d->secret[2], lane[1] ^ d->secret[3]);
 }
 
 /* Programs share most of their code, so what was found is remembered. */
